@@ -1,0 +1,1 @@
+"""Raw records to packed batches. May import ernie_model, never train."""

@@ -1,0 +1,57 @@
+"""The packed batch: the one shape in which SFT, DPO and RL meet the model.
+
+Several conversations ("segments") lie end to end in one row of T tokens: no padding and no batch dimension.
+
+    token_T     <s> What ? 7 </s>  <s> And ? 3 </s>
+    target_T    What ? 7 </s> -    And ? 3 </s> -        the token that follows, inside the same segment
+    weight_T     0   0 1  1   0     0  0 1  1   0        0 on prompts, media, and the last token of a segment
+    lengths     (5, 5)
+
+Every `*_T` stream is about *predicting that row's target*.
+
+Shape letters:  T tokens   S segments   I images and videos   P patches   X numbers in a patch
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    token_T: Tensor  # int64
+    target_T: Tensor  # int64; 0 where weight_T is 0 and no token follows
+    weight_T: Tensor  # float32
+    position_3T: Tensor  # int64, rows time, height, width; each segment starts at 0
+    lengths: tuple[int, ...]
+    """Tokens of each segment, in order; they add up to T. Plain ints, so that reading them never waits for a GPU."""
+    grids: tuple[tuple[int, int, int], ...] = ()
+    """(frames, rows, columns) in patches of every image (1 frame) and video, in the order they appear in the row."""
+    patch_PX: Tensor | None = None  # float32; the patches of all items, end to end, in merge-block order
+    ids: tuple[str, ...] = ()
+    """Which record each segment came from."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_T.shape[0]
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def segment_T(self) -> Tensor:
+        """int64, 0..S-1: which segment each token belongs to."""
+        lengths = torch.tensor(self.lengths, device=self.token_T.device)
+        index = torch.arange(len(self.lengths), device=self.token_T.device)
+        return torch.repeat_interleave(index, lengths, output_size=self.num_tokens)
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
