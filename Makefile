@@ -1,0 +1,72 @@
+# Every target sets up what it needs (a virtual environment with pinned packages) and then does its job.
+#
+#   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes
+#   make test        the test suite
+#   make lint        ruff and pyright
+#   make bench       speed against transformers
+#   make dashboard   the local page with the runs' curves
+#
+# Variables:  PYTHON=python3.12   VENV=/somewhere/else   JOBS=4 (test workers)   TORCH_INDEX=<a package index with torch CPU builds>
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: demo test lint format bench dashboard clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.test
+	$(VENV)/bin/ernie sft experiment=digits
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.test
+	$(VENV)/bin/python -m pytest tests/bench -m "slow or not slow" -s -p no:xdist
+
+dashboard: $(VENV)/.test
+	$(VENV)/bin/ernie dashboard
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# ---- set-up -----------------------------------------------------------------------------------------------------------
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "ernie-train needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version). Name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, because the plain Linux build brings several GB of CUDA libraries. Without a GPU we take the CPU build: from
+# wherever pip already looks, else from TORCH_INDEX, and if neither can be reached the plain build, which runs on a CPU too.
+$(VENV)/.torch: constraints.txt | $(VENV)/bin/python
+	@if [ "$$(uname -s)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then \
+	  echo "installing torch $(TORCH)"; $(PIP) -q "torch==$(TORCH)" -c constraints.txt; \
+	else \
+	  echo "installing torch $(TORCH) for the CPU (nvidia-smi finds no GPU)"; \
+	  $(PIP) -q --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) -q --no-deps --retries 1 --timeout 15 --index-url "$(TORCH_INDEX)" "torch==$(TORCH)" 2>/dev/null \
+	  || { echo "no CPU build within reach (tried pip's own sources and $(TORCH_INDEX)): taking the plain build, a large download"; \
+	       $(PIP) -q "torch==$(TORCH)" -c constraints.txt; }; \
+	fi
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) -q -e ".[test]" -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(PIP) -q -e ".[test,dev]" -c constraints.txt
+	@touch $@
