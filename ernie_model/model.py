@@ -1,0 +1,186 @@
+"""ERNIE-4.5 and ERNIE-4.5-VL: one packed row of tokens and pixels in, hidden states out.
+
+What is unusual about this family:
+- Two expert pools. Image and video tokens have their own router and their own, narrower experts; attention, norms and
+  shared experts serve both. Which pool a token visits follows from its id, here, so no caller can forget it.
+- Three positions per token; height and width alternate over the rotary frequencies (rope.py).
+- Pixels are merged 2x2 in space and 2 in time before they become tokens (resampler.py).
+- The head is applied outside (`head_VD`), because (T, V) logits should never exist whole.
+
+Shape letters:  T tokens   D model width   V vocabulary   P patches   X numbers in a patch   M media tokens
+Source: reference section 2.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from ernie_model.attention import Attention, Context
+from ernie_model.config import ErnieConfig
+from ernie_model.layers import Linear, RMSNorm, SwiGLU
+from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats
+from ernie_model.resampler import Resampler
+from ernie_model.rope import Grid, Rotation, check_grid, num_media_tokens, text_rotation
+from ernie_model.vision import VisionTower
+
+
+class ModelOutput(NamedTuple):
+    hidden_TD: Tensor
+    """After the final norm; `hidden_TD @ model.head_VD.T` are the logits."""
+    router: RouterStats | None
+    """One leading dimension for the sparse layers; None in a dense model."""
+
+
+class Layer(nn.Module):
+    """h + Attention(norm(h)), then h + MLP(norm(h)) or h + MoE(norm(h))."""
+
+    def __init__(self, config: ErnieConfig, index: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MoE | SwiGLU
+        if index in config.sparse_layers:
+            self.mlp = MoE(config)
+        else:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=config.use_bias)
+
+    def forward(
+        self, x_TD: Tensor, rotation: Rotation, context: Context, pools: Pools
+    ) -> tuple[Tensor, RouterStats | None]:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, context)
+        normed_TD = self.post_attention_layernorm(x_TD)
+        if isinstance(self.mlp, MoE):
+            y_TD, stats = self.mlp(normed_TD, pools)
+        else:
+            y_TD, stats = self.mlp(normed_TD), None
+        return x_TD + y_TD, stats
+
+
+class ErnieModel(nn.Module):
+    """The whole family; see `ErnieConfig`.
+
+    `compute_dtype`: dtype of the activations; None means the dtype of the weights. With float32 weights and
+    `compute_dtype=torch.bfloat16` the forward rounds exactly as a bfloat16 model does while updates stay in float32.
+    """
+
+    def __init__(self, config: ErnieConfig, *, compute_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.gradient_checkpointing = False
+        """Recompute every layer and every vision block in the backward pass instead of keeping its activations."""
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.vision = VisionTower(config.vision) if config.vision is not None else None
+        self.resampler = Resampler(config) if config.vision is not None else None
+        self.init_weights()
+
+    @property
+    def head_VD(self) -> Tensor:
+        """Weight of the language-model head: the embedding when the two are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def init_weights(self) -> None:
+        """Matrices from a normal distribution with `initializer_range`, norms 1, biases 0. Nothing on the meta device."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_EFD, std=std)
+                nn.init.normal_(module.down_EDF, std=std)
+            elif isinstance(module, Router):
+                nn.init.normal_(module.weight_ED, std=std)
+
+    def set_dtype(self, dtype: torch.dtype) -> "ErnieModel":
+        """Convert the weights, except the routers: they stay float32 (float64 when the model becomes float64)."""
+        self.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for module in self.modules():
+            if isinstance(module, Router):
+                module.to(wide)
+        return self
+
+    def forward(
+        self,
+        token_T: Tensor,
+        position_3T: Tensor,
+        context: Context,
+        *,
+        patch_PX: Tensor | None = None,
+        grids: Sequence[Grid] = (),
+    ) -> ModelOutput:
+        """Run one packed row.
+
+        Args:
+            token_T: int64 ids.
+            position_3T: int64 positions (time, height, width) of every token, from `rope.position_ids`.
+            context: `Packed(lengths)` for training and prompts.
+            patch_PX: pixels of all images and videos, in order of appearance, patches in merge-block order.
+            grids: their (frames, rows, columns) in patches.
+
+        Raises:
+            ValueError: pixels, grids and placeholders disagree.
+        """
+        x_TD = self.embed_tokens(token_T)
+        x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
+        if grids:
+            x_TD = self._place_media(x_TD, token_T, patch_PX, grids)
+        elif patch_PX is not None:
+            raise ValueError(f"{patch_PX.shape[0]} patches came without grids.")
+        pools = self._pools(token_T)
+        rotation = text_rotation(position_3T, self.config, dtype=x_TD.dtype)
+        stats: list[RouterStats] = []
+        for layer in self.layers:
+            if self.gradient_checkpointing and self.training:
+                x_TD, layer_stats = torch.utils.checkpoint.checkpoint(
+                    layer, x_TD, rotation, context, pools, use_reentrant=False
+                )
+            else:
+                x_TD, layer_stats = layer(x_TD, rotation, context, pools)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
+
+    def _pools(self, token_T: Tensor) -> Pools:
+        """The expert-pool map: placeholders and start/end tokens are vision (reference 2.9, trap 7.4)."""
+        vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
+        # The only wait for the device in a forward: every layer needs the size of both pools on the host.
+        return Pools(vision_T, int(vision_T.sum()) if self.config.vision is not None else 0)
+
+    def _place_media(
+        self, x_TD: Tensor, token_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]
+    ) -> Tensor:
+        """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
+        if self.vision is None or self.resampler is None:
+            raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
+        for grid in grids:
+            check_grid(grid)
+        patches = sum(t * h * w for t, h, w in grids)
+        if patch_PX is None or patch_PX.shape[0] != patches:
+            found = 0 if patch_PX is None else patch_PX.shape[0]
+            raise ValueError(f"the grids describe {patches} patches, but {found} were given.")
+        self.vision.gradient_checkpointing = self.gradient_checkpointing
+        feature_MD = self.resampler(self.vision(patch_PX.to(x_TD.dtype), grids), grids)
+        place_M = _is_one_of(token_T, self.config.placeholder_token_ids).nonzero()[:, 0]
+        expected = sum(num_media_tokens(grid) for grid in grids)
+        if place_M.shape[0] != expected:
+            raise ValueError(
+                f"the row has {place_M.shape[0]} placeholder tokens, but its {len(grids)} images and videos need "
+                f"{expected}."
+            )
+        return x_TD.index_copy(0, place_M, feature_MD)
+
+
+def _is_one_of(token_T: Tensor, ids: Sequence[int]) -> Tensor:
+    if not ids:
+        return torch.zeros_like(token_T, dtype=torch.bool)
+    return (token_T[:, None] == torch.tensor(ids, device=token_T.device)).any(-1)
