@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train.logprobs import token_logprobs
+
+
+def test_by_hand():
+    """Logits (0, log 3): probabilities 1/4 and 3/4."""
+    hidden = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+    head = torch.tensor([[0.0], [math.log(3)]], dtype=torch.float64)
+    out = token_logprobs(hidden, head, torch.tensor([0, 1]))
+    torch.testing.assert_close(out.logprob_T.exp(), torch.tensor([0.25, 0.75], dtype=torch.float64))
+    assert out.correct_T.tolist() == [False, True]
+
+
+def problem(tokens=37, width=8, vocabulary=50, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    head = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    return hidden, head, torch.randint(vocabulary, (tokens,)), torch.randn(tokens, dtype=dtype)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [16, 17, 1000])
+def test_chunks_give_the_definition_and_its_gradients(rows_per_chunk):
+    hidden, head, target, upstream = problem()
+    expected = -F.cross_entropy(hidden @ head.T, target, reduction="none")
+    grads = torch.autograd.grad(expected, (hidden, head), upstream)
+
+    out = token_logprobs(hidden, head, target, chunk_bytes=rows_per_chunk * 50 * 8)
+    ours = torch.autograd.grad(out.logprob_T, (hidden, head), upstream)
+
+    torch.testing.assert_close(out.logprob_T, expected, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(ours, grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.equal(out.correct_T, (hidden @ head.T).argmax(-1) == target)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, head, target, _ = problem(dtype=torch.float32)
+    out = token_logprobs(hidden * 1000, head, target)
+    assert torch.isfinite(out.logprob_T).all()
+
+
+def test_bfloat16_rounds_logits_but_sums_in_float32():
+    """Master weights in float32, activations in bfloat16: the same numbers as bfloat16 logits with a float32 softmax."""
+    hidden, head, target, upstream = problem(dtype=torch.float32)
+    low = hidden.detach().bfloat16().requires_grad_()
+    out = token_logprobs(low, head, target)
+    expected = -F.cross_entropy((low @ head.bfloat16().T).float(), target, reduction="none")
+    torch.testing.assert_close(out.logprob_T, expected, rtol=1e-6, atol=1e-6)
+    grad_head = torch.autograd.grad(out.logprob_T, head, upstream)[0]
+    assert grad_head.dtype == torch.float32
+
+
+def test_no_rows():
+    hidden, head, target, _ = problem()
+    out = token_logprobs(hidden[:0], head, target[:0])
+    assert out.logprob_T.shape == (0,)
+    out.logprob_T.sum().backward()
+    assert head.grad is not None and head.grad.abs().sum() == 0
