@@ -1,0 +1,403 @@
+"""Where a run's numbers go: metrics.jsonl always, and trackio, TensorBoard and wandb by choice, several at once.
+
+    trackers = make_trackers(["trackio", "wandb"], project="ernie")     # [jsonl, trackio, wandb]
+    for tracker in trackers:
+        tracker.start(run_name, config, folder, resume_ids.get(tracker.name), resume_step=step)
+    ...
+        tracker.log({"loss": 0.41}, step=120)
+
+Two rules hold for every tracker. What is wrong *before* the first step (a missing package, a read-only folder, a
+refused key) is a `TrackerError` from `make_trackers` or `start`. What goes wrong *later* (a network that drops, a full
+disk) is said once and costs numbers, never the run.
+
+A run goes on under the same name after a resume: save `{tracker.name: tracker.run_id}` with the training state and hand
+each id back to `start`, with the step that was restored.
+"""
+
+import contextlib
+import difflib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from ernie_model.atomic import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+class TrackerError(RuntimeError):
+    """A tracker that cannot start, with the way out."""
+
+
+class Tracker(Protocol):
+    """One place that a run's metrics go to."""
+
+    name: str
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        """Open the run. `resume_id` is an earlier `run_id`, `resume_step` the step that was restored with it.
+
+        Numbers logged after `resume_step` by the process that died are dropped where the tracker can do that.
+        """
+        ...
+
+    @property
+    def run_id(self) -> str:
+        """What `start` needs to go on with this run."""
+        ...
+
+    def log(self, metrics: dict[str, float], step: int) -> None: ...
+
+    def log_image(self, name: str, path: Path, step: int) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def make_trackers(names: Sequence[str], project: str) -> list[Tracker]:
+    """The metrics.jsonl tracker, then one tracker per name. "none" adds nothing.
+
+    Raises `TrackerError` for an unknown name or a package that isn't installed.
+    """
+    trackers: list[Tracker] = [Guarded(JsonlTracker())]
+    for name in dict.fromkeys(names):
+        if name == "none":
+            continue
+        if name not in TRACKERS:
+            near = difflib.get_close_matches(name, TRACKERS, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise TrackerError(f"tracker={name} is not known; choose from {', '.join(sorted(TRACKERS))}, none.{hint}")
+        trackers.append(Guarded(TRACKERS[name](project)))
+    return trackers
+
+
+class Guarded:
+    """Wraps a tracker so that `start` fails with a clear error and nothing after it can end the run."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+        self.name = tracker.name
+        self.calls = 0
+        self.failures = 0
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        try:
+            self.tracker.start(run_name, config, folder, resume_id, resume_step=resume_step)
+        except TrackerError:
+            raise
+        except Exception as error:
+            raise TrackerError(
+                f"tracker={self.name} could not start: {type(error).__name__}: {error}. "
+                f"Put it right or leave {self.name} out of tracker=..."
+            ) from error
+
+    @property
+    def run_id(self) -> str:
+        return self.tracker.run_id
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._attempt(lambda: self.tracker.log(metrics, step))
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        self._attempt(lambda: self.tracker.log_image(name, path, step))
+
+    def finish(self) -> None:
+        self._attempt(self.tracker.finish)
+        if self.failures:
+            logger.warning("tracker %s: %d of %d calls failed.", self.name, self.failures, self.calls)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        self.calls += 1
+        try:
+            call()
+        except Exception as error:
+            self.failures += 1
+            if self.failures == 1:
+                logger.warning(
+                    "tracker %s failed; the run goes on and keeps trying it in silence. %s: %s",
+                    self.name,
+                    type(error).__name__,
+                    error,
+                )
+
+
+class JsonlTracker:
+    """metrics.jsonl in the run folder: one JSON object per line, flushed, always written.
+
+    {"step": 10, "time": 1767225600.0, "loss": 0.41, ...}      a number that is not finite is the string "nan" or "inf"
+    {"step": 10, "time": 1767225600.0, "image": "answers", "path": "answers_10.png"}
+    """
+
+    name = "jsonl"
+    file_name = "metrics.jsonl"
+
+    def __init__(self):
+        self.file: TextIO | None = None
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.file_name
+        if resume_step is not None:
+            keep_until(path, resume_step)
+        elif path.exists() and path.stat().st_size:
+            raise TrackerError(
+                f"{path} already holds a run's metrics. Resume that run (resume=auto) or choose another run folder."
+            )
+        self.folder = folder
+        self.file = path.open("a", encoding="utf-8")
+
+    @property
+    def run_id(self) -> str:
+        return self.file_name
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._write({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in metrics.items()}})
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        shown = path.resolve()
+        if shown.is_relative_to(self.folder.resolve()):
+            shown = shown.relative_to(self.folder.resolve())
+        self._write({"step": step, "time": round(time.time(), 3), "image": name, "path": shown.as_posix()})
+
+    def finish(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.file is None:
+            raise RuntimeError("log before start, or after finish")
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def keep_until(path: Path, last_step: int) -> None:
+    """Drop the lines of a metrics.jsonl that lie beyond `last_step`, and a last line that a kill tore in two.
+
+    The steps after the checkpoint are trained again, so their old numbers would appear twice.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= last_step:
+            kept.append(line + "\n")
+    atomic_write(path, "".join(kept))
+
+
+class TrackioTracker:
+    """trackio: an SQLite file on this machine and a web page (`ernie dashboard`); no account, no network.
+
+    The files lie in trackio's own folder (environment variable TRACKIO_DIR, by default ~/.cache/huggingface/trackio),
+    so one dashboard shows all of a user's runs. trackio finds a run by its name, so two runs that ask for the same name
+    get "name" and "name-2", and that name is the run id.
+    """
+
+    name = "trackio"
+
+    def __init__(self, project: str):
+        self.trackio = _import("trackio", "trackio")
+        self.project = project
+        self._name = ""
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        taken = self._run_names()
+        self._name = resume_id or _unused(run_name, taken)
+        with contextlib.redirect_stdout(io.StringIO()):  # five lines of advice about its own command line
+            self.run = self.trackio.init(
+                project=self.project,
+                name=self._name,
+                # Names that start with "_" are trackio's own.
+                config={key: value for key, value in config.items() if not key.startswith("_")},
+                resume="allow" if resume_id else "never",
+                embed=False,
+            )
+
+    @property
+    def run_id(self) -> str:
+        return self._name
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        # trackio needs a current run to know where to copy the file to; `init` made ours the current one.
+        self.run.log({name: self.trackio.Image(str(path), caption=f"{name}, step {step}")}, step=step)
+
+    def finish(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.trackio.finish()
+
+    def _run_names(self) -> set[str]:
+        try:
+            return {run.name for run in self.trackio.Api().runs(self.project)}
+        except ValueError:  # the project does not exist yet
+            return set()
+
+
+class TensorBoardTracker:
+    """TensorBoard event files in RUN_FOLDER/tensorboard; look at them with `tensorboard --logdir RUN_FOLDER`."""
+
+    name = "tensorboard"
+
+    def __init__(self, project: str):
+        _import("tensorboard", "'ernie-train[tensorboard]'")
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step makes TensorBoard forget what the killed process logged beyond the checkpoint.
+        purge_step = None if resume_step is None else resume_step + 1
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
+        self.writer.add_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```")
+
+    @property
+    def run_id(self) -> str:
+        return "tensorboard"
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        import numpy
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """Weights & Biases. With no key (WANDB_API_KEY or `wandb login`) the run is kept offline in RUN_FOLDER/wandb.
+
+    WANDB_MODE, where set, has the last word. `wandb sync RUN_FOLDER/wandb/offline-run-*` uploads an offline run later.
+    """
+
+    name = "wandb"
+
+    def __init__(self, project: str):
+        self.wandb = _import("wandb", "'ernie-train[wandb]'")
+        self.project = project
+
+    def start(
+        self,
+        run_name: str,
+        config: dict[str, Any],
+        folder: Path,
+        resume_id: str | None = None,
+        *,
+        resume_step: int | None = None,
+    ) -> None:
+        mode = os.environ.get("WANDB_MODE") or ("online" if self.wandb.api.api_key else "offline")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run = self.wandb.init(
+            project=self.project,
+            name=run_name,
+            config=config,
+            dir=str(folder),
+            id=resume_id,
+            resume="allow" if resume_id else None,
+            mode=mode,
+            settings=self.wandb.Settings(console="off", silent=True),
+        )
+        # wandb refuses a step smaller than one it has seen, and a resumed run starts before the last one logged. So the
+        # step travels as an ordinary number that the charts use as their axis.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    @property
+    def run_id(self) -> str:
+        return self.run.id
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.run.log({**metrics, "step": step})
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        self.run.log({name: self.wandb.Image(str(path)), "step": step})
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+TRACKERS: dict[str, Callable[[str], Tracker]] = {
+    "trackio": TrackioTracker,
+    "tensorboard": TensorBoardTracker,
+    "wandb": WandbTracker,
+}
+
+
+def _import(module: str, install: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise TrackerError(
+            f"tracker={module} needs the package {module}, which cannot be imported ({error}). "
+            f"Install it with: pip install {install}"
+        ) from error
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    number, candidate = 1, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def _finite(value: float) -> float | str:
+    # JSON has no nan and no inf, and a run that diverged must show it.
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
