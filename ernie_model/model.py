@@ -102,11 +102,11 @@ class ErnieModel(nn.Module):
 
     def set_dtype(self, dtype: torch.dtype) -> "ErnieModel":
         """Convert the weights, except the routers: they stay float32 (float64 when the model becomes float64)."""
-        self.to(dtype)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         for module in self.modules():
-            if isinstance(module, Router):
-                module.to(wide)
+            # One by one: `self.to(bfloat16)` first and the routers back afterwards would have rounded them.
+            own = wide if isinstance(module, Router) else dtype
+            module._apply(lambda t, own=own: t.to(own) if t.is_floating_point() else t, recurse=False)
         return self
 
     def forward(
