@@ -1,7 +1,7 @@
 """Read and write Hugging Face checkpoints, one shard at a time.
 
-    load   headers of all shards -> every name and shape checked -> memory allocated once -> tensors copied as they stream by
-    save   names and sizes planned -> shard after shard assembled and written -> index and config.json -> one rename
+    load   headers of all shards -> all names and shapes checked -> memory allocated once -> tensors stream in
+    save   names and sizes planned -> shard after shard assembled and written -> index, config.json -> one rename
 
 Nothing is allocated before the plan is known to be complete, so a wrong folder fails in seconds and names everything
 that is wrong with it. Peak memory is the model plus one shard, also when the dtype changes: the stacked expert tensors
@@ -13,8 +13,8 @@ Router weights and correction biases are float32 in memory and in what we write,
 
 Not read, on purpose:
     pickled weights          they can run code; convert them to safetensors first
-    multi-token prediction   `mtp*` tensors of text repositories belong to a head this model does not have: ignored, logged
-    a second head            a tied model whose file holds an lm_head unlike its embedding contradicts itself: an error
+    multi-token prediction   `mtp*` tensors of text repositories, a head this model does not have: ignored and logged
+    a second head            a tied model whose file holds an lm_head unlike its embedding: an error
 A flipped bit inside a tensor cannot be noticed: safetensors carries no checksum of the data, only its length.
 
 Source: reference section 5.
@@ -166,8 +166,8 @@ def _check_tied_head(config: ErnieConfig, stored: list[Stored], ours: Mapping[st
             if difference:
                 raise CheckpointError(
                     f"{heads[0].file}: config.json says tie_word_embeddings = true, but {HEAD} and {EMBEDDING} differ "
-                    f"(by {difference:.3g} in rows {start} to {stop - 1}). Set tie_word_embeddings to false to keep both, or remove "
-                    f"{HEAD} to use the embedding."
+                    f"(by {difference:.3g} in rows {start} to {stop - 1}). Set tie_word_embeddings to false to keep "
+                    f"both, or remove {HEAD} to use the embedding."
                 )
 
 
@@ -276,9 +276,10 @@ def _local_folder(source: str | Path, revision: str | None, patterns: list[str])
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(
-            f"{source!r} is not a folder here, and downloading it from the hub failed: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''} Check the name and the network, or pass a local folder."
+            f"{source!r} is not a folder here, and downloading it from the hub failed ({reason}). "
+            "Check the name and the network, or pass a local folder."
         ) from error
 
 
@@ -295,8 +296,8 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLE_SUFFIXES)
         if pickled:
             raise CheckpointError(
-                f"{folder} holds pickled weights ({', '.join(pickled[:5])}) and no safetensors. Pickles can run any code "
-                "when they are opened, so they are not read; convert them to safetensors."
+                f"{folder} holds pickled weights ({', '.join(pickled[:5])}) and no safetensors. Pickles can run any "
+                "code when they are opened, so they are not read; convert them to safetensors."
             )
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
     try:
@@ -320,7 +321,7 @@ def _read_headers(folder: Path) -> list[Stored]:
     stored: list[Stored] = []
     for file in files:
         with _open(file) as reader:
-            for name in reader.offset_keys():  # in the order of the data, so that disks read forward
+            for name in reader.keys():
                 entry = reader.get_slice(name)
                 if (dtype := entry.get_dtype()) not in DTYPES:
                     raise CheckpointError(
@@ -333,8 +334,8 @@ def _read_headers(folder: Path) -> list[Stored]:
         if wrong := [name for name in {*held, *index} if held.get(name) != index.get(name)]:
             name = min(wrong)
             raise CheckpointError(
-                f"{folder / INDEX_FILE} does not match the shards for {len(wrong)} tensors; for example {name}: the index "
-                f"says {index.get(name, 'nowhere')}, it is in {held.get(name, 'none of them')}."
+                f"{folder / INDEX_FILE} does not match the shards for {len(wrong)} tensors; for example {name}: the "
+                f"index says {index.get(name, 'nowhere')}, it is in {held.get(name, 'none of them')}."
             )
     return stored
 
@@ -343,9 +344,7 @@ def _open(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged or incomplete ({file.stat().st_size if file.exists() else 0} bytes): {error}. Download or copy it again."
-        ) from error
+        raise CheckpointError(f"{file} is damaged or incomplete ({error}). Download or copy it again.") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- saving

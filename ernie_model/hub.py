@@ -16,7 +16,7 @@ What differs between the public text and vision-language repositories (reference
     router weight        (E, D)                   (D, E), the vision pool's as `gate.weight_1`
     correction bias      (1, E)                   (2, E): row 0 text, row 1 vision
     experts              0..E-1                   0..E-1 text, E..2E-1 vision (narrower)
-    vision tower         -                        `vision_model.*` at the top; transformers writes `model.vision_model.*`
+    vision tower         -                        `vision_model.*`, but transformers writes `model.vision_model.*`
 
 Shape letters:  D model width   E experts of a pool   F expert width
 """
