@@ -1,0 +1,339 @@
+"""Video file -> chosen frames with drawn timestamps -> rows of normalised patches.
+
+    choose frames        transformers' rule, or two frames per second (Baidu's own processor)
+    draw the timestamp   "time: 00:00:02.50" in the top left corner, before resizing
+    make it even         the resampler merges frames in pairs; of an odd number the last one is used twice
+    cut                  every frame as an image (images.py) with the limits of videos; grid (t, h, w), t = frames
+
+The font is the checkpoint's own (`Roboto-Regular.ttf` in the released folders). Where there is none, Pillow's built-in
+font draws (Aileron, public domain, needs Pillow with FreeType), and the processor saves that very font with the model,
+so that whoever loads the folder draws the same pixels.
+
+Source: reference 4.3.
+
+Shape letters:  N frames   P patches   X numbers in a patch
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ernie_model.images import Grid, MediaError, PixelSettings, load_image, picture_patches, resized_size
+
+FALLBACK_FPS = 24.0  # of frames that come without any timing, as in transformers
+BUILT_IN_FONT = "Aileron-Regular.ttf"
+
+
+class FrameSampling(Enum):
+    """Which frames of a clip the model sees (reference 4.3, trap 7.16)."""
+
+    TWO_FPS = "two_fps"
+    """What Baidu's processor does: `fps` (2) frames per second, but at least 16 and at most 180 spread evenly."""
+    TRANSFORMERS = "transformers"
+    """What transformers does: all frames unless `fps` is given, clamped to 16..180 and spread evenly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings(PixelSettings):
+    min_pixels: int = 299 * 28 * 28
+    """Of one frame, as `max_pixels`."""
+    max_pixels: int = 1196 * 28 * 28
+    sampling: FrameSampling = FrameSampling.TWO_FPS
+    fps: float | None = None
+    """Frames per second to choose. None: 2 for TWO_FPS, all frames for TRANSFORMERS."""
+    num_frames: int | None = None
+    """Choose exactly this many frames instead (fewer if the clip is shorter)."""
+    min_frames: int = 16
+    max_frames: int = 180
+    draw_timestamps: bool = True
+    font: Path | None = None
+    """A TrueType file; None draws with Pillow's built-in font."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError(f"fps ({self.fps}) and num_frames ({self.num_frames}) exclude each other; give one.")
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"fps is {self.fps}; it must be above 0.")
+        if not 0 < self.min_frames <= self.max_frames:
+            raise ValueError(f"min_frames ({self.min_frames}) must be above 0 and at most max_frames.")
+        if self.num_frames is not None and not self.min_frames <= self.num_frames <= self.max_frames:
+            raise ValueError(
+                f"num_frames is {self.num_frames}; it must lie between min_frames ({self.min_frames}) and max_frames "
+                f"({self.max_frames})."
+            )
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A clip that somebody has decoded already.
+
+    With `fps`, `images` is the whole clip and frames are chosen from it as from a file. With `seconds`, the choice has
+    been made: every frame is used and shows its own time. With neither, the clip counts as 24 frames per second.
+    """
+
+    images: Sequence[Image.Image | str | Path]
+    fps: float | None = None
+    seconds: Sequence[float] | None = None
+    name: str = field(default="frames", kw_only=True)
+
+    def __post_init__(self):
+        if self.seconds is not None and len(self.seconds) != len(self.images):
+            raise MediaError(self.name, f"has {len(self.images)} frames, but {len(self.seconds)} times.")
+
+
+# ----------------------------------------------------------------------------------------------------- frame sampling
+
+
+def frame_indices(num_frames: int, fps: float, settings: VideoSettings) -> list[int]:
+    """Which of a clip's frames to use.
+
+    Args:
+        num_frames: frames in the clip, at least 1.
+        fps: frames per second of the clip.
+
+    Returns:
+        Ascending indices below `num_frames`.
+    """
+    if settings.sampling is FrameSampling.TRANSFORMERS:
+        return _transformers_indices(num_frames, fps, settings)
+    return _two_fps_indices(num_frames, fps, settings)
+
+
+def _transformers_indices(total: int, fps: float, settings: VideoSettings) -> list[int]:
+    if settings.num_frames is not None:
+        count: float = min(settings.num_frames, total)
+    else:
+        wanted = total if settings.fps is None else total / fps * settings.fps
+        count = min(max(wanted, settings.min_frames), settings.max_frames, total)
+    # torch, not numpy: the original rounds to float32 before it truncates, and so must we. It may yield one index more
+    # than `count`, when that is not whole.
+    return torch.arange(0, total, total / count).int().tolist()
+
+
+def _two_fps_indices(total: int, fps: float, settings: VideoSettings) -> list[int]:
+    target_fps = settings.fps or 2.0
+    duration = total / fps
+    expected = int(duration * target_fps)
+    count = settings.num_frames
+    if count is None and expected < settings.min_frames:
+        count = settings.min_frames
+    elif count is None and expected > settings.max_frames:
+        count = settings.max_frames
+    if count is not None:  # the first frame of each of `count` equal intervals
+        return np.linspace(0, total, min(count, total) + 1).astype(int)[:-1].tolist()
+    seconds_N = np.arange(0, duration, 1 / target_fps)
+    return [index for index in np.around(seconds_N * fps).astype(int).tolist() if index < total]
+
+
+# --------------------------------------------------------------------------------------------------------- timestamps
+
+
+def timestamp(seconds: float) -> str:
+    """"time: HH:MM:SS.ss", with transformers' rounding: 59.999 s is 00:00:60.00."""
+    hours, rest = seconds // 3600, seconds % 3600
+    return f"time: {int(hours):02d}:{int(rest // 60):02d}:{rest % 60:05.02f}"
+
+
+def draw_timestamp(image: Image.Image, seconds: float, font_file: Path | None = None) -> Image.Image:
+    """A copy of `image` with the time in its top left corner: black with a white border, a tenth of the short side."""
+    size = max(1, int(min(image.size) * 0.1))
+    stamped = image.copy()
+    ImageDraw.Draw(stamped).text(
+        (0, 0),
+        timestamp(seconds),
+        font=_font(font_file, size),
+        fill=(0, 0, 0),
+        stroke_width=int(size * 0.1),
+        stroke_fill=(255, 255, 255),
+    )
+    return stamped
+
+
+@lru_cache
+def _font(font_file: Path | None, size: int) -> ImageFont.FreeTypeFont:
+    if font_file is not None:
+        return ImageFont.truetype(str(font_file), size)
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError(
+            "this Pillow has no FreeType, so timestamps cannot be drawn; install the usual wheel, or set "
+            "draw_timestamps to False."
+        )
+    return font
+
+
+def font_file(settings: VideoSettings) -> tuple[str, bytes]:
+    """Name and content of the TrueType file that `settings` draw with, to be saved beside the model."""
+    if settings.font is not None:
+        return settings.font.name, settings.font.read_bytes()
+    stream = _font(None, 10).path
+    assert isinstance(stream, io.BytesIO)
+    return BUILT_IN_FONT, stream.getvalue()
+
+
+# ----------------------------------------------------------------------------------------------------------- decoding
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What has to be known about a video file before frames are chosen."""
+
+    num_frames: int
+    fps: float
+
+
+def probe(path: str | Path) -> Clip:
+    """Count the frames of a video without decoding them, and read its frame rate.
+
+    The packets are counted because containers state the number of frames wrongly or not at all.
+
+    Raises:
+        MediaError: missing, empty, not a video, or without a single frame.
+    """
+    try:
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            rate = stream.average_rate or stream.guessed_rate
+            count = sum(1 for packet in container.demux(stream) if packet.size)
+    except (av.FFmpegError, ValueError, EOFError) as error:
+        raise _undecodable(path, error) from error
+    if count == 0:
+        raise MediaError(path, "the video has no frames.")
+    return Clip(count, float(rate) if rate else FALLBACK_FPS)
+
+
+def decode_frames(path: str | Path, indices: Sequence[int]) -> Iterator[Image.Image]:
+    """Yield the frames with the given ascending indices, upright, as RGB pictures; fewer if the file ends before.
+
+    Raises:
+        MediaError: the file cannot be decoded.
+    """
+    wanted, last = set(indices), max(indices)
+    try:
+        with _open(path) as container:
+            stream = _video_stream(container, path)
+            stream.thread_type = "AUTO"
+            for index, frame in enumerate(container.decode(stream)):
+                if index in wanted:
+                    yield _upright(frame)
+                if index == last:
+                    return
+    except (av.FFmpegError, ValueError, EOFError) as error:
+        raise _undecodable(path, error) from error
+
+
+def _open(path: str | Path) -> "av.container.InputContainer":
+    if not Path(path).is_file():
+        raise MediaError(path, "there is no such file.")
+    if Path(path).stat().st_size == 0:
+        raise MediaError(path, "the file is empty (0 bytes).")
+    return av.open(str(path), mode="r")
+
+
+def _video_stream(container: "av.container.InputContainer", path: str | Path) -> "av.VideoStream":
+    if not container.streams.video:
+        raise MediaError(path, "the file holds no video stream.")
+    return container.streams.video[0]
+
+
+def _undecodable(path: str | Path, error: Exception) -> MediaError:
+    return MediaError(path, f"cannot be decoded as a video ({type(error).__name__}: {error}).")
+
+
+def _upright(frame: av.VideoFrame) -> Image.Image:
+    """RGB picture, turned as the file says: phones store portrait clips lying down."""
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turned = round(frame.rotation / 90) * 90 % 360  # counter-clockwise
+    return image.rotate(turned, expand=True) if turned else image
+
+
+# ------------------------------------------------------------------------------------------------------------ patches
+
+
+def video_patches(
+    source: Frames | str | Path, settings: VideoSettings, name: str | None = None
+) -> tuple[np.ndarray, Grid]:
+    """Patches of one video.
+
+    Returns:
+        patch_PX float32, frame after frame, each in merge-block order; and the grid (frames, rows, columns).
+
+    Raises:
+        MediaError: missing, corrupt, without frames, or too long and thin.
+    """
+    if isinstance(source, Frames):
+        name = name or source.name
+        pictures, seconds = _choose_from(source, settings, name)
+        patch_PX, grid, _ = _cut_frames(pictures, seconds, settings, name)
+        return patch_PX, grid
+    name = name or str(source)
+    clip = probe(source)
+    indices = frame_indices(clip.num_frames, clip.fps, settings)
+    patches = _file_to_patches(source, indices, clip.fps, settings, name)
+    if patches is None:  # some packets hold no picture: choose again, among the frames that exist
+        count = _count_decodable(source)
+        if count == 0:
+            raise MediaError(name, "the video has no frames that can be decoded.")
+        patches = _file_to_patches(source, frame_indices(count, clip.fps, settings), clip.fps, settings, name)
+        assert patches is not None
+    return patches
+
+
+def _file_to_patches(
+    path: str | Path, indices: Sequence[int], fps: float, settings: VideoSettings, name: str
+) -> tuple[np.ndarray, Grid] | None:
+    """None if the file holds fewer frames than `indices` asks for."""
+    seconds = [index / fps for index in indices]
+    patch_PX, grid, count = _cut_frames(decode_frames(path, indices), seconds, settings, name)
+    return (patch_PX, grid) if count == len(indices) else None
+
+
+def _cut_frames(
+    pictures: Iterable[Image.Image], seconds: Sequence[float], settings: VideoSettings, name: str
+) -> tuple[np.ndarray, Grid, int]:
+    """Stamp, resize and cut frame by frame, so that only one of them is held at full size.
+
+    Returns:
+        patch_PX, the grid, and how many frames there were (before an odd last one was used twice).
+    """
+    patches: list[np.ndarray] = []
+    height = width = 0
+    for picture, second in zip(pictures, seconds, strict=False):
+        if not patches:  # one size for the whole clip: the frames share a grid
+            height, width = resized_size(picture, settings, name)
+        stamped = draw_timestamp(picture, second, settings.font) if settings.draw_timestamps else picture
+        patches.append(picture_patches(stamped, height, width, settings))
+    count = len(patches)
+    patches += patches[-1:] * (count % 2)
+    grid = (len(patches), height // settings.patch_size, width // settings.patch_size)
+    empty_PX = np.empty((0, 3 * settings.patch_size**2), dtype=np.float32)
+    return np.concatenate([empty_PX, *patches]), grid, count
+
+
+def _count_decodable(path: str | Path) -> int:
+    try:
+        with _open(path) as container:
+            return sum(1 for _ in container.decode(_video_stream(container, path)))
+    except (av.FFmpegError, ValueError, EOFError) as error:
+        raise _undecodable(path, error) from error
+
+
+def _choose_from(source: Frames, settings: VideoSettings, name: str) -> tuple[list[Image.Image], list[float]]:
+    if not source.images:
+        raise MediaError(name, "the video has no frames.")
+    if source.seconds is not None:
+        chosen, seconds = list(source.images), list(source.seconds)
+    else:
+        fps = source.fps or FALLBACK_FPS
+        indices = frame_indices(len(source.images), fps, settings)
+        chosen, seconds = [source.images[i] for i in indices], [i / fps for i in indices]
+    return [load_image(image, None if isinstance(image, str | Path) else name) for image in chosen], seconds
