@@ -1,0 +1,170 @@
+"""Conversations: the one form that every dataset, task and rollout is turned into.
+
+    Conversation
+      Message user        Part image  "images/0001.png"
+                          Part text   "Which digit?"
+      Message assistant   Part text   "7"                 trained: an assistant message, and nobody said otherwise
+
+Everything is frozen, so that a conversation may be shared by threads and caches. Media stay *references* (a path, or the
+bytes of an encoded file) until `data/media.py` opens them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from data.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+
+Media = str | bytes
+"""A path as the record wrote it, or the content of an encoded file (PNG, JPEG, ...)."""
+
+
+class PartKind(Enum):
+    TEXT = "text"
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of text, an image or a video; use the three constructors below."""
+
+    kind: PartKind
+    text: str = ""
+    media: Media | None = None
+
+    @staticmethod
+    def of_text(text: str) -> "Part":
+        return Part(PartKind.TEXT, text=text)
+
+    @staticmethod
+    def of_image(media: Media) -> "Part":
+        return Part(PartKind.IMAGE, media=media)
+
+    @staticmethod
+    def of_video(media: Media) -> "Part":
+        return Part(PartKind.VIDEO, media=media)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the assistant calls."""
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    role: str
+    parts: tuple[Part, ...] = ()
+    reasoning: str | None = None
+    """What the assistant thought before it answered."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """In a tool's message: the call it answers."""
+    train: bool | None = None
+    """Learn to write this message? None means: yes if the assistant wrote it."""
+    weight: float = 1.0
+    """Factor on the loss of each of this message's tokens."""
+
+    def __post_init__(self):
+        if self.role not in ROLES:
+            raise DataError(f"role is {self.role!r}; it must be one of {', '.join(ROLES)}.")
+        if self.role != "assistant":
+            for name, value in (("reasoning_content", self.reasoning), ("tool_calls", self.tool_calls)):
+                if value:
+                    raise DataError(f"a {self.role} message has {name}; only assistant messages may.")
+            if self.train:
+                raise DataError(f"a {self.role} message has train=true; only what the assistant writes can be trained.")
+        if not (self.weight >= 0 and self.weight < float("inf")):
+            raise DataError(f"weight is {self.weight}; it must be a finite number, 0 or larger.")
+
+    @property
+    def trained_weight(self) -> float:
+        """`weight`, or 0 when this message is not trained."""
+        trained = self.role == "assistant" if self.train is None else self.train
+        return self.weight if trained else 0.0
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part.text for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a record was read: a file, and the line or row in it, counted from 1."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    id: str
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Definitions of the functions the assistant may call, in OpenAI's form."""
+    answer: str | None = None
+    """The right answer, where it can be checked by a program (evaluation, reinforcement learning)."""
+    source: Source | None = None
+
+    def __post_init__(self):
+        if not self.messages:
+            raise DataError("messages is empty; a conversation needs at least one message.")
+
+    @property
+    def name(self) -> str:
+        """What an error message calls this conversation."""
+        return f"record {self.id!r}" if self.source is None else f"record {self.id!r} ({self.source})"
+
+    def prompt(self) -> "Conversation":
+        """The same conversation without its last message, which must be the assistant's: the question alone."""
+        if self.messages[-1].role != "assistant":
+            raise DataError(f"{self.name}: the last message is the {self.messages[-1].role}'s, not the assistant's.")
+        return Conversation(
+            id=self.id, messages=self.messages[:-1], tools=self.tools, answer=self.answer, source=self.source
+        )
+
+    def to_chat(self, open_media: Callable[[PartKind, Media], Any] | None = None) -> list[dict[str, Any]]:
+        """The messages as `Processor.encode` takes them.
+
+        `open_media(kind, media)` turns every reference into what the processor wants (`MediaFolder.open`). Without it,
+        references stay as they are, which is enough for chat templates and for printing.
+        """
+        return [_chat_message(message, open_media or (lambda kind, media: media)) for message in self.messages]
+
+
+def _chat_message(message: Message, open_media: Callable[[PartKind, Media], Any]) -> dict[str, Any]:
+    chat: dict[str, Any] = {"role": message.role, "content": _chat_content(message.parts, open_media)}
+    if message.reasoning is not None:
+        chat["reasoning_content"] = message.reasoning
+    if message.tool_calls:
+        chat["tool_calls"] = [chat_tool_call(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        chat["tool_call_id"] = message.tool_call_id
+    return chat
+
+
+def _chat_content(parts: Sequence[Part], open_media: Callable[[PartKind, Media], Any]) -> str | list[dict[str, Any]]:
+    if all(part.kind is PartKind.TEXT for part in parts):
+        return "".join(part.text for part in parts)
+    content = []
+    for part in parts:
+        value = part.text if part.media is None else open_media(part.kind, part.media)
+        content.append({"type": part.kind.value, part.kind.value: value})
+    return content
+
+
+def chat_tool_call(call: ToolCall) -> dict[str, Any]:
+    """OpenAI's form, with the arguments as an object (chat templates print them, so they must not be quoted twice)."""
+    chat: dict[str, Any] = {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+    return chat if call.id is None else {"id": call.id, **chat}

@@ -1,0 +1,1 @@
+"""One file per format of record: `read(record) -> Conversation`, and `write` back."""

@@ -1,0 +1,162 @@
+"""The only door through which images and videos enter.
+
+    a reference in a record              what becomes of it
+      "images/0001.png"                  opened inside the media folder
+      "data:image/png;base64,iVBO..."    decoded
+      b"\\x89PNG..."                      opened (bytes of an encoded file, from a task)
+      "../secret.png", a link outwards   refused: it leaves the media folder
+      "https://..."                      refused: this version fetches nothing
+
+Size is looked at before anything is decoded, so a small file that unfolds into gigabytes is refused too. Pixels are
+decoded here, not later, so that a broken file fails with its name.
+"""
+
+import base64
+import binascii
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from data.conversation import Media, PartKind
+from ernie_model.images import MediaError, load_image
+
+IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are pixels and nothing else. Pillow would also open PostScript, by running another program on it."""
+
+_DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.ASCII)
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")  # two letters or more: "C:" is a drive
+
+
+@dataclass(frozen=True)
+class MediaFolder:
+    """Opens what the records of one dataset refer to. `root` is the folder that their paths are relative to."""
+
+    root: Path | None
+    """None: no path may be opened, only bytes and data: URLs."""
+    max_image_pixels: int = 64_000_000
+    """Width times height of an image, before any resizing; a 64-megapixel RGB image takes 192 MB decoded."""
+    max_image_bytes: int = 64 * 2**20
+    max_video_bytes: int = 4 * 2**30
+
+    def open(self, kind: PartKind, media: Media) -> Image.Image | str:
+        """What `Processor.encode` takes: a decoded RGB image, or the path of a video file that has been checked.
+
+        Raises MediaError, naming the file, for whatever cannot be honoured.
+        """
+        return self.open_image(media) if kind is PartKind.IMAGE else self.open_video(media)
+
+    def open_image(self, media: Media) -> Image.Image:
+        """Upright, RGB (see ernie_model/images.py)."""
+        file, name = self._image_file(media)
+        try:
+            with Image.open(file, formats=IMAGE_FORMATS) as image:
+                self._check_pixels(name, image.size)
+                picture = load_image(image, name)
+        except MediaError:
+            raise
+        except Exception as error:  # Pillow's readers raise a dozen types: OSError, SyntaxError, struct.error, ...
+            raise MediaError(
+                name,
+                f"cannot be read as an image ({type(error).__name__}: {error}). It must be a whole file of one of these "
+                f"formats: {', '.join(IMAGE_FORMATS)}.",
+            ) from error
+        picture.filename = name  # type: ignore[attr-defined]  # errors further on call the picture by it
+        return picture
+
+    def open_video(self, media: Media) -> str:
+        if isinstance(media, bytes) or media.startswith("data:"):
+            raise MediaError(_name(media), "videos are read from files only. Save it in the dataset's folder.")
+        path = self.resolve(media)
+        _check_bytes(media, path.stat().st_size, self.max_video_bytes, "data.max_video_bytes")
+        return str(path)
+
+    def resolve(self, path: str) -> Path:
+        """The real path of a file inside the media folder. Raises MediaError if it is not there, or not inside."""
+        if scheme := _SCHEME.match(path):
+            raise MediaError(
+                path[:200],
+                f"{scheme.group()} addresses are not fetched. Download the file into the dataset's folder and name its "
+                "path.",
+            )
+        if self.root is None:
+            raise MediaError(path[:200], "this dataset has no folder to look for files in.")
+        root = self.root.resolve()
+        try:
+            real = (root / path).resolve()  # follows links, so that a link cannot lead out either
+            inside = real.is_relative_to(root)
+            found = inside and real.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a null byte, links in a circle
+            raise MediaError(repr(path[:200]), f"not a usable path ({error}).") from error
+        if not inside:
+            raise MediaError(
+                path,
+                f"lies outside the media folder {root}. Move it inside, or set data.media_root to a folder that holds "
+                "all media.",
+            )
+        if not found:
+            raise MediaError(path, f"no such file in the media folder {root}. Check data.media_root.")
+        return real
+
+    def _image_file(self, media: Media) -> tuple[Path | io.BytesIO, str]:
+        """What to open, and what an error calls it."""
+        name, limit = _name(media), (self.max_image_bytes, "data.max_image_bytes")
+        if isinstance(media, str) and not media.startswith("data:"):
+            path = self.resolve(media)
+            _check_bytes(name, path.stat().st_size, *limit)
+            return path, name
+        if isinstance(media, str):
+            _check_bytes(name, len(media) * 3 // 4, *limit)  # before decoding; four letters of base64 are three bytes
+            media = _decode_data_url(media, name)
+        _check_bytes(name, len(media), *limit)
+        return io.BytesIO(media), name
+
+    def _check_pixels(self, name: str, size: tuple[int, int]) -> None:
+        width, height = size
+        if width * height > self.max_image_pixels:
+            raise MediaError(
+                name,
+                f"{width} x {height} pixels, more than data.max_image_pixels ({self.max_image_pixels:,}). Shrink the "
+                "image or raise the limit.",
+            )
+
+
+def _name(media: Media) -> str:
+    if isinstance(media, bytes):
+        return f"<{len(media)} bytes in memory>"
+    return f"{media[:40]}..." if media.startswith("data:") else media
+
+
+def _check_bytes(name: str, size: int, max_bytes: int, key: str) -> None:
+    if size == 0:
+        raise MediaError(name, "the file is empty (0 bytes).")
+    if size > max_bytes:
+        raise MediaError(name, f"{size:,} bytes, more than {key} ({max_bytes:,}). Shrink the file or raise the limit.")
+
+
+def _decode_data_url(url: str, name: str) -> bytes:
+    match = _DATA_URL.match(url)
+    if match is None or not match["base64"]:
+        raise MediaError(name, "only data: URLs of the form data:image/png;base64,... are understood.")
+    try:
+        return base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(name, f"the base64 text is broken ({error}).") from error
+
+
+def data_url(content: bytes) -> str:
+    """The content of an encoded image file as a data: URL."""
+    kind = "jpeg" if content.startswith(b"\xff\xd8") else "webp" if content[8:12] == b"WEBP" else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def save_media(folder: Path, name: str, content: bytes) -> str:
+    """Write an encoded file into `folder`; returns the path that a record in `folder` refers to it by."""
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as file:
+        file.write(content)
+    return os.path.normpath(name)

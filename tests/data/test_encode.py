@@ -1,0 +1,80 @@
+"""Which tokens are learned."""
+
+import pytest
+
+from data.conversation import Conversation, Message, Part
+from data.encode import encode
+from data.errors import DataError, TooLongError
+
+
+def drawing(example):
+    """Two lines: the tokens, and under each the weight of predicting the next one."""
+    return "".join(map(chr, example.token_T.tolist())), "".join(f"{weight:g}" for weight in example.weight_T.tolist())
+
+
+def test_the_assistants_words_are_targets_and_nothing_else(talk, processor):
+    example = encode(talk("a", "hi", "yo", "ok", "bye"), processor)
+
+    assert drawing(example) == (
+        "uhiayo$uokabye$",
+        "000111000011110",
+    )
+    #  the weight stands one place before the letter it is for: "a" predicts "y", "y" predicts "o", "o" predicts "$"
+    assert example.target_T.tolist() == [*map(ord, "hiayo$uokabye$"), 0]
+
+
+def test_media_are_not_learned(processor, png):
+    conversation = Conversation(
+        id="a",
+        messages=(
+            Message(role="user", parts=(Part.of_image(png), Part.of_text("?"))),
+            Message(role="assistant", parts=(Part.of_text("7"),)),
+        ),
+    )
+
+    example = encode(conversation, processor)
+
+    assert drawing(example) == ("u[**]?a7$", "000000110")
+    assert (example.num_tokens, example.num_patches, example.grids) == (9, 16, ((1, 4, 4),))
+    assert example.num_bytes == 9 * (8 + 8 + 4 + 3 * 8) + 16 * 3 * 4
+
+
+def test_a_message_can_be_left_out_or_weighted(processor):
+    def said(text, **options):
+        return Message(role="assistant", parts=(Part.of_text(text),), **options)
+
+    user = Message(role="user", parts=(Part.of_text("?"),))
+    conversation = Conversation(
+        id="a", messages=(user, said("no", train=False), user, said("so", weight=2.0), user, said("ok", train=True))
+    )
+
+    assert drawing(encode(conversation, processor)) == (
+        "u?ano$u?aso$u?aok$",
+        "000000002220001110",
+    )
+
+
+@pytest.mark.parametrize("options", [{"train": False}, {"weight": 0.0}])
+def test_nothing_to_learn_is_an_error(talk, processor, options):
+    with pytest.raises(DataError, match="record 'a': no token is trained"):
+        encode(talk("a", "hi", "yo", **options), processor)
+
+
+def test_no_assistant_message_is_an_error(talk, processor):
+    with pytest.raises(DataError, match="record 'a': no token is trained"):
+        encode(talk("a", "hi"), processor)
+
+
+def test_too_long_names_the_record_and_both_lengths(talk, processor):
+    encode(talk("a", "hi", "yo"), processor, max_tokens=7)
+    with pytest.raises(TooLongError, match=r"record 'a': 7 tokens, more than a row holds \(data.max_tokens=6\)"):
+        encode(talk("a", "hi", "yo"), processor, max_tokens=6)
+
+
+def test_too_many_patches(processor, png):
+    messages = (
+        Message(role="user", parts=(Part.of_image(png),) * 2),
+        Message(role="assistant", parts=(Part.of_text("7"),)),
+    )
+    with pytest.raises(TooLongError, match="32 image patches.*data.max_patches=31"):
+        encode(Conversation(id="a", messages=messages), processor, max_patches=31)

@@ -1,0 +1,257 @@
+"""The stream of batches: the same whatever the ranks, the threads, the cache and the interruptions."""
+
+import json
+
+import pytest
+import torch
+
+from data.encoder import Encoder, TooLong
+from data.errors import DataError, TooLongError
+from data.loader import BackgroundStream, PackedStream, eval_batches, open_stream
+
+LENGTHS = (6, 9, 4, 12, 7, 5, 8, 10, 4, 11, 6)
+
+
+@pytest.fixture
+def stream(sized, processor):
+    def make(lengths=LENGTHS, *, max_tokens=20, too_long=TooLong.ERROR, cache_bytes=2**20, workers=0, **options):
+        encoder = Encoder(
+            sized(*lengths),
+            processor,
+            max_tokens=max_tokens,
+            too_long=too_long,
+            cache_bytes=cache_bytes,
+            workers=workers,
+        )
+        return PackedStream(encoder, **{"seed": 0, "lookahead": 4, **options})
+
+    return make
+
+
+def ids(steps):
+    """[[ids of row, ...] per step, ...]"""
+    return [[row.ids for row in step] for step in steps]
+
+
+def steps_of(stream, count):
+    return [stream.next_step() for _ in range(count)]
+
+
+def test_one_rank_without_accumulation_by_hand(stream):
+    steps = steps_of(stream((6, 9, 4, 12), shuffle=False), 3)
+
+    #       0:6 1:9 2:4 3:12 | 0:6 1:9 2:4 3:12 | ...          20 tokens a row, buffer of 4
+    # row   0 1 2 (19)   waiting 3 0 1 2        then 3:12 0:6 (18)   waiting 1 2 3 0     then 1:9 2:4 0:6 (19)
+    assert ids(steps) == [[("0", "1", "2")], [("3", "0")], [("1", "2", "0")]]
+
+
+def test_ranks_share_the_rows_of_one(stream):
+    """Accumulation 4 on one rank, 2 on two, 1 on four: step for step the same rows."""
+    alone = ids(steps_of(stream(accumulation=4), 6))
+
+    for world in (2, 4):
+        shares = [ids(steps_of(stream(accumulation=4 // world, rank=rank, world=world), 6)) for rank in range(world)]
+        for step, rows in enumerate(alone):
+            assert all(len(share[step]) == 4 // world for share in shares)  # nobody waits alone
+            dealt = [shares[place % world][step][place // world] for place in range(4)]
+            assert dealt == rows
+
+
+def test_every_record_once_per_epoch(stream):
+    """A row runs over the border of an epoch, so look at the first draws: 3 epochs, less what still waits."""
+    source = stream()
+    seen = []
+    while source.report.epoch < 3:
+        seen += [id for row in source.next_step() for id in row.ids]
+
+    counts = [seen.count(str(index)) for index in range(len(LENGTHS))]
+    assert min(counts) >= 2 and max(counts) <= 4
+    assert source.report.epoch == len(seen) / len(LENGTHS)
+
+
+def equal(steps, others):
+    for step, other in zip(steps, others, strict=True):
+        for row, same in zip(step, other, strict=True):
+            assert row.ids == same.ids
+            assert row.lengths == same.lengths
+            for name in ("token_T", "target_T", "weight_T", "position_3T"):
+                assert torch.equal(getattr(row, name), getattr(same, name))
+
+
+@pytest.mark.parametrize("cut", range(8))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_anywhere_is_never_stopping(stream, cut, workers):
+    whole = steps_of(stream(accumulation=2), 12)
+    first = stream(accumulation=2, workers=workers)
+    first = BackgroundStream(first) if workers else first
+    equal(steps_of(first, cut), whole[:cut])
+    state = json.loads(json.dumps(first.state_dict()))
+    report = first.report
+    first.close()
+
+    second = stream(accumulation=2, workers=workers)
+    second = BackgroundStream(second) if workers else second
+    second.load_state_dict(state)
+
+    assert second.report == report
+    equal(steps_of(second, 12 - cut), whole[cut:])
+    second.close()
+
+
+def test_another_number_of_ranks_may_continue(stream):
+    whole = ids(steps_of(stream(accumulation=2), 8))
+    first = stream(accumulation=1, rank=1, world=2)
+    steps_of(first, 3)
+
+    second = stream(accumulation=2)
+    second.load_state_dict(first.state_dict())
+
+    assert ids(steps_of(second, 5)) == whole[3:]
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 900])
+def test_a_small_cache_only_costs_time(stream, cache_bytes):
+    equal(steps_of(stream(cache_bytes=cache_bytes), 12), steps_of(stream(), 12))
+
+
+def test_the_cache_encodes_each_record_once(stream, processor):
+    source = stream()
+    steps_of(source, 20)
+
+    assert source.report.epoch > 3
+    assert len(processor.encoded) == len(LENGTHS)
+
+
+def test_the_cache_stays_within_its_bytes(stream):
+    source = stream(cache_bytes=2000)
+    for _ in range(10):
+        source.next_step()
+        kept = sum(example.num_bytes for example in source.encoder._cache.values())
+        assert kept == source.encoder._cached_bytes <= 2000
+
+
+def test_a_rank_encodes_only_its_rows_once_all_are_measured(stream, processor):
+    source = stream(rank=0, world=2, cache_bytes=0, workers=1)
+    while source.report.epoch < 2:
+        source.next_step()
+    before, rows = len(processor.encoded), 0
+    for _ in range(5):
+        rows += sum(len(row.ids) for row in source.next_step())
+    source.close()
+
+    assert len(processor.encoded) - before == rows
+    assert not source.encoder._pending
+
+
+def test_too_long_is_an_error_by_default(stream):
+    with pytest.raises(TooLongError, match="record '1': 21 tokens.*data.max_tokens=20.*data.too_long=skip"):
+        steps_of(stream((6, 21, 4)), 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_long_can_be_skipped_and_is_counted(stream, workers):
+    source = stream((6, 21, 4), too_long=TooLong.SKIP, workers=workers)
+    seen = {id for step in steps_of(source, 6) for row in step for id in row.ids}
+    source.close()
+
+    assert seen == {"0", "2"}
+    assert list(source.encoder.skipped) == [1]
+    assert "21 tokens" in source.encoder.skipped[1]
+    assert source.report.num_skipped >= 3
+
+
+def test_nothing_but_too_long_is_an_error_not_an_endless_search(stream):
+    with pytest.raises(DataError, match="every record of test is longer than a row"):
+        stream((21, 22), too_long=TooLong.SKIP).next_step()
+
+
+def test_fill_is_tokens_per_place(stream):
+    source = stream((8, 8), max_tokens=20)  # two of 8 in every row of 20
+    steps_of(source, 3)
+
+    assert source.report.fill == pytest.approx(16 / 20)
+    assert source.report.num_rows == 3
+
+
+@pytest.mark.parametrize(("accumulation", "world"), [(1, 1), (2, 1), (1, 3)])
+def test_count_steps_is_when_the_epochs_are_packed(stream, accumulation, world):
+    source = stream(accumulation=accumulation, world=world)
+    count = source.count_steps(2)
+
+    sources = [stream(accumulation=accumulation, rank=rank, world=world) for rank in range(world)]
+    seen = []
+    for _ in range(count):
+        seen += [id for each in sources for row in each.next_step() for id in row.ids]
+    # The endless stream fills the last rows with the third epoch, so it may lag by what waits in the buffer.
+    assert len(seen) + 4 >= 2 * len(LENGTHS)
+    assert len(seen) <= 2 * len(LENGTHS) + 3 * accumulation * world
+    equal(steps_of(source, 3), steps_of(stream(accumulation=accumulation, world=world), 3))  # counting moved nothing
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"seed": 1}, r"data.seed was 0 .* and is 1 now"),
+        ({"max_tokens": 24}, "data.max_tokens was 20 .* and is 24 now"),
+        ({"lookahead": 5}, "data.lookahead was 4 .* and is 5 now"),
+        ({"lengths": (6, 9, 4, 12, 7, 5, 8, 10, 4, 11, 7)}, "content of the records"),
+    ],
+)
+def test_resuming_on_something_else_is_refused(stream, changed, key):
+    state = stream().state_dict()
+
+    with pytest.raises(DataError, match=f"cannot resume: .*{key}"):
+        stream(**changed).load_state_dict(state)
+
+
+def test_an_error_in_the_background_comes_at_its_step(stream):
+    lengths = (*[6] * 12, 21)  # unshuffled: three rows' worth of records, and then one too long
+    foreground = stream(lengths, shuffle=False)
+    good = 0
+    with pytest.raises(TooLongError):
+        while True:
+            foreground.next_step()
+            good += 1
+
+    background = BackgroundStream(stream(lengths, shuffle=False, workers=2))
+    steps_of(background, good)
+    for _ in range(2):
+        with pytest.raises(TooLongError, match="record '12'"):
+            background.next_step()
+    background.close()
+
+
+def test_open_stream_goes_to_the_background_only_with_workers(sized, processor):
+    options = {"seed": 0, "max_tokens": 20, "accumulation": 2}
+    plain = open_stream(sized(*LENGTHS), processor, **options)
+    threaded = open_stream(sized(*LENGTHS), processor, workers=2, **options)
+
+    assert isinstance(plain, PackedStream) and isinstance(threaded, BackgroundStream)
+    equal(steps_of(threaded, 8), steps_of(plain, 8))
+    threaded.close()
+    plain.close()
+
+
+@pytest.mark.parametrize("options", [{"accumulation": 0}, {"rank": 2, "world": 2}])
+def test_impossible_settings(stream, options):
+    with pytest.raises(DataError, match=next(iter(options))):
+        stream(**options)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_evaluation_shows_every_record_once(sized, processor, world):
+    shares = [
+        list(eval_batches(Encoder(sized(*LENGTHS), processor, max_tokens=20), rank=rank, world=world))
+        for rank in range(world)
+    ]
+
+    assert len({len(share) for share in shares}) == 1  # every rank loops equally often
+    seen = [id for share in shares for row in share if row is not None for id in row.ids]
+    assert sorted(map(int, seen)) == list(range(len(LENGTHS)))
+
+
+def test_evaluation_leaves_out_what_is_too_long(sized, processor):
+    encoder = Encoder(sized(6, 21, 7), processor, max_tokens=20, too_long=TooLong.SKIP)
+
+    assert [row.ids for row in eval_batches(encoder) if row] == [("0", "2")]
+    assert list(encoder.skipped) == [1]
