@@ -1,0 +1,494 @@
+"""Typed schemas for everything under configs/. YAML chooses values; this file owns names, types and rules.
+
+Merge order: the defaults below → the chosen file of each group (configs/<group>/<name>.yaml) → configs/sft.yaml →
+configs/experiment/<name>.yaml → the command line. For example
+
+    ernie sft experiment=digits optim.lr=1e-3
+
+takes `lr: 1e-5` from `OptimConfig`, another value from experiment/digits.yaml, and at last 1e-3.
+
+`to_typed` turns the result into plain dataclasses; nothing below the entry points sees OmegaConf.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(Exception):
+    """Something only the user can put right. Printed as a short message, without a traceback; exit code 1."""
+
+
+# OmegaConf reads an enumeration by the names of its members, so the names are what users write.
+
+
+class Precision(Enum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class PositionRule(Enum):
+    """See ernie_model.config.PositionAfterVideo."""
+
+    spatial = "spatial"
+    last = "last"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class ObjectiveKind(Enum):
+    sft = "sft"
+
+
+class ParallelKind(Enum):
+    single = "single"
+
+
+class DataKind(Enum):
+    digits = "digits"
+    jsonl = "jsonl"
+
+
+class TooLong(Enum):
+    """See data.encoder.TooLong."""
+
+    error = "error"
+    skip = "skip"
+
+
+def check(rule: bool, message: str) -> None:
+    if not rule:
+        raise UserError(message)
+
+
+@dataclass
+class ModelConfig:
+    name: str = ""
+    """Free text, for people."""
+    checkpoint: str | None = None
+    """Local folder or hub id of the weights to train; null starts from random weights described by `config`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    processor: str | None = None
+    """Folder or hub id of the tokenizer and the image settings. null: the same as `checkpoint`. tiny: the small
+    tokenizer that ships with the suite."""
+    config: dict[str, Any] | None = None
+    """The architecture as a config.json dictionary; null reads it from `checkpoint`."""
+    precision: Precision = Precision.bf16
+    """What the matrix products are computed in. Master weights, router, optimizer and loss are always float32."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: a third more time, far less memory."""
+    position_after_video: PositionRule | None = None
+    """Where text continues after a long video; null keeps what the checkpoint says."""
+
+    def __post_init__(self):
+        check(
+            self.checkpoint is not None or self.config is not None,
+            "model.checkpoint and model.config are both null; give a checkpoint to train, or a config to start from "
+            "random weights.",
+        )
+        check(
+            self.checkpoint is not None or self.processor is not None,
+            "model.processor is null and there is no model.checkpoint to take it from; set model.processor=tiny or a "
+            "folder with a tokenizer.",
+        )
+
+
+@dataclass
+class DataConfig:
+    """What every data source has in common."""
+
+    kind: DataKind = MISSING
+    max_tokens: int = 4096
+    """Tokens in one packed row, which is one micro-batch."""
+    max_patches: int | None = None
+    """Image patches in one packed row (a visual token is 4 patches, 8 in a video); null sets no limit."""
+    accumulation: int = 1
+    """Packed rows that each rank works through before one update."""
+    lookahead: int = 64
+    """Conversations the packer chooses from while it fills a row: more fills rows better and mixes the order more."""
+    too_long: TooLong = TooLong.error
+    """What becomes of a conversation that does not fit in one row: error stops, skip leaves it out and counts it."""
+    shuffle: bool = True
+    """Draw a new order every epoch."""
+    seed: int = 0
+    """Chooses what is held out, and the order."""
+    workers: int = 0
+    """Threads that read and encode ahead of their use; 0 encodes in the packing thread."""
+    prefetch: int = 2
+    """Updates whose batches are packed ahead by a thread; 0 packs when they are needed."""
+    cache_gib: float = 0.5
+    """Encoded conversations (tokens and pixels) kept in memory, so that they need not be encoded again next epoch."""
+
+    def __post_init__(self):
+        check(self.max_tokens >= 2, f"data.max_tokens is {self.max_tokens}; a row needs at least 2 tokens.")
+        check(
+            self.max_patches is None or self.max_patches >= 4,
+            f"data.max_patches is {self.max_patches}; one visual token takes 4 patches. Raise it, or use null.",
+        )
+        for name, least in (("accumulation", 1), ("lookahead", 1), ("workers", 0), ("prefetch", 0), ("cache_gib", 0)):
+            check(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+@dataclass
+class DigitsData(DataConfig):
+    """scikit-learn's 1,797 scanned digits as image conversations, a fifth of them held out (data/tasks/digits.py)."""
+
+    kind: DataKind = DataKind.digits
+
+
+@dataclass
+class JsonlData(DataConfig):
+    """Your own conversations: one JSON object per line in `messages` form (data/formats/messages.py)."""
+
+    kind: DataKind = DataKind.jsonl
+    path: str = MISSING
+    """File of training conversations."""
+    eval_path: str | None = None
+    """File of held-out conversations."""
+    eval_fraction: float = 0.0
+    """Share of `path` that is held out when there is no `eval_path`; 0 trains on all, without evaluation."""
+    media_root: str | None = None
+    """Folder that the paths of images and videos are relative to; null: the folder of the JSONL file."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            0 <= self.eval_fraction < 1,
+            f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and less than 1, for example 0.1.",
+        )
+        check(
+            self.eval_path is None or self.eval_fraction == 0,
+            f"both data.eval_path ({self.eval_path}) and data.eval_fraction ({self.eval_fraction}) are set. Keep one.",
+        )
+
+
+@dataclass
+class ObjectiveConfig:
+    kind: ObjectiveKind = ObjectiveKind.sft
+    """sft: mean negative log-likelihood of the tokens the assistant wrote."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = 1e-5
+    """Peak learning rate, reached after `warmup_steps`."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly to `lr`; the first update already uses lr / (warmup + 1)."""
+    schedule: Schedule = Schedule.cosine
+    min_lr_ratio: float = 0.1
+    """The learning rate at the end, as a share of `lr` (not for schedule=constant)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only, never to norms, biases or embeddings (train/optim.py)."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    max_skipped: int = 5
+    """Updates with a non-finite loss or gradient that may be skipped before the run stops."""
+
+    def __post_init__(self):
+        check(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        check(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
+        check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie in 0..1.")
+        check(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more.")
+        check(self.max_grad_norm > 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must be positive.")
+        check(self.max_skipped >= 0, f"optim.max_skipped is {self.max_skipped}; it must be 0 or more.")
+        for name in ("beta1", "beta2"):
+            beta = getattr(self, name)
+            check(0 <= beta < 1, f"optim.{name} is {beta}; it must lie in 0..1, 1 excluded.")
+
+
+@dataclass
+class ParallelConfig:
+    kind: ParallelKind = ParallelKind.single
+    """single: every rank holds the whole model. One process, or several under `accelerate launch` (data parallel)."""
+    cpu: bool = False
+    """Use the CPU even where there is a GPU."""
+    threads: int = 0
+    """CPU threads of each process; 0 leaves PyTorch's choice."""
+
+
+@dataclass
+class TrackerConfig:
+    """Where metrics go, beside the terminal and metrics.jsonl. `tracker=[trackio,tensorboard]` switches on both."""
+
+    project: str = "ernie-train"
+    trackio: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        chosen = [name for name in ("trackio", "tensorboard", "wandb") if getattr(self, name)]
+        return chosen or ["none"]
+
+
+@dataclass
+class EvaluateConfig:
+    every: int = 0
+    """Updates between evaluations on the held-out conversations; 0 evaluates only before and after."""
+    max_examples: int = 0
+    """Held-out conversations to use; 0 uses all of them."""
+    sheet: int = 24
+    """Held-out images drawn with the model's own answers at the end; 0 draws none."""
+    max_new_tokens: int = 32
+    """Longest answer written for the sheet."""
+
+    def __post_init__(self):
+        for name in ("every", "max_examples", "sheet", "max_new_tokens"):
+            check(getattr(self, name) >= 0, f"evaluate.{name} is {getattr(self, name)}; it must be 0 or more.")
+
+
+@dataclass
+class RunConfig:
+    name: str = "sft"
+    folder: str = "runs/${run.name}"
+    """Everything this run writes lies here."""
+    steps: int | None = None
+    """Updates in the whole run; give this or `epochs`."""
+    epochs: float | None = None
+    """How often the data is gone through; becomes a number of updates before the first one."""
+    seed: int = 0
+    """Random initial weights."""
+    resume: str = "auto"
+    """auto: continue if the run folder holds a checkpoint. never: refuse if it does. Or a checkpoint folder."""
+    save_every: int = 100
+    """Updates between checkpoints; the last update always saves. 0 saves only then."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    log_every: int = 1
+    """Updates between lines in metrics.jsonl and the trackers."""
+    debug: bool = False
+    """Print the whole traceback of user errors too."""
+
+    def __post_init__(self):
+        check(
+            (self.steps is None) != (self.epochs is None),
+            f"run.steps is {self.steps} and run.epochs is {self.epochs}; give one of the two and leave the other null.",
+        )
+        check(self.steps is None or self.steps >= 1, f"run.steps is {self.steps}; it must be at least 1.")
+        check(self.epochs is None or self.epochs > 0, f"run.epochs is {self.epochs}; it must be more than 0.")
+        check(self.save_every >= 0, f"run.save_every is {self.save_every}; it must be 0 or more.")
+        check(self.keep >= 1, f"run.keep is {self.keep}; at least the newest checkpoint must stay.")
+        check(self.log_every >= 1, f"run.log_every is {self.log_every}; it must be at least 1.")
+        check(bool(self.folder), "run.folder is empty; name the folder this run writes to.")
+
+
+@dataclass
+class SFTConfig:
+    """`ernie sft`: everything it can be told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self):
+        if self.run.steps is not None:
+            check_steps(self, self.run.steps)
+
+
+def check_steps(config: SFTConfig, steps: int) -> None:
+    """Rules that need the length of the run; with run.epochs it is known only once the data has been measured."""
+    length = f"run.steps={steps}" if config.run.epochs is None else f"run.epochs={config.run.epochs:g}, {steps} updates"
+    check(
+        config.optim.warmup_steps < steps,
+        f"optim.warmup_steps ({config.optim.warmup_steps}) is not shorter than the run ({length}), so the peak learning "
+        "rate would never be reached. Lower optim.warmup_steps or make the run longer.",
+    )
+    check(
+        config.evaluate.every <= steps,
+        f"evaluate.every ({config.evaluate.every}) is longer than the run ({length}), so no evaluation would happen on "
+        "the way. Lower it, or use 0 to evaluate only before and after.",
+    )
+
+
+ENTRIES = {"sft": SFTConfig}
+DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "jsonl": JsonlData}
+GROUPS = ("model", "data", "objective", "optim", "parallel", "tracker", "experiment")
+
+# What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
+FREE_TO_CHANGE = (
+    "run.name",
+    "run.folder",
+    "run.resume",
+    "run.save_every",
+    "run.keep",
+    "run.log_every",
+    "run.debug",
+    "evaluate",
+    "tracker",
+    "parallel",
+    "data.cache_gib",
+    "data.workers",
+    "data.prefetch",
+    "optim.max_skipped",
+    "model.name",
+)
+
+
+def register() -> None:
+    """Tell Hydra the schemas. YAML files name them in their `defaults:` list."""
+    store = ConfigStore.instance()
+    for entry, schema in ENTRIES.items():
+        store.store(name=f"{entry}_schema", node=schema)
+    for kind, variant in DATA_SCHEMAS.items():
+        store.store(group="data", name=f"{kind}_schema", node=variant)
+
+
+Schema = TypeVar("Schema")
+
+
+def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
+    """Leave OmegaConf behind.
+
+    Raises:
+        UserError: a value breaks a rule, a type is wrong, or a setting without a default was not given.
+    """
+    known = sorted(set(known_keys(schema)))
+    for key in flatten(OmegaConf.to_container(cfg)):  # `+optim.leer=1` gets past OmegaConf and would do nothing
+        check(
+            key in known or key.startswith("model.config."),
+            f"{key} is not a setting of {schema.__name__}{suggestion(key, known)}",
+        )
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(
+            f"these settings have no default and were not given: {', '.join(missing)}. "
+            f"Add them to the command line, for example {missing[0]}=..."
+        )
+    try:
+        typed = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    assert isinstance(typed, schema)
+    return typed
+
+
+def plain(config: Any) -> Any:
+    """Dataclasses and enums to what JSON and YAML can hold."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.value
+    if isinstance(config, dict):
+        return {str(key): plain(value) for key, value in config.items()}
+    if isinstance(config, list | tuple):
+        return [plain(value) for value in config]
+    return config
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as the user writes them."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that change the numbers and differ between two plain configurations: key → (old, new)."""
+    free = list(FREE_TO_CHANGE)
+    if old.get("optim", {}).get("schedule") == Schedule.constant.value:
+        free.append("run.steps")  # a constant learning rate doesn't depend on where the run ends
+    old_flat, new_flat = flatten(old), flatten(new)
+    absent = object()
+    out = {}
+    for key in sorted(old_flat.keys() | new_flat.keys()):
+        if any(key == name or key.startswith(name + ".") for name in free):
+            continue
+        before, after = old_flat.get(key, absent), new_flat.get(key, absent)
+        if before != after:
+            out[key] = tuple("(absent)" if value is absent else value for value in (before, after))
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- help with typos
+
+
+def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every key of a schema in dotted form, including those of the data sources."""
+    hints = typing.get_type_hints(schema)
+    for f in dataclasses.fields(schema):
+        kind = hints[f.name]
+        variants = list(DATA_SCHEMAS.values()) if kind is DataConfig else [kind]
+        yield prefix + f.name
+        for variant in variants:
+            if dataclasses.is_dataclass(variant):
+                yield from known_keys(typing.cast(type, variant), f"{prefix}{f.name}.")
+
+
+def suggestion(key: str, known: list[str]) -> str:
+    """`; did you mean optim.lr?`, or nothing when no key is near."""
+    # A misspelt last part within the right group is the common case; then a right last part in the wrong place.
+    group, _, last = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == group]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = near or [name for name in known if name.rpartition(".")[2] == last]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain(error: BaseException, entry: str = "sft") -> str:
+    """One or two sentences for what Hydra and OmegaConf say in ten lines."""
+    chain: list[BaseException] = []
+    cursor: BaseException | None = error
+    while cursor is not None and cursor not in chain:
+        chain.append(cursor)
+        cursor = cursor.__cause__ or cursor.__context__
+    known = sorted(set(known_keys(ENTRIES[entry])))
+    for link in chain:
+        text = str(link)
+        if "is not in struct" in text or "not in '" in text and "Key '" in text:
+            key = getattr(link, "full_key", None) or _search(r"full_key: (\S+)", text) or ""
+            if key in known:  # the schema of another choice of the same group has it
+                owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in vars(variant())]
+                return f"{key} is not a setting of the chosen data; it belongs to {' and '.join(f'data={x}' for x in owners)}."
+            return f"{key} is not a setting of {entry}{suggestion(key, known)}"
+        if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+            key = match[1]
+            return f"{key} is not a group or a setting of {entry}{suggestion(key, [*known, *GROUPS])}"
+        if match := re.search(r"Could not find '([^']+)'", text):
+            group, _, name = match[1].rpartition("/")
+            options = _search(r"Available options in '[^']*':\n(.*?)\nConfig search path", text, re.S)
+            names = [name for name in options.split() if not name.endswith("_schema")] if options else []
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {group}={near[0]}?" if near else ""
+            listing = f" It can be {', '.join(names)}." if names else ""
+            return f"there is no configs/{match[1]}.yaml{hint}{'' if hint else '.'}{listing}"
+    override = _search(r"Error merging override (.+)", str(error))
+    for link in reversed(chain):
+        if isinstance(link, OmegaConfBaseException):
+            rule = str(link).splitlines()[0].strip()
+            # OmegaConf's templates leave these words in when Hydra's wrapper formats them a second time.
+            rule = rule.replace("Value '$VALUE' of type '$VALUE_TYPE' ", "").replace("Invalid value '$VALUE', ", "")
+            return f"{override or getattr(link, 'full_key', None) or 'config'}: {rule}."
+    return str(error).strip()
+
+
+def _search(pattern: str, text: str, flags: int = 0) -> str | None:
+    match = re.search(pattern, text, flags)
+    return match[1] if match else None

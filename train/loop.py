@@ -1,0 +1,302 @@
+"""The only training loop.
+
+    count targets over all micro-batches and ranks
+    for each micro-batch:   policy(batch) → objective → backward          gradients add up, ranks meet on the last one
+    clip → update → report → maybe evaluate → maybe save
+
+It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum) and a source (where
+batches come from), and nothing about any algorithm.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from data.batch import PackedBatch
+from ernie_model.moe import RouterStats
+from ernie_model.rope import num_media_tokens
+from train.config import UserError
+from train.objectives import Objective
+from train.policy import on_device
+
+
+@dataclass
+class TrainState:
+    """What the loop itself must remember. Model, optimizer and source save their own state."""
+
+    step: int = 0
+    """Updates done, skipped ones included."""
+    tokens_seen: int = 0
+    skipped: int = 0
+    """Updates left out because the loss or a gradient was not finite."""
+    best_step: int = 0
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    """One entry per evaluation, oldest first: {"step": ..., "accuracy": ..., ...}."""
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    def next_step(self) -> list[PackedBatch]:
+        """This rank's micro-batches of the next update; every rank gets equally many."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The numbers `fit` needs."""
+
+    steps: int
+    learning_rate: Callable[[int], float]
+    """Of update `step`, counted from 0."""
+    max_grad_norm: float
+    max_skipped: int
+    log_every: int = 1
+    save_every: int = 0
+    evaluate_every: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What happens around the updates. All ranks call all of them."""
+
+    log: Callable[[int, dict[str, float]], None]
+    save: Callable[[TrainState], None]
+    evaluate: Callable[[TrainState], None]
+    stop: Callable[[], bool] = lambda: False
+    """Has somebody asked this process to end (SIGTERM)?"""
+
+
+def fit(
+    policy: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    source: Source,
+    state: TrainState,
+    *,
+    accelerator: Accelerator,
+    plan: Plan,
+    hooks: Hooks,
+) -> bool:
+    """Train until `plan.steps` updates are done. Returns False when it was asked to stop before that.
+
+    Raises:
+        UserError: more than `plan.max_skipped` updates were not finite.
+    """
+    policy.train()
+    clock = Clock(state.step, plan.steps)
+    while state.step < plan.steps:
+        clock.start()
+        microbatches = source.next_step()
+        clock.data_arrived()
+        lr = plan.learning_rate(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        metrics = train_step(
+            policy, objective, optimizer, microbatches, accelerator=accelerator, max_grad_norm=plan.max_grad_norm
+        )
+        state.step += 1
+        state.tokens_seen += int(metrics["tokens"])
+        state.skipped += int(metrics["skipped"])
+        if state.step % plan.log_every == 0 or state.step in (1, plan.steps):
+            hooks.log(state.step, {**metrics, "lr": lr, **clock.speed(state.step, metrics)})
+        if state.skipped > plan.max_skipped:
+            raise UserError(
+                f"step {state.step}: the loss or a gradient was not finite, for the {state.skipped}. time; "
+                f"optim.max_skipped allows {plan.max_skipped}. Lower optim.lr or optim.max_grad_norm, or look at the data "
+                "of these steps. The last checkpoint is untouched."
+            )
+        last = state.step == plan.steps
+        if plan.evaluate_every and state.step % plan.evaluate_every == 0 and not last:
+            hooks.evaluate(state)
+            policy.train()
+        stopping = any_rank(accelerator, hooks.stop())
+        if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
+            hooks.save(state)
+        if stopping and not last:
+            return False
+    return True
+
+
+def train_step(
+    policy: nn.Module,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    microbatches: Sequence[PackedBatch],
+    *,
+    accelerator: Accelerator,
+    max_grad_norm: float,
+) -> dict[str, float]:
+    """One update over `microbatches` of every rank. Returns global means and sums, on the host.
+
+    The gradient is that of (sum of losses over all ranks and micro-batches) / (units over all ranks and micro-batches).
+    An update whose loss or gradient is not finite, or that has nothing to learn, is left out: metrics["skipped"] is 1.
+    """
+    device = accelerator.device
+    here = torch.stack([objective.count(batch).double() for batch in microbatches]).sum()
+    count = all_sum(accelerator, here.to(device))
+    # Ranks *average* their gradients, so each one's share is multiplied by their number.
+    scale = accelerator.num_processes / count.clamp(min=1e-9)
+    tally = Tally(device)
+    for index, batch in enumerate(microbatches):
+        batch, row_R = on_device(batch, device)
+        with meeting_of_ranks(accelerator, policy, meet=index == len(microbatches) - 1):
+            output = policy(batch, row_R)
+            loss = objective.loss(output.logprob_T, batch)
+            accelerator.backward(loss.total * scale.to(loss.total.dtype))
+        tally.add(batch, row_R, output.correct_T, loss.metrics, output.router)
+    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    assert grad_norm is not None
+    # The one wait for the device in a step: everything the host wants to know, in one transfer.
+    metrics = tally.reduce(accelerator, count, torch.as_tensor(grad_norm, device=device))
+    if not metrics["skipped"]:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def meeting_of_ranks(accelerator: Accelerator, policy: nn.Module, *, meet: bool):
+    """Gradients travel between ranks in the backward pass of the last micro-batch only."""
+    return nullcontext() if meet else accelerator.no_sync(policy)
+
+
+def all_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
+    """Sum over ranks, everywhere."""
+    if accelerator.num_processes == 1:
+        return value
+    total = accelerator.reduce(value, reduction="sum")
+    assert isinstance(total, Tensor)
+    return total
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """True everywhere if it is true somewhere: ranks must leave the loop together."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(all_sum(accelerator, torch.tensor(float(flag), device=accelerator.device)) > 0)
+
+
+class Tally:
+    """Sums of one step, kept on the device until `reduce`."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}  # by the objective; divided by its count
+        self.correct = torch.zeros((), device=device)
+        self.numbers = dict.fromkeys(("learned", "tokens", "text_tokens", "image_tokens", "patches"), 0)
+        self.router: RouterStats | None = None
+
+    def add(
+        self,
+        batch: PackedBatch,
+        row_R: Tensor,
+        correct_T: Tensor,
+        metrics: dict[str, Tensor],
+        router: RouterStats | None,
+    ) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.correct += correct_T.sum()
+        media = sum(num_media_tokens(grid) for grid in batch.grids)
+        patches = 0 if batch.patch_PX is None else batch.patch_PX.shape[0]
+        counted = (row_R.shape[0], batch.num_tokens, batch.num_tokens - media, media, patches)
+        for name, number in zip(self.numbers, counted, strict=True):
+            self.numbers[name] += number
+        if router is not None:
+            # RouterStats are sums over tokens, so micro-batches and ranks add up.
+            self.router = router if self.router is None else RouterStats(*map(torch.add, self.router, router))
+
+    def reduce(self, accelerator: Accelerator, count: Tensor, grad_norm: Tensor) -> dict[str, float]:
+        parts = [torch.stack([*self.sums.values(), self.correct]).double()]
+        parts.append(torch.tensor(list(self.numbers.values()), dtype=torch.float64, device=self.device))
+        if self.router is not None:
+            parts += [value.flatten().double() for value in self.router]
+        summed = all_sum(accelerator, torch.cat(parts))
+        # Equal on all ranks already, so it must not be summed.
+        host = torch.cat([summed, count[None], grad_norm.double()[None]]).cpu()
+        *_, units, norm = host.tolist()
+        metrics = {name: host[i].item() / max(units, 1e-9) for i, name in enumerate(self.sums)}
+        at = len(self.sums)
+        numbers = dict(zip(self.numbers, host[at + 1 : at + 1 + len(self.numbers)].tolist(), strict=True))
+        metrics["accuracy"] = host[at].item() / max(numbers.pop("learned"), 1.0)
+        metrics |= numbers | {"units": units, "grad_norm": norm}
+        if self.router is not None:
+            at += 1 + len(self.numbers)
+            stats = []
+            for value in self.router:
+                stats.append(host[at : at + value.numel()].view(value.shape))
+                at += value.numel()
+            metrics |= router_summary(RouterStats(*stats))
+        finite = all(torch.isfinite(host[: len(self.sums)])) and torch.isfinite(host[-1])
+        metrics["skipped"] = float(not finite or units == 0)
+        return metrics
+
+
+def router_summary(stats: RouterStats) -> dict[str, float]:
+    """A few numbers per pool, from sums with a leading dimension for the layers.
+
+    imbalance: load of the busiest expert over the mean load; 1 is even, E means that one expert does everything. Mean
+        over layers.
+    dead: experts that no token chose, in all layers together.
+    entropy: of the router's softmax, in nats, mean over tokens and layers; log(E) is undecided, 0 is certain.
+    """
+    out: dict[str, float] = {}
+    for index, pool in enumerate(("text", "vision")):
+        token_L = stats.token_2[:, index]
+        if not token_L.sum():
+            continue
+        count_LE = stats.count_2E[:, index]
+        out[f"router_{pool}_imbalance"] = float((count_LE.max(1).values / count_LE.mean(1)).mean())
+        out[f"router_{pool}_dead"] = float((count_LE == 0).sum())
+        out[f"router_{pool}_entropy"] = float((stats.entropy_2[:, index] / token_L).mean())
+    return out
+
+
+class Clock:
+    """How fast it goes, and how long it will take."""
+
+    def __init__(self, first_step: int, steps: int):
+        self.first_step, self.steps = first_step, steps
+        self.begin = self.arrived = time.perf_counter()
+        self.mean_s = 0.0
+
+    def start(self) -> None:
+        self.begin = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self.arrived = time.perf_counter()
+
+    def speed(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        step_s = time.perf_counter() - self.begin
+        # A running mean that forgets over about 20 steps; the first steps of a process are slow and must not count long.
+        weight = max(0.05, 1 / (step - self.first_step))
+        self.mean_s += weight * (step_s - self.mean_s)
+        rates = {
+            f"{name}_per_s": metrics[name] / step_s for name in ("tokens", "text_tokens", "image_tokens", "patches")
+        }
+        return rates | {
+            "step_s": step_s,
+            "data_wait": (self.arrived - self.begin) / step_s,
+            "eta_s": self.mean_s * (self.steps - step),
+            "memory_gb": peak_memory_gb(),
+        }
+
+
+def peak_memory_gb() -> float:
+    """Most memory this process has held so far, in GB (10^9 bytes): of the GPU, or of the machine without one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,50 @@
+"""The model being trained, as the loop sees it: a packed batch in, log-probabilities of its targets out.
+
+    PackedBatch ──► ErnieModel ──► hidden_TD ──► the rows that are learned ──► log p(target), in chunks ──► logprob_T
+
+The language-model head is inside, so that this one module is all that DDP or DeepSpeed has to wrap, and so that logits of
+shape (T, V) never exist.
+
+Shape letters:  T tokens   D model width   V vocabulary   R rows whose target is learned
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import PackedBatch
+from ernie_model.context import Packed
+from ernie_model.model import ErnieModel
+from ernie_model.moe import RouterStats
+from train.logprobs import token_logprobs
+
+
+class PolicyOutput(NamedTuple):
+    logprob_T: Tensor
+    """float32, log p(target_T[t] | its segment up to t); 0 where weight_T is 0."""
+    correct_T: Tensor
+    """bool, the target is the most likely token; False where weight_T is 0."""
+    router: RouterStats | None
+
+
+class Policy(nn.Module):
+    def __init__(self, model: ErnieModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch, row_R: Tensor) -> PolicyOutput:
+        """`row_R`: the rows whose weight is not 0; see `on_device`."""
+        output = self.model(
+            batch.token_T, batch.position_3T, Packed(batch.lengths), patch_PX=batch.patch_PX, grids=batch.grids
+        )
+        logprob_R, correct_R = token_logprobs(output.hidden_TD[row_R], self.model.head_VD, batch.target_T[row_R])
+        logprob_T = logprob_R.new_zeros(batch.num_tokens).index_copy(0, row_R, logprob_R)
+        correct_T = torch.zeros_like(batch.token_T, dtype=torch.bool).index_copy(0, row_R, correct_R)
+        return PolicyOutput(logprob_T, correct_T, output.router)
+
+
+def on_device(batch: PackedBatch, device: torch.device) -> tuple[PackedBatch, Tensor]:
+    """The batch and its learned rows, moved. The rows are found on the host, where counting them waits for nobody."""
+    row_R = batch.weight_T.nonzero()[:, 0]
+    return batch.to(device), row_R.to(device, non_blocking=True)
