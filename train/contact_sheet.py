@@ -20,12 +20,13 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 112
 """Side of the square that an image is fitted into, in pixels."""
 FRAME_RIGHT, FRAME_WRONG = 2, 6
+CELL_SIDE = CELL + 2 * FRAME_WRONG
 MARGIN, GAP = 24, 18
 LABEL_SIZE, TITLE_SIZE = 17, 24
 LABEL_LINES = 2
-INK, FAINT, RED, GREEN, PAPER = "#1f2328", "#57606a", "#cf222e", "#2da44e", "#ffffff"
+INK, FAINT, RED, GREEN, PAPER, BEHIND = "#1f2328", "#57606a", "#cf222e", "#2da44e", "#ffffff", "#eaeef2"
 
-# The font that comes with Pillow covers Latin. These cover more, where they are installed.
+# The font that comes with Pillow covers Latin; these cover more, where they are installed.
 WIDE_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
@@ -60,36 +61,25 @@ def draw(items: Sequence[SheetItem], path: Path, title: str, *, columns: int = 1
     if len(shown) < len(items):
         summary += f"; {len(shown)} shown"
 
-    line_height = round(LABEL_SIZE * 1.3)
-    has_wrong = right < len(items)
-    # A cell: frame, image, then the answer and (for wrong ones) the expected answer, two lines each at most.
-    lines = max(len(label) for label in map(_label, shown))
-    cell_height = CELL + 2 * FRAME_WRONG + 6 + lines * line_height
     columns = min(columns, len(shown))
-    rows = -(-len(shown) // columns)
-    cell_width = CELL + 2 * FRAME_WRONG
+    rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]
+    # A cell is the frame, the image, and the label under it; a row is as high as its longest label needs.
+    line_height = round(LABEL_SIZE * 1.3)
+    heights = [CELL_SIDE + 6 + max(len(_label(item)) for item in row) * line_height for row in rows]
     top = MARGIN + round(TITLE_SIZE * 1.5) + round(LABEL_SIZE * 1.8)
-    title_font = _font(TITLE_SIZE, title)
-    width = 2 * MARGIN + columns * cell_width + (columns - 1) * GAP
-    width = max(
-        width, 2 * MARGIN + round(max(title_font.getlength(title), _font(LABEL_SIZE, summary).getlength(summary)))
-    )
-    height = top + rows * cell_height + (rows - 1) * GAP + MARGIN
+    widest_text = max(_measure(title, TITLE_SIZE), _measure(summary, LABEL_SIZE))
+    width = 2 * MARGIN + max(columns * CELL_SIDE + (columns - 1) * GAP, round(widest_text))
+    height = top + sum(heights) + (len(rows) - 1) * GAP + MARGIN
 
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN), title, font=title_font, fill=INK)
-    pen.text(
-        (MARGIN, MARGIN + round(TITLE_SIZE * 1.5)),
-        summary,
-        font=_font(LABEL_SIZE, summary),
-        fill=RED if has_wrong else FAINT,
-    )
-    for index, item in enumerate(shown):
-        row, column = divmod(index, columns)
-        x = MARGIN + column * (cell_width + GAP)
-        y = top + row * (cell_height + GAP)
-        _cell(sheet, pen, item, x, y, line_height)
+    _write(pen, (MARGIN, MARGIN), title, TITLE_SIZE, INK)
+    _write(pen, (MARGIN, MARGIN + round(TITLE_SIZE * 1.5)), summary, LABEL_SIZE, RED if right < len(items) else FAINT)
+    y = top
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, item in enumerate(row):
+            _cell(sheet, pen, item, MARGIN + column * (CELL_SIDE + GAP), y, line_height)
+        y += row_height + GAP
     sheet.save(path, format="PNG")
 
 
@@ -97,20 +87,18 @@ def _cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, item: SheetItem, x: int,
     frame, colour = (FRAME_RIGHT, GREEN) if item.correct else (FRAME_WRONG, RED)
     left, top = x + FRAME_WRONG, y + FRAME_WRONG
     pen.rectangle((left - frame, top - frame, left + CELL + frame - 1, top + CELL + frame - 1), fill=colour)
-    pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill="#eaeef2")
+    pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), fill=BEHIND)
     picture = _fit(item.image)
     sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
     for number, (text, tone) in enumerate(_label(item)):
-        pen.text(
-            (left, top + CELL + FRAME_WRONG + 4 + number * line_height), text, font=_font(LABEL_SIZE, text), fill=tone
-        )
+        _write(pen, (left, y + CELL_SIDE + 4 + number * line_height), text, LABEL_SIZE, tone)
 
 
 def _label(item: SheetItem) -> list[tuple[str, str]]:
     if item.correct:
         return [(line, INK) for line in _wrap(item.answer)]
     said = [(line, RED) for line in _wrap(f"said {item.answer}" if item.answer.strip() else "said nothing")]
-    return said + [(line, INK) for line in _wrap(f"is {item.expected}")]
+    return said + [(line, INK) for line in _wrap(f"expected {item.expected}")]
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -124,11 +112,10 @@ def _fit(image: Image.Image) -> Image.Image:
 def _wrap(text: str) -> list[str]:
     """At most LABEL_LINES lines that fit under the image; the rest becomes an ellipsis."""
     text = " ".join(text.split())
-    font = _font(LABEL_SIZE, text)
     lines, rest = [], text
     while rest and len(lines) < LABEL_LINES:
         end = len(rest)
-        while end > 1 and font.getlength(rest[:end]) > CELL:
+        while end > 1 and _measure(rest[:end], LABEL_SIZE) > CELL:
             end -= 1
         space = rest.rfind(" ", 0, end + 1)
         if end < len(rest) and space > 0:
@@ -137,21 +124,53 @@ def _wrap(text: str) -> list[str]:
         rest = rest[end:].lstrip()
     if rest:
         last = lines[-1]
-        while len(last) > 1 and font.getlength(last + "...") > CELL:
+        while len(last) > 1 and _measure(last + "...", LABEL_SIZE) > CELL:
             last = last[:-1]
         lines[-1] = last + "..."
     return lines or [""]
 
 
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return _load_font(size, wide=not all(ord(letter) < 0x250 for letter in text))
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _measure(text: str, size: int) -> float:
+    font, text = _typeset(text, size)
+    return font.getlength(text)
+
+
+def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: str) -> None:
+    font, text = _typeset(text, size)
+    pen.text(at, text, font=font, fill=colour)
+
+
+def _typeset(text: str, size: int) -> tuple[Font, str]:
+    """The first font that has every letter; where none has, letters that cannot be drawn are spelled U+4E03."""
+    fonts = _fonts(size)
+    for font in fonts:
+        if all(_has(font, letter) for letter in text):
+            return font, text
+    font = fonts[0]
+    return font, "".join(letter if _has(font, letter) else f"U+{ord(letter):04X}" for letter in text)
 
 
 @lru_cache
-def _load_font(size: int, *, wide: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    for name in WIDE_FONTS if wide else ():
+def _fonts(size: int) -> tuple[Font, ...]:
+    fonts: list[Font] = [ImageFont.load_default(size)]
+    for name in WIDE_FONTS:
         try:
-            return ImageFont.truetype(name, size)
+            fonts.append(ImageFont.truetype(name, size))
         except OSError:
             continue
-    return ImageFont.load_default(size)
+    return tuple(fonts)
+
+
+@lru_cache(maxsize=4096)
+def _has(font: Font, letter: str) -> bool:
+    # A letter that a font lacks is drawn as its "missing" box, the same for each. U+10FFFF is never a letter.
+    return letter.isspace() or _picture(font, letter) != _picture(font, "\U0010ffff")
+
+
+def _picture(font: Font, letter: str) -> bytes:
+    canvas = Image.new("L", (64, 64))
+    ImageDraw.Draw(canvas).text((8, 8), letter, font=font, fill=255)
+    return canvas.tobytes()

@@ -1,6 +1,6 @@
 """One live line while a run trains; plain lines where there is no terminal.
 
-    step 120/400 ━━━━━────────── loss 0.412  accuracy 71.0%  left 1:05  tokens/s 18.4k (text 6.1k, image 12.3k)  mem 1.2G
+    step 120/400 ━━━━━─────────  loss 0.412  accuracy 71.0%  left 1:05  tokens/s 18.4k (text 6.1k, image 12.3k)
 
     with Progress(total_steps=400) as progress:
         progress.update(step, {"loss": 0.412, "accuracy": 0.71, ...})

@@ -1,0 +1,257 @@
+"""Trackers: every one against its own real library, offline."""
+
+import json
+import logging
+import math
+import sys
+
+import pytest
+from PIL import Image
+
+from train.tracking import Guarded, JsonlTracker, TrackerError, keep_until, make_trackers
+
+CONFIG = {"optim": {"lr": 1e-3}, "model": {"layers": [1, 2]}, "note": None}
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "run" / "answers.png"
+    path.parent.mkdir()
+    Image.new("RGB", (40, 30), "#336699").save(path)
+    return path
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+def test_jsonl_always_comes_first_and_none_adds_nothing():
+    assert [tracker.name for tracker in make_trackers(["none"], "p")] == ["jsonl"]
+    assert [tracker.name for tracker in make_trackers([], "p")] == ["jsonl"]
+    assert [tracker.name for tracker in make_trackers(["tensorboard", "none", "tensorboard"], "p")] == [
+        *("jsonl", "tensorboard")
+    ]
+
+
+def test_an_unknown_name_gives_the_choices_and_the_nearest():
+    with pytest.raises(
+        TrackerError, match="tracker=tensorbord is not known.*tensorboard, trackio, wandb, none.*mean tens"
+    ):
+        make_trackers(["tensorbord"], "p")
+
+
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [("trackio", "trackio"), ("tensorboard", r"'ernie-train\[tensorboard\]'"), ("wandb", r"'ernie-train\[wandb\]'")],
+)
+def test_a_missing_package_says_how_to_install_it(name, install, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # makes the import fail
+    with pytest.raises(TrackerError, match=f"tracker={name} needs the package.*pip install {install}"):
+        make_trackers([name], "p")
+
+
+# ---- metrics.jsonl -------------------------------------------------------------------------------
+
+
+def test_jsonl_has_one_line_per_call_at_once(tmp_path, picture):
+    folder = picture.parent
+    tracker = JsonlTracker()
+    tracker.start("run", CONFIG, folder)
+    tracker.log({"loss": 0.5, "accuracy": 1}, step=1)
+    first = records(folder)  # before finish: a kill loses nothing that was logged
+    tracker.log({"loss": math.nan, "grad_norm": math.inf}, step=2)
+    tracker.log_image("answers", picture, step=2)
+    tracker.finish()
+
+    assert [{k: v for k, v in r.items() if k != "time"} for r in first] == [{"step": 1, "loss": 0.5, "accuracy": 1.0}]
+    assert [{k: v for k, v in r.items() if k != "time"} for r in records(folder)[1:]] == [
+        {"step": 2, "loss": "nan", "grad_norm": "inf"},
+        {"step": 2, "image": "answers", "path": "answers.png"},
+    ]
+
+
+def test_resume_drops_the_steps_that_will_be_trained_again_and_a_torn_line(tmp_path):
+    tracker = JsonlTracker()
+    tracker.start("run", CONFIG, tmp_path)
+    for step in range(1, 8):
+        tracker.log({"loss": float(step)}, step)
+    run_id = tracker.run_id
+    tracker.finish()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a write
+
+    again = JsonlTracker()
+    again.start("run", CONFIG, tmp_path, run_id, resume_step=5)
+    again.log({"loss": 6.5}, 6)
+    again.finish()
+    assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6.5)]
+
+
+def test_resume_without_a_file_starts_one(tmp_path):
+    keep_until(tmp_path / "metrics.jsonl", 3)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_new_run_never_writes_into_another_runs_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(TrackerError, match=r"metrics\.jsonl already holds.*resume=auto"):
+        make_trackers([], "p")[0].start("run", CONFIG, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+class Breaking:
+    """A tracker whose network is gone."""
+
+    name = "breaking"
+    run_id = "b"
+
+    def __init__(self, *, at_start: bool = False):
+        self.at_start = at_start
+
+    def start(self, run_name, config, folder, resume_id=None, *, resume_step=None):
+        if self.at_start:
+            raise ConnectionError("no route to host")
+
+    def log(self, metrics, step):
+        raise ConnectionError("no route to host")
+
+    def log_image(self, name, path, step):
+        raise OSError("disk full")
+
+    def finish(self):
+        raise ConnectionError("no route to host")
+
+
+def test_failure_at_the_start_is_an_error_that_names_the_tracker(tmp_path):
+    with pytest.raises(TrackerError, match="tracker=breaking could not start: ConnectionError: no route to host"):
+        Guarded(Breaking(at_start=True)).start("run", {}, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrackerError, match="tracker=jsonl could not start"):
+        make_trackers([], "p")[0].start("run", {}, tmp_path / "file" / "run")
+
+
+def test_failure_later_is_said_once_and_counted_at_the_end(tmp_path, caplog):
+    tracker = Guarded(Breaking())
+    tracker.start("run", {}, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for step in range(5):
+            tracker.log({"loss": 1.0}, step)
+        tracker.log_image("a", tmp_path / "a.png", 5)
+        assert len(caplog.records) == 1
+        assert "breaking" in caplog.text and "no route to host" in caplog.text
+        tracker.finish()
+    assert "7 of 7 calls failed" in caplog.text
+
+
+# ---- trackio -------------------------------------------------------------------------------------
+
+
+def trackio_logs(project: str, name: str) -> list[dict]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    return SQLiteStorage.get_logs(project, name)
+
+
+def test_trackio_keeps_numbers_and_pictures_on_this_machine(picture, capsys):
+    _, tracker = make_trackers(["trackio"], "keeps")
+    tracker.start("run", {**CONFIG, "_private": 1}, picture.parent)
+    tracker.log({"loss": 0.5}, step=1)
+    tracker.log({"loss": 0.4}, step=2)
+    tracker.log_image("answers", picture, step=2)
+    tracker.finish()
+    assert tracker.failures == 0
+    logs = trackio_logs("keeps", "run")
+    assert [(log["step"], log["loss"]) for log in logs if "loss" in log] == [(1, 0.5), (2, 0.4)]
+    assert [log["answers"]["_type"] for log in logs if "answers" in log] == ["trackio.image"]
+    assert capsys.readouterr().out == ""  # no advice in the middle of our own output
+
+
+def test_trackio_gives_two_runs_of_one_name_two_names_and_resumes_the_right_one(tmp_path):
+    ids = []
+    for loss in (1.0, 2.0):
+        _, tracker = make_trackers(["trackio"], "names")
+        tracker.start("run", CONFIG, tmp_path)
+        tracker.log({"loss": loss}, step=1)
+        tracker.finish()
+        ids.append(tracker.run_id)
+    assert ids == ["run", "run-2"]
+
+    _, tracker = make_trackers(["trackio"], "names")
+    tracker.start("run", CONFIG, tmp_path, ids[0], resume_step=1)
+    tracker.log({"loss": 1.5}, step=2)
+    tracker.finish()
+    assert tracker.run_id == "run"
+    assert [(log["step"], log["loss"]) for log in trackio_logs("names", "run")] == [(1, 1.0), (2, 1.5)]
+    assert [(log["step"], log["loss"]) for log in trackio_logs("names", "run-2")] == [(1, 2.0)]
+
+
+# ---- TensorBoard ---------------------------------------------------------------------------------
+
+
+def test_tensorboard_holds_the_numbers_and_forgets_the_steps_trained_again(picture):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = picture.parent
+    _, tracker = make_trackers(["tensorboard"], "p")
+    tracker.start("run", CONFIG, folder)
+    for step in (1, 2, 3, 4):
+        tracker.log({"loss": float(step)}, step)
+    tracker.log_image("answers", picture, 2)
+    tracker.finish()
+
+    _, again = make_trackers(["tensorboard"], "p")
+    again.start("run", CONFIG, folder, tracker.run_id, resume_step=2)
+    again.log({"loss": 3.5}, 3)
+    again.finish()
+    assert tracker.failures == again.failures == 0
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
+    assert [e.step for e in events.Images("answers")] == [2]
+
+
+# ---- wandb ---------------------------------------------------------------------------------------
+
+
+def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(picture.parent / "no-such-netrc"))
+    folder = picture.parent
+    _, tracker = make_trackers(["wandb"], "p")
+    tracker.start("run", CONFIG, folder)
+    tracker.log({"loss": 0.5}, step=3)
+    tracker.log_image("answers", picture, step=3)
+    tracker.finish()
+    assert tracker.failures == 0
+    assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+    _, again = make_trackers(["wandb"], "p")
+    again.start("run", CONFIG, folder, tracker.run_id, resume_step=1)
+    again.log({"loss": 0.6}, step=2)  # smaller than a step that wandb has seen
+    again.finish()
+    assert again.failures == 0
+    assert again.run_id == tracker.run_id
+
+
+def test_several_at_once(picture):
+    trackers = make_trackers(["trackio", "tensorboard", "wandb"], "several")
+    for tracker in trackers:
+        tracker.start("run", CONFIG, picture.parent)
+    for step in (1, 2):
+        for tracker in trackers:
+            tracker.log({"loss": 1.0 / step}, step)
+    for tracker in trackers:
+        tracker.finish()
+    assert [tracker.failures for tracker in trackers] == [0, 0, 0, 0]
+    assert len({tracker.run_id for tracker in trackers}) == 4

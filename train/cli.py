@@ -1,0 +1,55 @@
+"""The `ernie` command: one word per program.
+
+    ernie sft experiment=digits      is      python -m train.sft experiment=digits
+
+Each command runs its module exactly as `python -m` does, so `accelerate launch -m train.sft ...` is the same program.
+This file imports nothing heavy: `ernie --help` has to answer at once.
+"""
+
+import difflib
+import importlib.metadata
+import runpy
+import sys
+
+COMMANDS = {
+    "sft": ("train.sft", "fine-tune on conversations with text, images and video"),
+    "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
+}
+
+EXAMPLES = """\
+examples:
+  ernie sft experiment=digits                        learn to read handwriting, on a CPU, in minutes
+  ernie sft data=jsonl data.path=chats.jsonl         your own conversations
+  ernie sft experiment=digits --cfg job              show the settings and stop
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run `ernie ARGUMENTS`; the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command == "--version":
+        print(f"ernie-train {importlib.metadata.version('ernie-train')}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" Did you mean: ernie {' '.join([near[0], *rest])}" if near else " See: ernie --help"
+        print(f"ernie: there is no command {command!r}.{hint}", file=sys.stderr)
+        return 2
+    module, _ = COMMANDS[command]
+    sys.argv = [f"ernie {command}", *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: ernie COMMAND [key=value ...]\n\ncommands:\n{commands}\n\n{EXAMPLES}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
