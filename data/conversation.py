@@ -5,8 +5,8 @@
                           Part text   "Which digit?"
       Message assistant   Part text   "7"                 trained: an assistant message, and nobody said otherwise
 
-Everything is frozen, so that a conversation may be shared by threads and caches. Media stay *references* (a path, or the
-bytes of an encoded file) until `data/media.py` opens them.
+Everything is frozen, so that a conversation may be shared by threads and caches. Media stay *references* (a path, or
+the bytes of an encoded file) until `data/media.py` opens them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,8 @@
     digits_dataset(...)                     -> Splits(train, heldout)     made in memory
     jsonl_dataset("train.jsonl", ...)       -> Splits(train, heldout)     read from disk, one record at a time
 
-A dataset is fixed: it has a length, `dataset[i]` is the same conversation every time, and its `fingerprint` tells it from
-any other. Order, epochs and packing are the loader's business.
+A dataset is fixed: it has a length, `dataset[i]` is the same conversation every time, and its `fingerprint` tells it
+from any other. Order, epochs and packing are the loader's business.
 """
 
 import hashlib

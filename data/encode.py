@@ -4,8 +4,8 @@
     target_T    U  s e r : ... A s s i s t a n t : \\s  7  </s>   0
     weight_T    0  0 0 0 0 ... 0 0 0 0 0 0 0 0 0 0   1   1    0
 
-Weights belong to the *target*: position t is learned if the assistant wrote token t+1, in a message that is trained. The
-processor says who wrote what (its spans); a token whose author is unknown is never trained.
+Weights belong to the *target*: position t is learned if the assistant wrote token t+1, in a message that is trained.
+The processor says who wrote what (its spans); a token whose author is unknown is never trained.
 
 Shape letters:  T tokens   P patches   X numbers in a patch
 """
@@ -57,17 +57,24 @@ def encode(
     max_tokens: int | None = None,
     max_patches: int | None = None,
     thinking: bool | None = None,
+    every_turn: bool = True,
 ) -> Example:
     """Tokens, targets, weights, positions and pixels of one conversation.
 
-    `thinking` is passed on to the chat template. Raises DataError when nothing in the conversation is trained,
-    TooLongError when it does not fit in a row, and MediaError for an image or video that cannot be read; each names the
-    record.
+    `thinking` and `every_turn` are those of the chat format (ernie_model/chat.py). With `every_turn`, all of the
+    assistant's turns are learned in one pass. Without, a turn is learned only where it stands as it would at inference:
+    the last one, and those with reasoning; the others are history.
+
+    Raises DataError when nothing in the conversation is trained, TooLongError when it does not fit in a row, and
+    MediaError for an image or video that cannot be read; each names the record.
     """
     open_media = (media or MediaFolder(None)).open
     try:
         encoded = processor.encode(
-            conversation.to_chat(open_media), tools=list(conversation.tools) or None, thinking=thinking
+            conversation.to_chat(open_media),
+            tools=list(conversation.tools) or None,
+            thinking=thinking,
+            every_turn=every_turn,
         )
     except MediaError as error:
         raise MediaError(error.file, f"{error.problem} (In {conversation.name}.)") from error
@@ -100,8 +107,17 @@ def author_weights(conversation: Conversation, spans: Sequence[Span], num_tokens
     """float32 (T,): the weight of each token as something to be *written* (not yet shifted)."""
     weight_T = torch.zeros(num_tokens)
     for span in spans:
-        if span.generated:
-            weight_T[span.start : span.stop] = conversation.messages[span.message].trained_weight
+        if not span.generated:
+            continue
+        message = conversation.messages[span.message]
+        if span.prompted:
+            weight_T[span.start : span.stop] = message.trained_weight
+        elif message.train:
+            raise DataError(
+                f"{conversation.name}: messages[{span.message}].train is true, but with data.every_turn=false this "
+                "turn is shown as history, without its generation prompt. Set data.every_turn=true, or end the "
+                "conversation there."
+            )
     return weight_T
 
 

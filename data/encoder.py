@@ -1,4 +1,4 @@
-"""The examples of a dataset by number: encoded when first asked for, kept while there is room, decoded ahead by threads.
+"""The examples of a dataset by number: encoded when first asked for, kept while there is room, made ahead by threads.
 
 An example is a function of its record and the processor alone. Cache and threads only change *when* it is computed, so
 no batch depends on them.
@@ -44,6 +44,7 @@ class Encoder:
         max_tokens: int,
         max_patches: int | None = None,
         thinking: bool | None = None,
+        every_turn: bool = True,
         too_long: TooLong = TooLong.ERROR,
         cache_bytes: int = 512 * 2**20,
         workers: int = 0,
@@ -57,7 +58,7 @@ class Encoder:
         self.skipped: dict[int, str] = {}
         """Why, for every record found too long so far."""
         self._processor = processor
-        self._thinking = thinking
+        self._thinking, self._every_turn = thinking, every_turn
         self._sizes: dict[int, Size] = {}
         self._cache: OrderedDict[int, Example] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
@@ -116,6 +117,7 @@ class Encoder:
             max_tokens=self.max_tokens,
             max_patches=self.max_patches,
             thinking=self._thinking,
+            every_turn=self._every_turn,
         )
 
     def _keep(self, index: int, example: Example) -> None:

@@ -9,8 +9,8 @@ rows, so each rank has the same number of micro-batches in every step and none e
 accumulation 2 see, step by step, the rows of one rank with accumulation 4. The stream has no end: rows run across
 the borders of epochs, and no row is left half empty.
 
-The state (order, packer's buffer) is a few hundred integers and does not know about ranks, so a run may continue on another
-number of them.
+The state (order, packer's buffer) is a few hundred integers and does not know about ranks, so a run may continue on
+another number of them.
 """
 
 import math
@@ -136,7 +136,7 @@ class PackedStream:
         )
 
     def count_steps(self, epochs: float) -> int:
-        """Optimizer steps after which `epochs` times all records have been packed, counted from the start of the stream.
+        """Optimizer steps, from the start of the stream, after which `epochs` times all records have been packed.
 
         Measures every record, which encodes those not seen yet. Call it before the first step.
         """
@@ -178,8 +178,8 @@ class PackedStream:
         for key, saved in state["identity"].items():
             if key in self._identity and self._identity[key] != saved:
                 raise DataError(
-                    f"cannot resume: {key} was {saved} in the interrupted run and is {self._identity[key]} now, so this "
-                    "run would train on other batches. Restore it, or start a new run in another folder."
+                    f"cannot resume: {key} was {saved} in the interrupted run and is {self._identity[key]} now, so "
+                    "this run would train on other batches. Restore it, or start a new run in another folder."
                 )
         self._order.load_state_dict(state["order"])
         self._ahead = self._order.copy()
@@ -195,8 +195,8 @@ def eval_batches(
 ) -> Iterator[PackedBatch | None]:
     """One pass over a dataset, packed: every record once, over all ranks together.
 
-    Each rank gets the same number of items, so that collectives between them meet; where the last round has too few rows,
-    the ranks left over get None.
+    Each rank gets the same number of items, so that collectives between them meet; where the last round has too few
+    rows, the ranks left over get None.
     """
     indices = iter(range(len(encoder)))
 
@@ -225,8 +225,8 @@ class _Step(NamedTuple):
 class BackgroundStream:
     """Another stream, computed by a thread up to `depth` steps before its batches are asked for.
 
-    Each step travels with the state after it, so `state_dict()` (and `report`) is that of the last step taken from here, however far
-    ahead the thread has run; an error is raised at the step it belongs to.
+    Each step travels with the state after it, so `state_dict()` (and `report`) is that of the last step taken from
+    here, however far ahead the thread has run; an error is raised at the step it belongs to.
     """
 
     def __init__(self, stream: PackedStream, *, depth: int = 2):
@@ -304,6 +304,7 @@ def open_stream(
     lookahead: int = 64,
     shuffle: bool = True,
     thinking: bool | None = None,
+    every_turn: bool = True,
     too_long: TooLong = TooLong.ERROR,
     cache_bytes: int = 512 * 2**20,
     workers: int = 0,
@@ -318,6 +319,7 @@ def open_stream(
         max_tokens=max_tokens,
         max_patches=max_patches,
         thinking=thinking,
+        every_turn=every_turn,
         too_long=too_long,
         cache_bytes=cache_bytes,
         workers=workers,

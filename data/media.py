@@ -61,8 +61,8 @@ class MediaFolder:
         except Exception as error:  # Pillow's readers raise a dozen types: OSError, SyntaxError, struct.error, ...
             raise MediaError(
                 name,
-                f"cannot be read as an image ({type(error).__name__}: {error}). It must be a whole file of one of these "
-                f"formats: {', '.join(IMAGE_FORMATS)}.",
+                f"cannot be read as an image ({type(error).__name__}: {error}). It must be a whole file of one of "
+                f"these formats: {', '.join(IMAGE_FORMATS)}.",
             ) from error
         picture.filename = name  # type: ignore[attr-defined]  # errors further on call the picture by it
         return picture

@@ -2,8 +2,8 @@
 
     seed 0, 4 records        epoch 0: 2 0 1 3     epoch 1: 3 1 0 2     ...     for ever
 
-The order of epoch e is a function of (seed, e, number of records) alone: not of workers, ranks, or what was drawn before.
-So the whole state is two integers.
+The order of epoch e is a function of (seed, e, number of records) alone: not of workers, ranks, or what was drawn
+before. So the whole state is two integers.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Packing: conversations laid end to end in rows of at most `max_tokens` tokens, without cutting any of them.
 
-First fit over a look-ahead buffer. Each row takes, again and again, the conversation that has waited longest among those
-that still fit; the buffer is refilled after every take. Here with max_tokens=10 and lookahead=3:
+First fit over a look-ahead buffer. Each row takes, again and again, the conversation that has waited longest among
+those that still fit; the buffer is refilled after every take. Here with max_tokens=10 and lookahead=3:
 
     arriving   A:6  B:7  C:3  D:4  E:2  F:1  G:5
 
@@ -113,7 +113,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         examples   token <s> Q 7 </s>          token <s> R 3 </s>
         row        token <s> Q 7 </s> <s> R 3 </s>      lengths (4, 4)
 
-    Every stream is concatenated along T, pixels along P; positions are each example's own, so every segment starts at 0.
+    Every stream is concatenated along T, pixels along P; positions are each example's own, so each segment starts at 0.
     """
     if not examples:
         raise DataError("a packed row needs at least one example.")

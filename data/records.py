@@ -107,7 +107,7 @@ def parse_line(raw: bytes, source: Source) -> Record:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{source}: not readable as JSON ({error}). Each line must hold one complete JSON object: mend or remove it."
+            f"{source}: not readable as JSON ({error}). Each line must hold one whole JSON object: mend or remove it."
         ) from error
     if isinstance(value, list):
         raise DataError(
@@ -146,7 +146,7 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"data.path ({path}) ends in {path.suffix!r}; this version reads {', '.join(READERS)}. Convert the file first."
+            f"data.path ({path}) ends in {path.suffix!r}; this version reads {', '.join(READERS)}. Convert it first."
         )
     return reader(path)
 

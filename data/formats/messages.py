@@ -63,8 +63,8 @@ def _conversation(value: Mapping[str, Any], source: Source) -> Conversation:
     for column in MEDIA_COLUMNS:
         if value.get(column):
             raise DataError(
-                f"the record keeps its media in a separate column, `{column}`. Put each image or video where it belongs "
-                'in the content: {"type": "image", "image": "path"}.'
+                f"the record keeps its media in a separate column, `{column}`. Put each image or video where it "
+                'belongs in the content: {"type": "image", "image": "path"}.'
             )
     messages = _typed(value["messages"], list, "messages")
     answer = value.get("answer")

@@ -14,7 +14,7 @@ import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -92,7 +92,7 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits  # takes a second to import, so only when the task is used
     except ImportError as error:
         raise DataError("data=digits needs the scans that ship with scikit-learn: pip install scikit-learn") from error
-    bunch = load_digits()
+    bunch: Any = load_digits()
     return bunch.images, bunch.target
 
 

@@ -1,7 +1,7 @@
 """A processor small enough to follow by hand, and conversations for it.
 
-Every character is a token (its code point), a picture is four: `[**]` with 16 patches. A turn is `u<text>` or `a<text>$`;
-the assistant writes the text and the `$`.
+Every character is a token (its code point), a picture is four: `[**]` with 16 patches. A turn is `u<text>` or
+`a<text>$`; the assistant writes the text and the `$`.
 """
 
 import io
@@ -23,14 +23,22 @@ class LetterProcessor:
     def __init__(self):
         self.encoded: list[str] = []
 
-    def encode(self, messages: Sequence[dict[str, Any]], *, tools: Any = None, thinking: Any = None) -> Any:
+    def encode(
+        self, messages: Sequence[dict[str, Any]], *, tools: Any = None, thinking: Any = None, every_turn: bool = True
+    ) -> Any:
         tokens: list[int] = []
         spans: list[Any] = []
         patches: list[torch.Tensor] = []
 
         def write(text: str, message: int, generated: bool) -> None:
             spans.append(
-                SimpleNamespace(start=len(tokens), stop=len(tokens) + len(text), message=message, generated=generated)
+                SimpleNamespace(
+                    start=len(tokens),
+                    stop=len(tokens) + len(text),
+                    message=message,
+                    generated=generated,
+                    prompted=every_turn or message == len(messages) - 1,
+                )
             )
             tokens.extend(map(ord, text))
 

@@ -78,3 +78,17 @@ def test_too_many_patches(processor, png):
     )
     with pytest.raises(TooLongError, match="32 image patches.*data.max_patches=31"):
         encode(Conversation(id="a", messages=messages), processor, max_patches=31)
+
+
+def test_without_every_turn_only_the_last_is_learned(talk, processor):
+    conversation = talk("a", "hi", "yo", "ok", "bye")
+
+    assert drawing(encode(conversation, processor, every_turn=False)) == (
+        "uhiayo$uokabye$",
+        "000000000011110",
+    )
+
+
+def test_asking_for_a_turn_that_is_history_is_an_error(talk, processor):
+    with pytest.raises(DataError, match=r"messages\[1\].train is true, but with data.every_turn=false"):
+        encode(talk("a", "hi", "yo", "ok", "bye", train=True), processor, every_turn=False)
