@@ -41,13 +41,16 @@ class MediaError(Exception):
         problem: what is wrong with it.
     """
 
-    def __init__(self, file: str | Path, problem: str):
+    def __init__(self, file: str | Path, problem: str | None = None):
+        """Also takes one text, "file: problem"."""
+        if problem is None:
+            file, _, problem = str(file).partition(": ")
         super().__init__(str(file), problem)
         self.file = str(file)
         self.problem = problem
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.problem}"
+        return f"{self.file}: {self.problem}" if self.problem else self.file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,14 @@ from ernie_model.images import Grid, MediaError, PixelSettings, load_image, pict
 FALLBACK_FPS = 24.0  # of frames that come without any timing, as in transformers
 BUILT_IN_FONT = "Aileron-Regular.ttf"
 
+VideoFile = str | Path | bytes | io.BytesIO
+"""A path, or the content of a video file."""
+
+
+def file_name(file: VideoFile) -> str:
+    """What to call a video in errors."""
+    return "video" if isinstance(file, bytes | io.BytesIO) else str(file)
+
 
 class FrameSampling(Enum):
     """Which frames of a clip the model sees (reference 4.3, trap 7.16)."""
@@ -138,7 +146,7 @@ def _two_fps_indices(total: int, fps: float, settings: VideoSettings) -> list[in
 
 
 def timestamp(seconds: float) -> str:
-    """"time: HH:MM:SS.ss", with transformers' rounding: 59.999 s is 00:00:60.00."""
+    """ "time: HH:MM:SS.ss", with transformers' rounding: 59.999 s is 00:00:60.00."""
     hours, rest = seconds // 3600, seconds % 3600
     return f"time: {int(hours):02d}:{int(rest // 60):02d}:{rest % 60:05.02f}"
 
@@ -191,7 +199,7 @@ class Clip:
     fps: float
 
 
-def probe(path: str | Path) -> Clip:
+def probe(file: VideoFile) -> Clip:
     """Count the frames of a video without decoding them, and read its frame rate.
 
     The packets are counted because containers state the number of frames wrongly or not at all.
@@ -200,18 +208,18 @@ def probe(path: str | Path) -> Clip:
         MediaError: missing, empty, not a video, or without a single frame.
     """
     try:
-        with _open(path) as container:
-            stream = _video_stream(container, path)
+        with _open(file) as container:
+            stream = _video_stream(container, file)
             rate = stream.average_rate or stream.guessed_rate
             count = sum(1 for packet in container.demux(stream) if packet.size)
     except (av.FFmpegError, ValueError, EOFError) as error:
-        raise _undecodable(path, error) from error
+        raise _undecodable(file, error) from error
     if count == 0:
-        raise MediaError(path, "the video has no frames.")
+        raise MediaError(file_name(file), "the video has no frames.")
     return Clip(count, float(rate) if rate else FALLBACK_FPS)
 
 
-def decode_frames(path: str | Path, indices: Sequence[int]) -> Iterator[Image.Image]:
+def decode_frames(file: VideoFile, indices: Sequence[int]) -> Iterator[Image.Image]:
     """Yield the frames with the given ascending indices, upright, as RGB pictures; fewer if the file ends before.
 
     Raises:
@@ -219,8 +227,8 @@ def decode_frames(path: str | Path, indices: Sequence[int]) -> Iterator[Image.Im
     """
     wanted, last = set(indices), max(indices)
     try:
-        with _open(path) as container:
-            stream = _video_stream(container, path)
+        with _open(file) as container:
+            stream = _video_stream(container, file)
             stream.thread_type = "AUTO"
             for index, frame in enumerate(container.decode(stream)):
                 if index in wanted:
@@ -228,25 +236,28 @@ def decode_frames(path: str | Path, indices: Sequence[int]) -> Iterator[Image.Im
                 if index == last:
                     return
     except (av.FFmpegError, ValueError, EOFError) as error:
-        raise _undecodable(path, error) from error
+        raise _undecodable(file, error) from error
 
 
-def _open(path: str | Path) -> "av.container.InputContainer":
-    if not Path(path).is_file():
-        raise MediaError(path, "there is no such file.")
-    if Path(path).stat().st_size == 0:
-        raise MediaError(path, "the file is empty (0 bytes).")
-    return av.open(str(path), mode="r")
+def _open(file: VideoFile) -> "av.container.InputContainer":
+    if isinstance(file, bytes | io.BytesIO):
+        content = file if isinstance(file, bytes) else file.getvalue()
+        return av.open(io.BytesIO(content), mode="r")  # a new stream: every reader starts at the beginning
+    if not Path(file).is_file():
+        raise MediaError(file, "there is no such file.")
+    if Path(file).stat().st_size == 0:
+        raise MediaError(file, "the file is empty (0 bytes).")
+    return av.open(str(file), mode="r")
 
 
-def _video_stream(container: "av.container.InputContainer", path: str | Path) -> "av.VideoStream":
+def _video_stream(container: "av.container.InputContainer", file: VideoFile) -> "av.VideoStream":
     if not container.streams.video:
-        raise MediaError(path, "the file holds no video stream.")
+        raise MediaError(file_name(file), "the file holds no video stream.")
     return container.streams.video[0]
 
 
-def _undecodable(path: str | Path, error: Exception) -> MediaError:
-    return MediaError(path, f"cannot be decoded as a video ({type(error).__name__}: {error}).")
+def _undecodable(file: VideoFile, error: Exception) -> MediaError:
+    return MediaError(file_name(file), f"cannot be decoded as a video ({type(error).__name__}: {error}).")
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
@@ -260,7 +271,7 @@ def _upright(frame: av.VideoFrame) -> Image.Image:
 
 
 def video_patches(
-    source: Frames | str | Path, settings: VideoSettings, name: str | None = None
+    source: Frames | VideoFile, settings: VideoSettings, name: str | None = None
 ) -> tuple[np.ndarray, Grid]:
     """Patches of one video.
 
@@ -275,7 +286,7 @@ def video_patches(
         pictures, seconds = _choose_from(source, settings, name)
         patch_PX, grid, _ = _cut_frames(pictures, seconds, settings, name)
         return patch_PX, grid
-    name = name or str(source)
+    name = name or file_name(source)
     clip = probe(source)
     indices = frame_indices(clip.num_frames, clip.fps, settings)
     patches = _file_to_patches(source, indices, clip.fps, settings, name)
@@ -289,11 +300,11 @@ def video_patches(
 
 
 def _file_to_patches(
-    path: str | Path, indices: Sequence[int], fps: float, settings: VideoSettings, name: str
+    file: VideoFile, indices: Sequence[int], fps: float, settings: VideoSettings, name: str
 ) -> tuple[np.ndarray, Grid] | None:
     """None if the file holds fewer frames than `indices` asks for."""
     seconds = [index / fps for index in indices]
-    patch_PX, grid, count = _cut_frames(decode_frames(path, indices), seconds, settings, name)
+    patch_PX, grid, count = _cut_frames(decode_frames(file, indices), seconds, settings, name)
     return (patch_PX, grid) if count == len(indices) else None
 
 
@@ -319,12 +330,12 @@ def _cut_frames(
     return np.concatenate([empty_PX, *patches]), grid, count
 
 
-def _count_decodable(path: str | Path) -> int:
+def _count_decodable(file: VideoFile) -> int:
     try:
-        with _open(path) as container:
-            return sum(1 for _ in container.decode(_video_stream(container, path)))
+        with _open(file) as container:
+            return sum(1 for _ in container.decode(_video_stream(container, file)))
     except (av.FFmpegError, ValueError, EOFError) as error:
-        raise _undecodable(path, error) from error
+        raise _undecodable(file, error) from error
 
 
 def _choose_from(source: Frames, settings: VideoSettings, name: str) -> tuple[list[Image.Image], list[float]]:
