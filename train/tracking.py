@@ -323,7 +323,7 @@ class TensorBoardTracker:
 class WandbTracker:
     """Weights & Biases. With no key (WANDB_API_KEY or `wandb login`) the run is kept offline in RUN_FOLDER/wandb.
 
-    WANDB_MODE, where set, has the last word. `wandb sync RUN_FOLDER/wandb/offline-run-*` uploads an offline run later.
+    WANDB_MODE=offline keeps it there even with a key; `wandb sync RUN_FOLDER/wandb/offline-run-*` uploads it later.
     """
 
     name = "wandb"
@@ -341,7 +341,8 @@ class WandbTracker:
         *,
         resume_step: int | None = None,
     ) -> None:
-        mode = os.environ.get("WANDB_MODE") or ("online" if self.wandb.api.api_key else "offline")
+        # `login` asks the server whether the key is good, so a refused one is an error now and not a silent run later.
+        mode = os.environ.get("WANDB_MODE") or ("online" if self.wandb.login(prompt=False) else "offline")
         folder.mkdir(parents=True, exist_ok=True)
         self.run = self.wandb.init(
             project=self.project,

@@ -54,6 +54,7 @@ def test_without_a_terminal_a_line_comes_at_first_then_every_ten_seconds_and_at_
         for step in range(1, 101):
             clock.now += 1
             progress.update(step, {"loss": 1 / step})
+        assert "step 100/100" in out.getvalue()  # at once: what follows (saving, evaluating) may take long
     assert [line.split()[1] for line in out.getvalue().splitlines()] == [
         *(f"{step}/100" for step in range(1, 100, 10)),  # 1, 11, 21, ...
         "100/100",

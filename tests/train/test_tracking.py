@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import struct
 import sys
+from collections.abc import Iterator
 
 import pytest
 from PIL import Image
@@ -223,6 +225,39 @@ def test_tensorboard_holds_the_numbers_and_forgets_the_steps_trained_again(pictu
 # ---- wandb ---------------------------------------------------------------------------------------
 
 
+def wandb_records(path) -> Iterator[bytes]:
+    """The records of an offline .wandb file: LevelDB's log format after a header of 7 bytes.
+
+    Blocks of 32,768 bytes hold chunks of (crc 4, length 2, kind 1, data); kind 1 is a whole record, 2-3-4 are the
+    first, middle and last part of one; fewer than 7 bytes at the end of a block are padding.
+    """
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<4xHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def wandb_history(folder) -> list[dict]:
+    """What `wandb sync` would upload from the run folder's offline files, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        for data in wandb_records(path):
+            record = Record.FromString(data)
+            if record.HasField("history"):
+                items = record.history.item
+                rows.append({(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in items})
+    return rows
+
+
 def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -242,6 +277,9 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     again.finish()
     assert again.failures == 0
     assert again.run_id == tracker.run_id
+    history = wandb_history(folder)
+    assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(3, 0.5), (2, 0.6)]
+    assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
 
 
 def test_several_at_once(picture):
