@@ -1,6 +1,6 @@
 """Imports point down only, and a few libraries stay in their rooms.
 
-    roof     train/{sft, dashboard, ...}.py   imported by nobody (but cli.py starts them)
+    roof     train/{sft, dashboard, ...}.py   the commands of train/cli.py; imported by nobody
     floor 2  train/...
     floor 1  data/...                         may import ernie_model
     ground   ernie_model/...                  imports nothing of ours
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from train.cli import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("ernie_model", "data", "train", "tests", "configs", "launch")
 MAY_IMPORT = {
@@ -25,12 +27,13 @@ MAY_IMPORT = {
     "train": {"train", "data", "ernie_model"},
     "tests": {"tests", "train", "data", "ernie_model"},
 }
-ENTRY_POINTS = ("sft", "dpo", "rl", "evaluate", "export", "serve", "doctor", "plan", "dashboard", "cli")
+ENTRY_POINTS = ("cli", *(module.removeprefix("train.") for module, _ in COMMANDS.values()))
 TESTS_ONLY = ("transformers", "trl", "pytest", "hypothesis")
 CONFIG_LIBRARIES = ("hydra", "omegaconf")
 # Where the model may know of other devices. Everything else in ernie_model is maths on one.
 MAY_COMMUNICATE = ("ernie_model/expert_parallel.py",)
-MAY_READ_HYDRA = re.compile(rf"train/(config|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
+# config.py turns settings into dataclasses, run.py tells Hydra's errors to the user.
+MAY_READ_HYDRA = re.compile(rf"train/(config|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
 
 
 def imports(source: str) -> list[str]:
@@ -53,7 +56,7 @@ def complaint(file: str, module: str) -> str | None:
     if top in TESTS_ONLY and package != "tests":
         return f"{top} is for tests only"
     if top in CONFIG_LIBRARIES and not MAY_READ_HYDRA.fullmatch(file):
-        return f"{top} stays in train/config.py and the entry points; everything below sees dataclasses"
+        return f"{top} stays in train/config.py, train/run.py and the entry points; everything below sees dataclasses"
     parts = module.split(".")
     if parts[:2] == ["torch", "distributed"] and package == "ernie_model" and file not in MAY_COMMUNICATE:
         return "model maths knows one device; communication belongs to expert_parallel.py"
