@@ -26,7 +26,7 @@ from tests.parity.reference import (
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative to the largest value of the reference."""
+    """Relative to the reference: its largest logit, its loss, the norm of each gradient."""
 
     logits: float
     loss: float

@@ -411,17 +411,17 @@ def loss_error(ours: Result, reference: Result) -> float:
 
 
 def grad_error(ours: Result, reference: Result) -> tuple[float, str]:
-    """The worst max |difference| / max |reference| over all parameters, and which one it is.
+    """The worst |difference| / |reference| (Euclidean norms) over all parameters, and which one it is.
 
     A gradient that is zero in exact arithmetic is noise in both programs: that of a router with K = 1, whose single
-    weight is p / p, and that of a key bias, which moves all scores of a query alike. So a tensor's own scale counts
-    only down to a thousandth of the largest gradient in the model.
+    weight is p / p, and that of a key bias, which moves all scores of a query alike. So a tensor's own norm counts
+    only down to a thousandth of the largest gradient in the model, in every element.
     """
     largest = max(g.abs().max().item() for g in reference.grads.values())
     trained = {n: g for n, g in reference.grads.items() if "e_score_correction_bias" not in n}
     assert trained.keys() == ours.grads.keys(), trained.keys() ^ ours.grads.keys()
     errors = {
-        name: (ours.grads[name] - grad).abs().max().item() / max(grad.abs().max().item(), 1e-3 * largest)
+        name: (ours.grads[name] - grad).norm().item() / max(grad.norm().item(), 1e-3 * largest * grad.numel() ** 0.5)
         for name, grad in trained.items()
     }
     worst = max(errors, key=lambda name: errors[name])
