@@ -267,7 +267,7 @@ class _Writer:
         for kind, value in _parts(message, self.index):
             if kind is not PieceKind.TEXT:
                 raise ChatError(
-                    f"message {self.index}: an assistant message holds an {kind.value}, but the model writes only text. "
+                    f"message {self.index}: an assistant message holds an {kind.value}; the model writes only text. "
                     "Move it to a user or tool message."
                 )
             texts.append(value)

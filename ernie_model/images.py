@@ -107,7 +107,7 @@ def load_image(source: Image.Image | str | Path | bytes, name: str | None = None
         MediaError: missing, empty, truncated, not an image, or so large that it is refused as a decompression bomb.
     """
     if isinstance(source, Image.Image):
-        name = name or getattr(source, "filename", "") or "image"
+        name = name or str(getattr(source, "filename", "") or "image")
     elif isinstance(source, bytes):
         name = name or "image"
     else:
@@ -222,7 +222,7 @@ def picture_patches(image: Image.Image, height: int, width: int, settings: Pixel
     out_P3Y = np.empty(patch_P3Y.shape, dtype=np.float32)
     for channel in range(3):
         out_P3Y[:, channel] = table_3[channel][patch_P3Y[:, channel]]
-    return out_P3Y.reshape(out_P3Y.shape[0], -1)
+    return out_P3Y.reshape(len(out_P3Y), -1)
 
 
 def _cut(pixel_HW3: np.ndarray, patch: int, merge: int) -> np.ndarray:

@@ -107,7 +107,7 @@ class Processor:
         """Tokens, positions, patches and spans of one conversation.
 
         Args:
-            messages: OpenAI-style dictionaries. A content is a text or a list of parts: `{"type": "text", "text": str}`,
+            messages: OpenAI-style dictionaries; a content is a text or a list of `{"type": "text", "text": str}`,
                 `{"type": "image", "image": PIL image, path or bytes}`,
                 `{"type": "video", "video": path, bytes or Frames}`.
             tools, thinking, add_generation_prompt, every_turn: see `chat.render`.

@@ -24,6 +24,9 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.container import InputContainer
+from av.error import FFmpegError
+from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
 from ernie_model.images import Grid, MediaError, PixelSettings, load_image, picture_patches, resized_size
@@ -212,7 +215,7 @@ def probe(file: VideoFile) -> Clip:
             stream = _video_stream(container, file)
             rate = stream.average_rate or stream.guessed_rate
             count = sum(1 for packet in container.demux(stream) if packet.size)
-    except (av.FFmpegError, ValueError, EOFError) as error:
+    except (FFmpegError, ValueError, EOFError) as error:
         raise _undecodable(file, error) from error
     if count == 0:
         raise MediaError(file_name(file), "the video has no frames.")
@@ -235,11 +238,11 @@ def decode_frames(file: VideoFile, indices: Sequence[int]) -> Iterator[Image.Ima
                     yield _upright(frame)
                 if index == last:
                     return
-    except (av.FFmpegError, ValueError, EOFError) as error:
+    except (FFmpegError, ValueError, EOFError) as error:
         raise _undecodable(file, error) from error
 
 
-def _open(file: VideoFile) -> "av.container.InputContainer":
+def _open(file: VideoFile) -> InputContainer:
     if isinstance(file, bytes | io.BytesIO):
         content = file if isinstance(file, bytes) else file.getvalue()
         return av.open(io.BytesIO(content), mode="r")  # a new stream: every reader starts at the beginning
@@ -250,7 +253,7 @@ def _open(file: VideoFile) -> "av.container.InputContainer":
     return av.open(str(file), mode="r")
 
 
-def _video_stream(container: "av.container.InputContainer", file: VideoFile) -> "av.VideoStream":
+def _video_stream(container: InputContainer, file: VideoFile) -> VideoStream:
     if not container.streams.video:
         raise MediaError(file_name(file), "the file holds no video stream.")
     return container.streams.video[0]
@@ -334,7 +337,7 @@ def _count_decodable(file: VideoFile) -> int:
     try:
         with _open(file) as container:
             return sum(1 for _ in container.decode(_video_stream(container, file)))
-    except (av.FFmpegError, ValueError, EOFError) as error:
+    except (FFmpegError, ValueError, EOFError) as error:
         raise _undecodable(file, error) from error
 
 
