@@ -262,9 +262,9 @@ class RunConfig:
     folder: str = "runs/${run.name}"
     """Everything this run writes lies here."""
     steps: int | None = None
-    """Updates in the whole run; give this or `epochs`."""
-    epochs: float | None = None
-    """How often the data is gone through; becomes a number of updates before the first one."""
+    """Updates in the whole run; null: as many as `epochs` takes."""
+    epochs: float = 1.0
+    """How often the data is gone through, where `steps` is null. Counting the updates encodes every record once."""
     seed: int = 0
     """Random initial weights."""
     resume: str = "auto"
@@ -279,12 +279,8 @@ class RunConfig:
     """Print the whole traceback of user errors too."""
 
     def __post_init__(self):
-        check(
-            (self.steps is None) != (self.epochs is None),
-            f"run.steps is {self.steps} and run.epochs is {self.epochs}; give one of the two and leave the other null.",
-        )
         check(self.steps is None or self.steps >= 1, f"run.steps is {self.steps}; it must be at least 1.")
-        check(self.epochs is None or self.epochs > 0, f"run.epochs is {self.epochs}; it must be more than 0.")
+        check(self.epochs > 0, f"run.epochs is {self.epochs}; it must be more than 0.")
         check(self.save_every >= 0, f"run.save_every is {self.save_every}; it must be 0 or more.")
         check(self.keep >= 1, f"run.keep is {self.keep}; at least the newest checkpoint must stay.")
         check(self.log_every >= 1, f"run.log_every is {self.log_every}; it must be at least 1.")
@@ -311,7 +307,7 @@ class SFTConfig:
 
 def check_steps(config: SFTConfig, steps: int) -> None:
     """Rules that need the length of the run; with run.epochs it is known only once the data has been measured."""
-    length = f"run.steps={steps}" if config.run.epochs is None else f"run.epochs={config.run.epochs:g}, {steps} updates"
+    length = f"run.steps={steps}" if config.run.steps else f"run.epochs={config.run.epochs:g}, {steps} updates"
     check(
         config.optim.warmup_steps < steps,
         f"optim.warmup_steps ({config.optim.warmup_steps}) is not shorter than the run ({length}), so the peak learning "

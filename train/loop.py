@@ -119,9 +119,8 @@ def fit(
                 "of these steps. The last checkpoint is untouched."
             )
         last = state.step == plan.steps
-        if plan.evaluate_every and state.step % plan.evaluate_every == 0 and not last:
+        if last or (plan.evaluate_every and state.step % plan.evaluate_every == 0):
             hooks.evaluate(state)
-            policy.train()
         stopping = any_rank(accelerator, hooks.stop())
         if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
             hooks.save(state)

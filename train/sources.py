@@ -8,6 +8,7 @@ The work is in data/; this file turns settings into those parts.
 from typing import NamedTuple
 
 from data import encoder as data_encoder
+from data.conversation import Conversation
 from data.dataset import Dataset, Splits, digits_dataset, jsonl_dataset
 from data.encoder import Encoder
 from data.loader import BackgroundStream, PackedStream
@@ -34,8 +35,36 @@ def open_splits(config: DataConfig) -> Splits:
     )
 
 
-def build_data(config: DataConfig, processor: Processor, *, rank: int, world: int) -> Data:
+class FirstOf:
+    """The first `count` conversations of a dataset."""
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count = dataset, min(count, len(dataset))
+        self.media, self.name = dataset.media, dataset.name
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.dataset.fingerprint}[:{self.count}]"
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.dataset[index]
+
+
+def build_data(
+    config: DataConfig, processor: Processor, *, rank: int, world: int, max_heldout: int = 0
+) -> Data:
+    """Open both parts and encode the first record of each, so that settings which fit no record fail at once.
+
+    Raises:
+        DataError, MediaError: what is wrong with which file or record.
+    """
     splits = open_splits(config)
+    heldout = splits.heldout
+    if heldout is not None and max_heldout:
+        heldout = FirstOf(heldout, max_heldout)
 
     def encoder(dataset: Dataset) -> Encoder:
         return Encoder(
@@ -57,7 +86,11 @@ def build_data(config: DataConfig, processor: Processor, *, rank: int, world: in
         lookahead=config.lookahead,
         shuffle=config.shuffle,
     )
-    return Data(stream, None if splits.heldout is None else encoder(splits.heldout))
+    data = Data(stream, None if heldout is None else encoder(heldout))
+    for part in (data.train.encoder, data.heldout):
+        if part is not None:
+            part.size(0)
+    return data
 
 
 def ahead(stream: PackedStream, prefetch: int) -> PackedStream | BackgroundStream:

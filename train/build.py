@@ -1,0 +1,165 @@
+"""Settings to model and processor, and what they will cost.
+
+    model.checkpoint    weights, config.json and processor of a folder or a hub repository
+    model.config        random weights; the tokenizer's ids fill in vocab_size and the media tokens
+"""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from ernie_model.checkpoint import load_config, load_model
+from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
+from ernie_model.counting import count_parameters
+from ernie_model.images import ImageSettings
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from train.config import ModelConfig, ParallelConfig, Precision, UserError
+from train.logprobs import CHUNK_BYTES
+
+TINY = "tiny"
+
+
+class Built(NamedTuple):
+    model: ErnieModel
+    processor: Processor
+    notes: list[str]
+    """What the user should know about how this was put together."""
+
+
+def build_accelerator(config: ParallelConfig) -> Accelerator:
+    """One process, or one of several started by `accelerate launch` (data parallel)."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # A rank without an image leaves the vision tower without gradients; DDP must look which parameters took part.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # The model casts its own weights (model.compute_dtype), so accelerate's autocast stays off.
+    return Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[ddp])
+
+
+def build_model(config: ModelConfig, *, seed: int) -> Built:
+    """Master weights are float32 on the CPU.
+
+    Raises:
+        UserError, ConfigError, CheckpointError, TokenizerError: with what is wrong and where.
+    """
+    notes: list[str] = []
+    rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
+    if config.checkpoint is not None:
+        model = load_model(
+            config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule
+        )
+        notes += _differences(config, model.config)
+    else:
+        torch.manual_seed(seed)
+        model = ErnieModel(_architecture(config, rule))
+    if config.precision is Precision.bf16:
+        model.compute_dtype = torch.bfloat16
+    model.gradient_checkpointing = config.gradient_checkpointing
+    return Built(model, build_processor(config, model.config), notes)
+
+
+def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor:
+    if config.processor == TINY:
+        return Processor(load_tiny_tokenizer(), architecture, ImageSettings())
+    source = config.processor or config.checkpoint
+    assert source is not None  # ModelConfig checks it
+    loaded = Processor.from_pretrained(source, config.revision if config.processor is None else None)
+    # Positions must follow the model's configuration, which may have been overridden.
+    return Processor(loaded.tokenizer, architecture, loaded.image, loaded.video, loaded.chat)
+
+
+def _architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> ErnieConfig:
+    """model.config as an ErnieConfig; ids that belong to the tokenizer may be left out."""
+    assert config.config is not None  # ModelConfig checks it
+    raw = dict(config.config)
+    if config.processor == TINY:
+        ids = tiny_tokenizer_ids()
+        vocab_size = ids.pop("vocab_size")
+        if "text_config" in raw:
+            raw = {**ids, **raw, "text_config": {"vocab_size": vocab_size, **raw["text_config"]}}
+        else:
+            raw = {"vocab_size": vocab_size, **raw}
+    try:
+        architecture = ErnieConfig.from_json(raw)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise UserError(f"model.config: {error}") from error
+    return architecture if rule is None else architecture.replace(position_after_video=rule)
+
+
+def _differences(config: ModelConfig, loaded: ErnieConfig) -> list[str]:
+    """A checkpoint brings its own architecture; say so where model.config asks for another one."""
+    if config.config is None or config.processor == TINY:
+        return []
+    asked = ErnieConfig.from_json(config.config)
+    names = [name for name in vars(asked) if getattr(asked, name) != getattr(loaded, name)]
+    if not names:
+        return []
+    return [f"model.config differs from {config.checkpoint} in {', '.join(names)}; the checkpoint's values are used."]
+
+
+# --------------------------------------------------------------------------------------------------- the arithmetic
+
+
+class Arithmetic(NamedTuple):
+    """What a run will be, before its first step."""
+
+    total: int
+    active_text: int
+    active_vision: int
+    state_bytes: int
+    """float32 weights and gradients, and AdamW's two moments: 16 bytes per parameter."""
+    activation_bytes: int
+    """Of one full row, roughly."""
+    largest_update_tokens: int
+
+
+def arithmetic(
+    architecture: ErnieConfig, model: ModelConfig, *, max_tokens: int, accumulation: int, ranks: int
+) -> Arithmetic:
+    count = count_parameters(architecture)
+    return Arithmetic(
+        total=count.total,
+        active_text=count.active_text,
+        active_vision=count.active_vision,
+        state_bytes=16 * count.total,
+        activation_bytes=activation_bytes(architecture, model, max_tokens),
+        largest_update_tokens=max_tokens * accumulation * ranks,
+    )
+
+
+def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: int) -> int:
+    """An estimate of what the backward pass keeps of one full row (not a promise: operators differ in what they keep).
+
+    Numbers per token and layer: attention keeps its normed input, q, k, v and output; an MLP its normed input, gate, up
+    and their product; a sparse layer that for each of its K experts. With checkpointing only each layer's input stays,
+    and one layer at a time. The vision tower is counted as if every token were an image token with its 4 patches.
+    """
+    c = architecture
+    size = 2 if model.precision is Precision.bf16 else 4
+    attention = 3 * c.hidden_size + (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    dense = c.hidden_size + 3 * c.intermediate_size
+    widest_expert = max(c.text_expert_width, c.vision_expert_width)
+    sparse = c.hidden_size + c.experts_per_token * (2 * c.hidden_size + 3 * widest_expert)
+    sparse += 3 * c.num_shared_experts * c.text_expert_width
+    layers = [attention + (sparse if i in c.sparse_layers else dense) for i in range(c.num_hidden_layers)]
+    blocks: list[int] = []
+    kept_per_block = 0
+    if c.vision is not None:
+        blocks = [4 * (7 * c.vision.hidden_size + 2 * c.vision.intermediate_size)] * c.vision.depth
+        kept_per_block = 4 * c.vision.hidden_size
+    if model.gradient_checkpointing:
+        per_token = c.hidden_size * len(layers) + kept_per_block * len(blocks) + max([*layers, *blocks])
+    else:
+        per_token = sum(layers) + sum(blocks)
+    return max_tokens * per_token * size + 2 * CHUNK_BYTES
+
+
+def human(number: float, unit: str = "") -> str:
+    """2_950_000 → 2.95 M, 360_748_032 → 361 M, 29_400_000_000 → 29.4 B."""
+    for size, letter in ((1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}{unit}"
+    return f"{number:.0f} {unit}".strip()

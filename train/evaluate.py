@@ -1,0 +1,212 @@
+"""How well a model answers held-out conversations.
+
+    measure   one pass over packed batches with the right answers in place; a conversation counts as correct when every
+              token the assistant should write is the most likely one. That is exactly when greedy decoding would write
+              the whole answer, so no decoding is needed for the number.
+    answer    real greedy decoding, for people to look at.
+
+Shape letters:  T tokens   S segments   D model width   V vocabulary
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from data.batch import PackedBatch
+from data.conversation import PartKind
+from data.encode import Example
+from data.encoder import Encoder
+from data.loader import eval_batches
+from ernie_model.context import Packed
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from ernie_model.rope import position_ids
+from train.config import EvaluateConfig
+from train.contact_sheet import SheetItem, draw
+from train.loop import all_sum
+from train.policy import on_device
+
+
+@dataclass(frozen=True)
+class Score:
+    correct: int
+    """Conversations answered exactly."""
+    total: int
+    nll: float
+    """Mean negative log-likelihood per target token."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(self.correct, self.total)
+
+    def metrics(self) -> dict[str, float]:
+        low, high = self.interval
+        return {
+            "eval_accuracy": self.accuracy,
+            "eval_accuracy_low": low,
+            "eval_accuracy_high": high,
+            "eval_correct": float(self.correct),
+            "eval_total": float(self.total),
+            "eval_nll": self.nll,
+        }
+
+
+def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share (E. B. Wilson, 1927): sensible near 0 and 1, where p ± z·σ leaves [0, 1]."""
+    if total == 0:
+        return 0.0, 1.0
+    share = correct / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@torch.no_grad()
+def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Score:
+    """Teacher-forced exact match. All ranks share the work and get the same score.
+
+    Pass the bare policy, not the wrapped one: ranks may have different numbers of rows.
+    """
+    was_training = policy.training
+    policy.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # correct, total, nll, weight
+    for batch in eval_batches(heldout, rank=accelerator.process_index, world=accelerator.num_processes):
+        if batch is None:  # other ranks have one more row than this one
+            continue
+        batch, row_R = on_device(batch, accelerator.device)
+        output = policy(batch, row_R)
+        sums[0] += exact(output.correct_T, batch).sum()
+        sums[1] += batch.num_segments
+        sums[2] -= (output.logprob_T * batch.weight_T).sum()
+        sums[3] += batch.weight_T.sum()
+    policy.train(was_training)
+    correct, total, nll, weight = all_sum(accelerator, sums).tolist()
+    return Score(int(correct), int(total), nll / max(weight, 1e-9))
+
+
+def exact(correct_T: Tensor, batch: PackedBatch) -> Tensor:
+    """bool (S,): segments in which every learned target is the most likely token.
+
+        weight_T    0 1 1 | 0 1 1
+        correct_T   . x x | . x .      → True, False
+    """
+    wrong_T = (batch.weight_T != 0) & ~correct_T
+    wrong_S = torch.zeros(batch.num_segments, device=wrong_T.device).index_add(0, batch.segment_T, wrong_T.float())
+    return wrong_S == 0
+
+
+@torch.no_grad()
+def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_new_tokens: int) -> list[Tensor]:
+    """Greedy answers to the last thing each example should learn to write; token ids without the stop token.
+
+    The prompt is everything before the first token of the last learned stretch. All examples lie in one packed row, which
+    is run again for every new token: simple, and quick enough for a page of short answers.
+    """
+    device = model.head_VD.device
+    was_training = model.training
+    model.eval()
+    prompts = [example.token_T[: prompt_length(example)] for example in examples]
+    answers: list[list[int]] = [[] for _ in examples]
+    open_ = list(range(len(examples)))
+    for _ in range(max_new_tokens):
+        if not open_:
+            break
+        rows = [torch.cat([prompts[i], torch.tensor(answers[i], dtype=torch.int64)]) for i in open_]
+        positions = [position_ids(row, examples[i].grids, model.config) for i, row in zip(open_, rows, strict=True)]
+        patches = [patch for i in open_ if (patch := examples[i].patch_PX) is not None]
+        lengths = [len(row) for row in rows]
+        output = model(
+            torch.cat(rows).to(device),
+            torch.cat(positions, dim=1).to(device),
+            Packed(lengths),
+            patch_PX=torch.cat(patches).to(device) if patches else None,
+            grids=[grid for i in open_ for grid in examples[i].grids],
+        )
+        last_S = torch.tensor(lengths, device=device).cumsum(0) - 1
+        next_S = (output.hidden_TD[last_S] @ model.head_VD.to(output.hidden_TD.dtype).T).argmax(-1).tolist()
+        for i, token in zip(open_, next_S, strict=True):
+            if token != stop_id:
+                answers[i].append(token)
+        open_ = [i for i, token in zip(open_, next_S, strict=True) if token != stop_id]
+    model.train(was_training)
+    return [torch.tensor(ids, dtype=torch.int64) for ids in answers]
+
+
+def prompt_length(example: Example) -> int:
+    """Tokens before the last learned stretch: weight_T = 0 0 1 1 0 0 1 1 0 → 7."""
+    learned = example.weight_T.nonzero()[:, 0].tolist()
+    first = learned[-1]
+    while first - 1 in learned:
+        first -= 1
+    return first + 1  # weights belong to targets, which lie one token further on
+
+
+def draw_answers(
+    path: Path,
+    title: str,
+    model: ErnieModel,
+    processor: Processor,
+    heldout: Encoder,
+    config: EvaluateConfig,
+) -> bool:
+    """Draw the first `config.sheet` held-out images with the model's own answers. False when there are none."""
+    items = sheet_items(
+        model,
+        processor,
+        heldout,
+        config.sheet,
+        stop_id=processor.end_id,
+        max_new_tokens=config.max_new_tokens,
+    )
+    if items:
+        draw(items, path, title)
+    return bool(items)
+
+
+def sheet_items(
+    model: ErnieModel, processor: Processor, heldout: Encoder, count: int, *, stop_id: int, max_new_tokens: int
+) -> list[SheetItem]:
+    """The first `count` held-out conversations with an image, answered by the model itself."""
+    chosen: list[tuple[Image.Image, Example]] = []
+    for index in range(len(heldout)):
+        if len(chosen) == count:
+            break
+        if heldout.size(index) is None:  # longer than a row, skipped
+            continue
+        if (image := first_image(heldout, index)) is not None:
+            chosen.append((image, heldout.example(index)))
+    answers = answer(model, [example for _, example in chosen], stop_id=stop_id, max_new_tokens=max_new_tokens)
+    items = []
+    for (image, example), ids in zip(chosen, answers, strict=True):
+        start = prompt_length(example)
+        length = int(example.weight_T[start - 1 :].nonzero()[-1]) + 1
+        expected = example.token_T[start : start + length]
+        expected = expected[expected != stop_id]
+        items.append(
+            SheetItem(
+                image=image,
+                expected=processor.decode(expected.tolist()).strip(),
+                answer=processor.decode(ids.tolist()).strip(),
+                correct=torch.equal(expected, ids),
+            )
+        )
+    return items
+
+
+def first_image(heldout: Encoder, index: int) -> Image.Image | None:
+    dataset = heldout.dataset
+    for message in dataset[index].messages:
+        for part in message.parts:
+            if part.kind is PartKind.IMAGE and part.media is not None:
+                return dataset.media.open_image(part.media)
+    return None

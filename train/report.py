@@ -1,0 +1,91 @@
+"""What a run says: its arithmetic before the first step, and its result at the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ernie_model.model import ErnieModel
+from train.build import arithmetic, human
+from train.config import SFTConfig
+from train.evaluate import Score
+from train.loop import TrainState
+from train.sources import Data
+
+
+def opening(
+    console: Console,
+    config: SFTConfig,
+    model: ErnieModel,
+    data: Data,
+    *,
+    steps: int,
+    ranks: int,
+    device: torch.device,
+    notes: Sequence[str],
+) -> None:
+    """The arithmetic of the run, so that a wrong setting is seen before it costs an hour."""
+    sums = arithmetic(
+        model.config,
+        config.model,
+        max_tokens=config.data.max_tokens,
+        accumulation=config.data.accumulation,
+        ranks=ranks,
+    )
+    active = f"{human(sums.active_text)} active per text token"
+    if sums.active_vision:
+        active += f", {human(sums.active_vision)} per image token"
+    start = config.model.checkpoint or f"random weights, seed {config.run.seed}"
+    rows = f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {ranks} "
+    rows += f"rank{'s' if ranks > 1 else ''} = {sums.largest_update_tokens} tokens at most"
+    heldout = "none held out" if data.heldout is None else f"{len(data.heldout)} held out"
+    total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
+    memory = f"{human(sums.state_bytes, 'B')} for weights, gradients and AdamW + about "
+    memory += f"{human(sums.activation_bytes, 'B')} of activations on each rank"
+    lines = {
+        "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
+        "start": start,
+        "data": f"{len(data.train.encoder)} conversations of {data.train.encoder.dataset.name}, {heldout}",
+        "update": rows,
+        "run": f"{total}; {config.model.precision.value} on {device}",
+        "memory": memory,
+        "folder": config.run.folder,
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<9} {text}")
+    for note in notes:
+        console.print(f"note      {note}")
+
+
+def score_line(step: int, score: Score) -> str:
+    low, high = score.interval
+    return (
+        f"step {step}: held out {score.correct}/{score.total} right = {score.accuracy:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}), loss {score.nll:.3f}"
+    )
+
+
+def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:
+    return f"resuming from {path}: step {state.step} of {steps}, {state.tokens_seen:,} tokens seen"
+
+
+def closing(console: Console, state: TrainState, folder: Path) -> None:
+    """Accuracy before and after, and where the weights are."""
+    if state.evaluations:
+        table = Table("held-out conversations", "right", "accuracy", "95 % interval", "loss per token")
+        for name, entry in (("before training", state.evaluations[0]), ("after training", state.evaluations[-1])):
+            score = Score(int(entry["correct"]), int(entry["total"]), entry["nll"])
+            low, high = score.interval
+            table.add_row(
+                name,
+                f"{score.correct} of {score.total}",
+                f"{score.accuracy:.1%}",
+                f"{low:.1%} to {high:.1%}",
+                f"{score.nll:.3f}",
+            )
+        console.print(table)
+    if state.skipped:
+        console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")
+    console.print(f"weights   {folder / 'export'}   (a folder for transformers, vLLM and model.checkpoint=...)")

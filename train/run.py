@@ -1,0 +1,253 @@
+"""What surrounds every run: the program's edges, and the run folder.
+
+    RUN_FOLDER/
+      config.yaml       every setting, resolved
+      run.json          each start of this run: command, versions, git state, where it resumed from
+      metrics.jsonl     the record (train/tracking.py)
+      checkpoints/      training state (train/checkpoint.py)
+      best/             weights of the best evaluation   }  safetensors + config + tokenizer: folders that transformers
+      export/           weights at the end               }  and vLLM load
+      answers.png       held-out images with the model's answers
+
+Errors that only the user can put right end in a short message and exit code 1; anything else keeps its traceback.
+"""
+
+import fcntl
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple, TextIO
+
+import yaml
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from data.errors import DataError
+from ernie_model.atomic import atomic_write
+from ernie_model.checkpoint import CheckpointError
+from ernie_model.config import ConfigError
+from ernie_model.images import MediaError
+from ernie_model.tokenizer import TokenizerError
+from train import checkpoint
+from train.config import RunConfig, UserError, differences, explain
+from train.tracking import TrackerError
+
+CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
+
+USER_ERRORS = (UserError, DataError, MediaError, ConfigError, CheckpointError, TokenizerError, TrackerError)
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+REPORTED_PACKAGES = ("ernie-train", "torch", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "av")
+
+
+# ------------------------------------------------------------------------------------------------- the program's edges
+
+
+def program(entry: str) -> Callable[[Callable[[], Any]], Callable[[], None]]:
+    """Decorates a Hydra main: user errors become one short message and exit code 1.
+
+    Hydra prints its own errors and exits; with HYDRA_FULL_ERROR it lets them through, and they are told like ours. Set
+    ERNIE_DEBUG=1 (or run.debug=true) for the traceback.
+    """
+
+    def decorate(main: Callable[[], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def wrapped() -> None:
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            logging.basicConfig(level=logging.WARNING, format="%(message)s")
+            try:
+                main()
+            except (*USER_ERRORS, *HYDRA_ERRORS) as error:
+                if os.environ.get("ERNIE_DEBUG", "0") not in ("", "0"):
+                    raise
+                message = explain(error, entry) if isinstance(error, HYDRA_ERRORS) else str(error)
+                print(f"error: {message}", file=sys.stderr, flush=True)
+                # Under `accelerate launch` the other ranks may wait for this one; a plain exit code tells the launcher.
+                sys.exit(1)
+
+        return wrapped
+
+    return decorate
+
+
+class StopSignal:
+    """SIGTERM asks for an orderly end: finish the step, save, leave with exit code 0. A second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        try:
+            signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # not the main thread (a notebook, a test): nobody will send one
+            pass
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------------------- the run folder
+
+
+class Opened(NamedTuple):
+    """A run folder, and the checkpoint to go on from."""
+
+    folder: Path
+    resume_from: Path | None
+    found_metrics: bool
+    """An earlier start has written metrics.jsonl."""
+    lock: TextIO | None
+    """Held by rank 0 until the process ends."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+
+def open_folder(run: RunConfig, *, main: bool) -> Opened:
+    """Claim the run folder and decide where to start.
+
+    Args:
+        main: this is rank 0, which alone writes.
+
+    Raises:
+        UserError: another process trains here; run.resume does not allow what is found; the folder cannot be written.
+    """
+    folder = Path(run.folder)
+    lock = _claim(folder) if main else None
+    own = checkpoint.complete(folder / "checkpoints")
+    if run.resume == "auto":
+        chosen = own[-1] if own else None
+    elif run.resume == "never":
+        if own or _holds_a_run(folder):
+            what = f"the checkpoint {own[-1].name}" if own else "the metrics of an earlier run"
+            raise UserError(
+                f"run.folder={run.folder} already holds {what}, and run.resume is never. Choose another run.folder, or "
+                "run.resume=auto to go on with that run."
+            )
+        chosen = None
+    else:
+        chosen = _named(run)
+        if own and own[-1] != chosen.resolve() and own[-1].resolve() != chosen.resolve():
+            raise UserError(
+                f"run.folder={run.folder} has checkpoints of its own (newest: {own[-1].name}), which a start from "
+                f"run.resume={run.resume} would overwrite. Choose another run.folder, or run.resume=auto."
+            )
+    if main:
+        checkpoint.sweep(folder / "checkpoints")
+    return Opened(folder, chosen, _holds_a_run(folder), lock)
+
+
+def _claim(folder: Path) -> TextIO:
+    """Only one process at a time may write into a run folder. The kernel drops the lock when the process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"run.folder={folder} cannot be written ({error.strerror}). Choose another run.folder.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise UserError(f"another process is training in run.folder={folder}. Choose another run.folder.") from error
+    return lock
+
+
+def _holds_a_run(folder: Path) -> bool:
+    record = folder / "metrics.jsonl"
+    return record.exists() and record.stat().st_size > 0
+
+
+def _named(run: RunConfig) -> Path:
+    """run.resume as a checkpoint folder, or a run folder whose newest checkpoint is meant."""
+    path = Path(run.resume)
+    if checkpoint.is_complete(path):
+        return path
+    for root in (path / "checkpoints", path):
+        if found := checkpoint.complete(root):
+            return found[-1]
+    raise UserError(
+        f"run.resume={run.resume}: there is no complete checkpoint. Use auto, never, a run folder, or one of its "
+        "checkpoints/step-... folders."
+    )
+
+
+def check_same_maths(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run under settings that would change its numbers.
+
+    Raises:
+        UserError: names every setting that differs.
+    """
+    changed = differences(saved, now)
+    if changed:
+        lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())
+        raise UserError(
+            f"cannot resume from {path}: these settings differ from the run that wrote it and would change its numbers\n"
+            f"{lines}\nRestore them, or start anew in another run.folder."
+        )
+
+
+def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None) -> None:
+    """config.yaml, and one more entry in run.json."""
+    atomic_write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    record = folder / "run.json"
+    starts = json.loads(record.read_text())["starts"] if record.exists() else []
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": command(),
+            "working_directory": os.getcwd(),
+            "resumed_from": None if resumed_from is None else str(resumed_from),
+            "versions": versions(),
+            "git": git_state(),
+        }
+    )
+    atomic_write(record, json.dumps({"starts": starts}, indent=2) + "\n")
+
+
+def command() -> str:
+    """What to type to repeat this start, as a shell reads it."""
+    words = list(getattr(sys, "orig_argv", sys.argv))
+    program_name = sys.argv[0]
+    if program_name.startswith("ernie "):  # set by train/cli.py: the console script's own spelling
+        words = [*program_name.split(), *sys.argv[1:]]
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        words = ["accelerate", "launch", f"--num_processes={world}", "-m", "train.sft", *sys.argv[1:]]
+    return shlex.join(words)
+
+
+def versions() -> dict[str, str]:
+    out = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in REPORTED_PACKAGES:
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a source folder that was never installed
+            continue
+    return out
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the source this runs from, and whether it was edited; None outside a repository."""
+    source = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "edited": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

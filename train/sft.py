@@ -1,0 +1,171 @@
+"""Supervised fine-tuning, from settings to a folder of weights. Read it top to bottom.
+
+    ernie sft experiment=digits                                  learn to read handwriting, on a CPU, in a minute
+    ernie sft data=jsonl data.path=chats.jsonl run.epochs=2      your own conversations
+    accelerate launch -m train.sft ...                           the same program on several devices
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import hydra
+from accelerate.utils import gather_object
+from omegaconf import DictConfig
+from rich.console import Console
+
+from ernie_model.atomic import atomic_folder
+from ernie_model.checkpoint import write_model
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from train import checkpoint, report
+from train.build import build_accelerator, build_model
+from train.config import SFTConfig, check_steps, plain, register, to_typed
+from train.evaluate import draw_answers, measure
+from train.loop import Hooks, Plan, TrainState, fit
+from train.objectives.sft import SFT
+from train.optim import build_optimizer, learning_rate
+from train.policy import Policy
+from train.progress import Progress
+from train.run import CONFIGS, StopSignal, check_same_maths, open_folder, program, write_start
+from train.sources import ahead, build_data
+from train.tracking import make_trackers
+
+register()
+
+
+@program("sft")
+@hydra.main(config_path=CONFIGS, config_name="sft", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    train(to_typed(cfg, SFTConfig))
+
+
+def train(config: SFTConfig) -> None:
+    if config.run.debug:
+        os.environ["ERNIE_DEBUG"] = "1"
+    stop = StopSignal()
+
+    # The parts, in order. Whatever can be wrong is found here, before the first step.
+    accelerator = build_accelerator(config.parallel)
+    rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    console = Console(quiet=not main_process, highlight=False, soft_wrap=True)
+    run = open_folder(config.run, main=main_process)
+    settings = plain(config) | {"rows_per_update": config.data.accumulation * world}
+    saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
+    if run.resume_from is not None and saved is not None:
+        check_same_maths(run.resume_from, saved["settings"], settings)
+
+    model, processor, notes = build_model(config.model, seed=config.run.seed)
+    data = build_data(config.data, processor, rank=rank, world=world, max_heldout=config.evaluate.max_examples)
+    steps = config.run.steps or data.train.count_steps(config.run.epochs)
+    check_steps(config, steps)
+    model.to(accelerator.device)
+    policy = Policy(model)
+    optimizer = build_optimizer(model, config.optim)
+    state = TrainState()
+    if run.resume_from is not None and saved is not None:
+        checkpoint.load(run.resume_from, model=model, optimizer=optimizer, rank=rank)
+        data.train.load_state_dict(saved["source"])
+        state = TrainState(**saved["loop"])
+    wrapped, prepared = accelerator.prepare(policy, optimizer)
+    source = ahead(data.train, config.data.prefetch)  # after loading: it starts to pack at once
+
+    report.opening(console, config, model, data, steps=steps, ranks=world, device=accelerator.device, notes=notes)
+    trackers = make_trackers(config.tracker.names, config.tracker.project) if main_process else []
+    continues = run.resume_from is not None and run.resume_from.parent.resolve() == run.checkpoints.resolve()
+    resume_ids = saved["trackers"] if saved is not None and continues else {}
+    if main_process:
+        write_start(run.folder, plain(config), run.resume_from)
+    for tracker in trackers:
+        # Numbers beyond the checkpoint will be logged again. Without a checkpoint, all of an earlier attempt's will.
+        again = state.step if continues else 0 if run.found_metrics else None
+        tracker.start(config.run.name, plain(config), run.folder, resume_ids.get(tracker.name), resume_step=again)
+
+    # What happens around the updates.
+    progress = Progress(steps, start_step=state.step, console=console, enabled=main_process)
+
+    def log(step: int, metrics: dict[str, float]) -> None:
+        progress.update(step, metrics)
+        for tracker in trackers:
+            tracker.log(metrics, step)
+
+    def evaluate(state: TrainState) -> None:
+        if data.heldout is None:
+            return
+        score = measure(policy, data.heldout, accelerator)
+        best = max((entry["accuracy"] for entry in state.evaluations[1:]), default=-1.0)
+        state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
+        log(state.step, score.metrics())
+        progress.note(report.score_line(state.step, score))
+        if state.step and score.accuracy > best:
+            state.best_step = state.step
+            if main_process:
+                export(run.folder / "best", model, processor)
+
+    def save(state: TrainState) -> None:
+        generators = gather_object([checkpoint.generator_state()])
+        if main_process:
+            path = checkpoint.save(
+                run.checkpoints,
+                state.step,
+                model=model,
+                optimizer=optimizer,
+                generators=generators,
+                state={
+                    "settings": settings,
+                    "loop": dataclasses.asdict(state),
+                    "source": source.state_dict(),
+                    "trackers": {tracker.name: tracker.run_id for tracker in trackers},
+                },
+                keep=config.run.keep,
+            )
+            progress.note(f"saved {path}")
+        accelerator.wait_for_everyone()
+
+    plan = Plan(
+        steps=steps,
+        learning_rate=lambda step: learning_rate(step, steps, config.optim),
+        max_grad_norm=config.optim.max_grad_norm,
+        max_skipped=config.optim.max_skipped,
+        log_every=config.run.log_every,
+        save_every=config.run.save_every,
+        evaluate_every=config.evaluate.every,
+    )
+    hooks = Hooks(log=log, save=save, evaluate=evaluate, stop=stop)
+
+    # The run.
+    try:
+        with progress:
+            if state.step == 0:
+                evaluate(state)
+            else:
+                progress.note(report.resumed_line(run.resume_from, state, steps))
+            finished = fit(wrapped, SFT, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks)
+        if not finished:
+            console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
+            return
+        if main_process:
+            export(run.folder / "export", model, processor)
+            report.closing(console, state, run.folder)
+            sheet, title = run.folder / "answers.png", f"{config.run.name}: held out, step {state.step}"
+            if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
+                console.print(f"answers   {sheet}")
+                for tracker in trackers:
+                    tracker.log_image("answers", sheet, state.step)
+    finally:
+        source.close()
+        for tracker in trackers:
+            tracker.finish()
+        accelerator.end_training()
+
+
+def export(folder: Path, model: ErnieModel, processor: Processor) -> None:
+    """Weights, configuration and tokenizer: a folder that transformers and vLLM load."""
+    needed = sum(value.nbytes for value in model.state_dict().values())
+    with checkpoint.room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
+        write_model(model, temporary)
+        processor.save(temporary)
+
+
+if __name__ == "__main__":
+    main()
