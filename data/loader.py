@@ -17,33 +17,16 @@ import math
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from data.batch import PackedBatch
-from data.dataset import Dataset
-from data.encoder import Encoder, TooLong
+from data.encoder import Encoder
 from data.errors import DataError
 from data.order import ShuffledOrder
 from data.pack import Packer, Sized, collate
-from ernie_model.processor import Processor
 
 PREFETCH_PER_WORKER = 4
 """Records handed to each worker ahead of their use; enough to ride over a large image among small ones."""
-
-
-class StepSource(Protocol):
-    """What training needs of a stream of batches."""
-
-    def next_step(self) -> list[PackedBatch]: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-    @property
-    def report(self) -> "StreamReport": ...
-
-    def close(self) -> None: ...
 
 
 class StreamReport(NamedTuple):
@@ -202,6 +185,11 @@ def eval_batches(
 
     def draw() -> Sized[int] | None:
         for index in indices:
+            encoder.prefetch(
+                ahead
+                for ahead in range(index, min(index + 1 + PREFETCH_PER_WORKER * encoder.workers, len(encoder)))
+                if not encoder.is_measured(ahead)
+            )
             size = encoder.size(index)
             if size is not None:
                 return Sized(index, size.tokens, size.patches)
@@ -289,42 +277,3 @@ class BackgroundStream:
         self._thread = None
         self._stop = threading.Event()
         self._steps = queue.Queue(self._depth)
-
-
-def open_stream(
-    dataset: Dataset,
-    processor: Processor,
-    *,
-    seed: int,
-    max_tokens: int,
-    max_patches: int | None = None,
-    accumulation: int = 1,
-    rank: int = 0,
-    world: int = 1,
-    lookahead: int = 64,
-    shuffle: bool = True,
-    thinking: bool | None = None,
-    every_turn: bool = True,
-    too_long: TooLong = TooLong.ERROR,
-    cache_bytes: int = 512 * 2**20,
-    workers: int = 0,
-) -> PackedStream | BackgroundStream:
-    """The training stream of one dataset; see `Encoder` and `PackedStream`.
-
-    With workers, threads decode ahead and one more packs ahead. The batches are the same with any number of them.
-    """
-    encoder = Encoder(
-        dataset,
-        processor,
-        max_tokens=max_tokens,
-        max_patches=max_patches,
-        thinking=thinking,
-        every_turn=every_turn,
-        too_long=too_long,
-        cache_bytes=cache_bytes,
-        workers=workers,
-    )
-    stream = PackedStream(
-        encoder, seed=seed, accumulation=accumulation, rank=rank, world=world, lookahead=lookahead, shuffle=shuffle
-    )
-    return BackgroundStream(stream) if workers else stream

@@ -42,8 +42,8 @@ class MediaFolder:
     max_image_bytes: int = 64 * 2**20
     max_video_bytes: int = 4 * 2**30
 
-    def open(self, kind: PartKind, media: Media) -> Image.Image | str:
-        """What `Processor.encode` takes: a decoded RGB image, or the path of a video file that has been checked.
+    def open(self, kind: PartKind, media: Media) -> Image.Image | Path | bytes:
+        """What `Processor.encode` takes: a decoded RGB image; for a video, the path of the checked file, or its bytes.
 
         Raises MediaError, naming the file, for whatever cannot be honoured.
         """
@@ -51,9 +51,9 @@ class MediaFolder:
 
     def open_image(self, media: Media) -> Image.Image:
         """Upright, RGB (see ernie_model/images.py)."""
-        file, name = self._image_file(media)
+        file, name = self._file(media, self.max_image_bytes, "data.max_image_bytes")
         try:
-            with Image.open(file, formats=IMAGE_FORMATS) as image:
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=IMAGE_FORMATS) as image:
                 self._check_pixels(name, image.size)
                 picture = load_image(image, name)
         except MediaError:
@@ -67,12 +67,9 @@ class MediaFolder:
         picture.filename = name  # type: ignore[attr-defined]  # errors further on call the picture by it
         return picture
 
-    def open_video(self, media: Media) -> str:
-        if isinstance(media, bytes) or media.startswith("data:"):
-            raise MediaError(_name(media), "videos are read from files only. Save it in the dataset's folder.")
-        path = self.resolve(media)
-        _check_bytes(media, path.stat().st_size, self.max_video_bytes, "data.max_video_bytes")
-        return str(path)
+    def open_video(self, media: Media) -> Path | bytes:
+        """Its frames are decoded by the processor, which knows which of them it wants."""
+        return self._file(media, self.max_video_bytes, "data.max_video_bytes")[0]
 
     def resolve(self, path: str) -> Path:
         """The real path of a file inside the media folder. Raises MediaError if it is not there, or not inside."""
@@ -101,18 +98,19 @@ class MediaFolder:
             raise MediaError(path, f"no such file in the media folder {root}. Check data.media_root.")
         return real
 
-    def _image_file(self, media: Media) -> tuple[Path | io.BytesIO, str]:
-        """What to open, and what an error calls it."""
-        name, limit = _name(media), (self.max_image_bytes, "data.max_image_bytes")
+    def _file(self, media: Media, max_bytes: int, key: str) -> tuple[Path | bytes, str]:
+        """A checked file or its content, and what an error calls it."""
+        name = _name(media)
         if isinstance(media, str) and not media.startswith("data:"):
             path = self.resolve(media)
-            _check_bytes(name, path.stat().st_size, *limit)
+            _check_bytes(name, path.stat().st_size, max_bytes, key)
             return path, name
         if isinstance(media, str):
-            _check_bytes(name, len(media) * 3 // 4, *limit)  # before decoding; four letters of base64 are three bytes
+            # Before decoding it; four letters of base64 are three bytes.
+            _check_bytes(name, len(media) * 3 // 4, max_bytes, key)
             media = _decode_data_url(media, name)
-        _check_bytes(name, len(media), *limit)
-        return io.BytesIO(media), name
+        _check_bytes(name, len(media), max_bytes, key)
+        return media, name
 
     def _check_pixels(self, name: str, size: tuple[int, int]) -> None:
         width, height = size

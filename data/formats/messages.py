@@ -122,7 +122,7 @@ def _part(value: Any, key: str) -> Part:
         raise DataError(f"{key}.type is {value.get('type')!r}; it must be one of {', '.join(PART_KINDS)}.")
     name = next((name for name in (value["type"], kind.value, "url", "path", "value") if name in value), None)
     if name is None:
-        raise DataError(f'{key} has type {value["type"]!r} but no "{value["type"]}".')
+        raise DataError(f'{key} has type "{value["type"]}" but no "{value["type"]}".')
     content, key = value[name], f"{key}.{name}"
     if isinstance(content, dict) and "url" in content:  # {"image_url": {"url": "..."}}
         content, key = content["url"], f"{key}.url"

@@ -7,7 +7,7 @@ import torch
 
 from data.encoder import Encoder, TooLong
 from data.errors import DataError, TooLongError
-from data.loader import BackgroundStream, PackedStream, eval_batches, open_stream
+from data.loader import BackgroundStream, PackedStream, eval_batches
 
 LENGTHS = (6, 9, 4, 12, 7, 5, 8, 10, 4, 11, 6)
 
@@ -221,29 +221,20 @@ def test_an_error_in_the_background_comes_at_its_step(stream):
     background.close()
 
 
-def test_open_stream_goes_to_the_background_only_with_workers(sized, processor):
-    options = {"seed": 0, "max_tokens": 20, "accumulation": 2}
-    plain = open_stream(sized(*LENGTHS), processor, **options)
-    threaded = open_stream(sized(*LENGTHS), processor, workers=2, **options)
-
-    assert isinstance(plain, PackedStream) and isinstance(threaded, BackgroundStream)
-    equal(steps_of(threaded, 8), steps_of(plain, 8))
-    threaded.close()
-    plain.close()
-
-
 @pytest.mark.parametrize("options", [{"accumulation": 0}, {"rank": 2, "world": 2}])
 def test_impossible_settings(stream, options):
     with pytest.raises(DataError, match=next(iter(options))):
         stream(**options)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_evaluation_shows_every_record_once(sized, processor, world):
-    shares = [
-        list(eval_batches(Encoder(sized(*LENGTHS), processor, max_tokens=20), rank=rank, world=world))
-        for rank in range(world)
-    ]
+def test_evaluation_shows_every_record_once(sized, processor, world, workers):
+    encoders = [Encoder(sized(*LENGTHS), processor, max_tokens=20, workers=workers) for _ in range(world)]
+    shares = [list(eval_batches(encoder, rank=rank, world=world)) for rank, encoder in enumerate(encoders)]
+    for encoder in encoders:
+        assert not encoder._pending
+        encoder.close()
 
     assert len({len(share) for share in shares}) == 1  # every rank loops equally often
     seen = [id for share in shares for row in share if row is not None for id in row.ids]

@@ -1,0 +1,61 @@
+"""Somebody else's real data: the demo sets of LLaMA-Factory, in a folder named by ERNIE_DEMO_DATA."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data.dataset import jsonl_dataset
+from data.encoder import Encoder
+from data.errors import DataError
+from data.loader import PackedStream, eval_batches
+
+FOLDER = Path(os.environ.get("ERNIE_DEMO_DATA", ""))
+pytestmark = pytest.mark.skipif(
+    not (FOLDER / "v1_multimodal_demo.jsonl").exists(), reason="ERNIE_DEMO_DATA names no folder with the demo sets"
+)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Its paths begin with data/, the folder's name in the project it comes from."""
+    (tmp_path / "data").mkdir()
+    for name in ("1.jpg", "2.jpg", "3.jpg"):
+        target = tmp_path / "data" / "mllm_demo_data" / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((FOLDER / "mllm_demo_data" / name).read_bytes())
+    return tmp_path
+
+
+def test_photographs_in_conversations(root, real_processor):
+    dataset = jsonl_dataset(FOLDER / "v1_multimodal_demo.jsonl", media_root=root).train
+    encoder = Encoder(dataset, real_processor, max_tokens=2048)
+
+    rows = list(eval_batches(encoder))
+
+    assert sum(row.num_segments for row in rows) == len(dataset) == 24
+    assert sum(len(row.grids) for row in rows) >= 24
+    for index in range(len(dataset)):
+        example = encoder.example(index)
+        said = real_processor.decode(example.target_T[example.weight_T != 0])
+        answers = [message.text for message in dataset[index].messages if message.role == "assistant"]
+        # Every turn follows an empty thought, which is the prompt's and not learned.
+        assert said == "".join(f"{answer}<|end_of_sentence|>" for answer in answers)
+
+
+def test_five_hundred_conversations_of_text(real_processor):
+    dataset = jsonl_dataset(FOLDER / "v1_sft_demo.jsonl", eval_fraction=0.1).train
+    stream = PackedStream(Encoder(dataset, real_processor, max_tokens=4096), seed=0)
+    while stream.report.epoch < 1:
+        for row in stream.next_step():
+            assert row.weight_T.any() and row.patch_PX is None
+
+    assert stream.report.fill > 0.97
+
+
+def test_parts_we_do_not_know_are_refused_not_dropped():
+    """These write reasoning and tool calls as parts of the content."""
+    with pytest.raises(
+        DataError, match=r"reason_tool_use_demo_50.jsonl:\d+: messages\[2\].content\[0\].type is 'reasoning'"
+    ):
+        _ = jsonl_dataset(FOLDER / "reason_tool_use_demo_50.jsonl").train[0]
