@@ -1,0 +1,106 @@
+"""The README's commands run, and what it points to exists.
+
+Commands come out of the ```bash blocks of every page for users. A training command runs in its `--cfg job` form, which
+composes and prints the settings; a `make` target is asked for its recipe; other programs must be listed here.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.cli import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md")
+
+
+def commands(page: str) -> list[str]:
+    """The lines of the page's ```bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def as_python(line: str) -> list[str]:
+    """A training command as what Python runs, which is the same with the `ernie` command and under `accelerate launch`.
+
+    ernie sft a=b                             python -m train.sft a=b
+    accelerate launch ... -m train.sft a=b    python -m train.sft a=b      (and its --config_file must exist)
+    """
+    words = shlex.split(line)
+    if words[0] == "ernie":
+        module, rest = COMMANDS[words[1]][0], words[2:]
+    elif words[:2] == ["accelerate", "launch"]:
+        config = words[words.index("--config_file") + 1]
+        assert (ROOT / config).is_file()
+        at = words.index("-m")
+        module, rest = words[at + 1], words[at + 2 :]
+    else:
+        raise AssertionError(f"the README runs {words[0]!r}, and this test does not know how to check that")
+    return [sys.executable, "-m", module, *rest]
+
+
+@pytest.mark.parametrize("line", ALL)
+def test_a_command_on_a_page_works(line):
+    if line.startswith("make "):
+        out = run("make", "-n", *shlex.split(line)[1:])
+        assert out.returncode == 0, out.stderr
+        return
+    arguments = as_python(line)
+    if "train.dashboard" in arguments:
+        assert run(*arguments, "--help").returncode == 0
+        return
+    out = run(*arguments, *([] if "--cfg" in arguments else ["--cfg", "job"]))
+    assert out.returncode == 0, out.stderr
+    assert "model:" in out.stdout and "optim:" in out.stdout
+
+
+def test_this_notices_a_command_with_a_typo():
+    out = run(*as_python("ernie sft experiment=digits optim.lrr=1"), "--cfg", "job")
+    assert out.returncode != 0
+    assert "optim.lr" in out.stdout + out.stderr
+
+
+def test_the_two_first_commands_are_there():
+    assert commands("README.md")[:2] == ["make demo", "make test"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_file_a_page_names_exists(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    for target in links:
+        assert ((ROOT / page).parent / target).exists(), target
+    for name in re.findall(r"`((?:train|data|ernie_model|configs|launch|tests|docs)/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_examples_name_their_model_files():
+    names = set(re.findall(r"\bmodel=(\w+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert names
+    for name in names:
+        assert (ROOT / "configs" / "model" / f"{name}.yaml").is_file()
+
+
+def test_the_settings_that_pages_name_exist():
+    """`group.key` in backticks, with or without a value."""
+    from train.config import SFTConfig, known_keys
+
+    known = set(known_keys(SFTConfig))
+    groups = {key.split(".")[0] for key in known}
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for key in re.findall(r"`([a-z]+\.[a-z_]+)(?:=[^`]*)?`", text):
+            if key.split(".")[0] in groups and not (ROOT / key).exists():
+                assert key in known, f"{page}: {key}"
