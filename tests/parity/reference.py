@@ -176,6 +176,8 @@ SHAPES = (
     Shape("VL, text only, 3 sections of unlike size", "ernie4_5_vl_moe", _vl(mrope_section=(2, 2, 4)), TEXT_ROWS),
 )
 
+MOE_SHAPE, VL_SHAPE, CLIP_SHAPE = SHAPES[2], SHAPES[4], SHAPES[6]
+
 
 # ------------------------------------------------------------------------------------------------------------- models
 

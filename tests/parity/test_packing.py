@@ -10,13 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from ernie_model.model import ErnieModel
-from tests.parity.reference import SHAPES, Conversation, load_ours, make_conversations, make_reference, pack, target
+from tests.parity.reference import (
+    MOE_SHAPE,
+    VL_SHAPE,
+    Conversation,
+    load_ours,
+    make_conversations,
+    make_reference,
+    pack,
+    target,
+)
 
-VL = next(shape for shape in SHAPES if shape.name.startswith("VL, image + video"))
-MOE = next(shape for shape in SHAPES if shape.name.startswith("text MoE, top 2"))
 ROWS = {
-    "text": (MOE, ((13,), (5,), (5,), (30,), (1,), (9,))),
-    "media": (VL, ((5, (1, 4, 6), 3, (4, 4, 4), 6), (8,), (4, (1, 8, 4), 7), (2, (1, 4, 6), 2), (3, (6, 2, 4), 1))),
+    "text": (MOE_SHAPE, ((13,), (5,), (5,), (30,), (1,), (9,))),
+    "media": (VL_SHAPE, (*VL_SHAPE.rows, (2, (1, 4, 6), 2), (3, (6, 2, 4), 1))),
 }
 
 

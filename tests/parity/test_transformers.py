@@ -16,9 +16,11 @@ from ernie_model.model import ErnieModel
 from ernie_model.rope import position_ids
 from tests.parity.measure import bfloat16_errors, float32_errors, float64_errors
 from tests.parity.reference import (
+    CLIP_SHAPE,
     IMAGE_START,
     SHAPES,
     VIDEO,
+    VL_SHAPE,
     Shape,
     load_ours,
     make_conversations,
@@ -30,8 +32,6 @@ from tests.parity.reference import (
 )
 
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-VL = next(shape for shape in SHAPES if shape.name.startswith("VL, image + video"))
-CLIPS = next(shape for shape in SHAPES if shape.name.startswith("VL, long clips"))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,7 +65,7 @@ def test_bfloat16_is_bit_exact(shape: Shape, tmp_path: Path):
 
 
 def test_float32_weights_with_a_bfloat16_forward_round_like_bfloat16_weights(tmp_path: Path):
-    reference, conversations = make_reference(VL), make_conversations(VL.rows, seed=3)
+    reference, conversations = make_reference(VL_SHAPE), make_conversations(VL_SHAPE.rows, seed=3)
     plain = load_ours(reference, tmp_path, dtype=torch.bfloat16)
     master = load_ours(reference, tmp_path, dtype=torch.float32)
     master.compute_dtype = torch.bfloat16
@@ -76,7 +76,7 @@ def test_float32_weights_with_a_bfloat16_forward_round_like_bfloat16_weights(tmp
 
 def test_start_and_end_tokens_visit_the_vision_experts(tmp_path: Path):
     """Trap 7.4: with the start token among the text experts, transformers' logits differ from there on."""
-    reference, one = make_reference(VL), make_conversations(VL.rows[:1], seed=3)
+    reference, one = make_reference(VL_SHAPE), make_conversations(VL_SHAPE.rows[:1], seed=3)
     ours = run_ours(load_ours(reference, tmp_path), one, grads=False).logits
     batch = padded_batch(one, torch.float32, is_vl=True)
     start = one[0].token.index(IMAGE_START)
@@ -91,7 +91,7 @@ def test_start_and_end_tokens_visit_the_vision_experts(tmp_path: Path):
 
 
 def test_position_ids_are_those_of_transformers(tmp_path: Path):
-    for shape in (VL, CLIPS):
+    for shape in (VL_SHAPE, CLIP_SHAPE):
         reference, conversations = make_reference(shape), make_conversations(shape.rows, seed=3)
         config = load_ours(reference, tmp_path / shape.name[:8]).config
         batch = padded_batch(conversations, torch.float32, is_vl=True)
@@ -106,7 +106,7 @@ def test_position_ids_are_those_of_transformers(tmp_path: Path):
 
 def test_the_two_rules_differ_after_a_long_clip_and_only_there(tmp_path: Path):
     """Reference 2.5 and trap 7.1: after 3 text tokens and a video of (8, 4, 4), text continues at 5, or at 7."""
-    reference = make_reference(CLIPS)
+    reference = make_reference(CLIP_SHAPE)
     long, short = make_conversations([(1, (8, 4, 4), 4), (1, (4, 4, 4), 4)], seed=5)
     spatial = load_ours(reference, tmp_path, rule=PositionAfterVideo.SPATIAL)
     last = load_ours(reference, tmp_path, rule=PositionAfterVideo.LAST)
