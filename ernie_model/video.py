@@ -125,9 +125,9 @@ def _transformers_indices(total: int, fps: float, settings: VideoSettings) -> li
     else:
         wanted = total if settings.fps is None else total / fps * settings.fps
         count = min(max(wanted, settings.min_frames), settings.max_frames, total)
-    # torch, not numpy: the original rounds to float32 before it truncates, and so must we. It may yield one index more
-    # than `count`, when that is not whole.
-    return torch.arange(0, total, total / count).int().tolist()
+    # torch, not numpy: the original rounds to float32 before it truncates, and so must we. That rounding may yield one
+    # index more than `count`; and for some lengths (196 frames) one that lies behind the clip, which we leave out.
+    return [index for index in torch.arange(0, total, total / count).int().tolist() if index < total]
 
 
 def _two_fps_indices(total: int, fps: float, settings: VideoSettings) -> list[int]:
@@ -171,24 +171,27 @@ def draw_timestamp(image: Image.Image, seconds: float, font_file: Path | None = 
 
 @lru_cache
 def _font(font_file: Path | None, size: int) -> ImageFont.FreeTypeFont:
-    if font_file is not None:
-        return ImageFont.truetype(str(font_file), size)
-    font = ImageFont.load_default(size)
-    if not isinstance(font, ImageFont.FreeTypeFont):
+    # Not `load_default` itself, which lays out text without kerning: the file must draw the same as the built-in font.
+    return ImageFont.truetype(io.BytesIO(_built_in_font()) if font_file is None else str(font_file), size)
+
+
+@lru_cache
+def _built_in_font() -> bytes:
+    """The TrueType file inside Pillow."""
+    font = ImageFont.load_default(10)
+    if not isinstance(font, ImageFont.FreeTypeFont) or not isinstance(font.path, io.BytesIO):
         raise RuntimeError(
-            "this Pillow has no FreeType, so timestamps cannot be drawn; install the usual wheel, or set "
-            "draw_timestamps to False."
+            "this Pillow has no built-in TrueType font to draw timestamps with. Install the usual wheel, put "
+            "Roboto-Regular.ttf into the checkpoint's folder, or set draw_timestamps to False."
         )
-    return font
+    return font.path.getvalue()
 
 
 def font_file(settings: VideoSettings) -> tuple[str, bytes]:
     """Name and content of the TrueType file that `settings` draw with, to be saved beside the model."""
     if settings.font is not None:
         return settings.font.name, settings.font.read_bytes()
-    stream = _font(None, 10).path
-    assert isinstance(stream, io.BytesIO)
-    return BUILT_IN_FONT, stream.getvalue()
+    return BUILT_IN_FONT, _built_in_font()
 
 
 # ----------------------------------------------------------------------------------------------------------- decoding
