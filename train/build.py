@@ -1,7 +1,7 @@
 """Settings to model and processor, and what they will cost.
 
-    model.checkpoint    weights, config.json and processor of a folder or a hub repository
-    model.config        random weights; the tokenizer's ids fill in vocab_size and the media tokens
+model.checkpoint    weights, config.json and processor of a folder or a hub repository
+model.config        random weights; the tokenizer's ids fill in vocab_size and the media tokens
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ernie_model.checkpoint import load_config, load_model
+from ernie_model.checkpoint import load_model
 from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
 from ernie_model.counting import count_parameters
 from ernie_model.images import ImageSettings
@@ -48,9 +48,7 @@ def build_model(config: ModelConfig, *, seed: int) -> Built:
     notes: list[str] = []
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
     if config.checkpoint is not None:
-        model = load_model(
-            config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule
-        )
+        model = load_model(config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule)
         notes += _differences(config, model.config)
     else:
         torch.manual_seed(seed)

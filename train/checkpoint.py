@@ -10,7 +10,7 @@
 
 This is for resuming only. Weights for others (transformers, vLLM) are another kind of folder: `ernie_model.checkpoint`.
 
-A checkpoint is written under another name, synced to the disk, and appears by one rename. `complete` checks besides that
+A checkpoint is written under another name, synced to the disk, and appears by one rename. `complete` also checks that
 every file has the size it should have, so a folder that was copied halfway is not picked up either.
 """
 

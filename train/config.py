@@ -90,7 +90,7 @@ class ModelConfig:
     precision: Precision = Precision.bf16
     """What the matrix products are computed in. Master weights, router, optimizer and loss are always float32."""
     gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: a third more time, far less memory."""
+    """Recompute each layer in the backward pass, not keeping its activations: a third more time, far less memory."""
     position_after_video: PositionRule | None = None
     """Where text continues after a long video; null keeps what the checkpoint says."""
 
@@ -310,8 +310,8 @@ def check_steps(config: SFTConfig, steps: int) -> None:
     length = f"run.steps={steps}" if config.run.steps else f"run.epochs={config.run.epochs:g}, {steps} updates"
     check(
         config.optim.warmup_steps < steps,
-        f"optim.warmup_steps ({config.optim.warmup_steps}) is not shorter than the run ({length}), so the peak learning "
-        "rate would never be reached. Lower optim.warmup_steps or make the run longer.",
+        f"optim.warmup_steps ({config.optim.warmup_steps}) is not shorter than the run ({length}), so the peak "
+        "learning rate would never be reached. Lower optim.warmup_steps or make the run longer.",
     )
     check(
         config.evaluate.every <= steps,
@@ -325,7 +325,7 @@ DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "jsonl": Json
 GROUPS = ("model", "data", "objective", "optim", "parallel", "tracker", "experiment")
 
 # What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
-FREE_TO_CHANGE = (
+FREE_TO_CHANGE: tuple[str, ...] = (
     "run.name",
     "run.folder",
     "run.resume",
@@ -341,6 +341,7 @@ FREE_TO_CHANGE = (
     "data.prefetch",
     "optim.max_skipped",
     "model.name",
+    "data.accumulation",  # rows_per_update is compared instead: accumulation times ranks
 )
 
 
@@ -407,7 +408,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Settings that change the numbers and differ between two plain configurations: key → (old, new)."""
-    free = list(FREE_TO_CHANGE)
+    free: list[str] = list(FREE_TO_CHANGE)
     if old.get("optim", {}).get("schedule") == Schedule.constant.value:
         free.append("run.steps")  # a constant learning rate doesn't depend on where the run ends
     old_flat, new_flat = flatten(old), flatten(new)
@@ -462,7 +463,8 @@ def explain(error: BaseException, entry: str = "sft") -> str:
             key = getattr(link, "full_key", None) or _search(r"full_key: (\S+)", text) or ""
             if key in known:  # the schema of another choice of the same group has it
                 owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in vars(variant())]
-                return f"{key} is not a setting of the chosen data; it belongs to {' and '.join(f'data={x}' for x in owners)}."
+                belongs = " and ".join(f"data={kind}" for kind in owners)
+                return f"{key} is not a setting of the chosen data; it belongs to {belongs}."
             return f"{key} is not a setting of {entry}{suggestion(key, known)}"
         if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
             key = match[1]

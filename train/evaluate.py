@@ -97,8 +97,8 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Sc
 def exact(correct_T: Tensor, batch: PackedBatch) -> Tensor:
     """bool (S,): segments in which every learned target is the most likely token.
 
-        weight_T    0 1 1 | 0 1 1
-        correct_T   . x x | . x .      → True, False
+    weight_T    0 1 1 | 0 1 1
+    correct_T   . x x | . x .      → True, False
     """
     wrong_T = (batch.weight_T != 0) & ~correct_T
     wrong_S = torch.zeros(batch.num_segments, device=wrong_T.device).index_add(0, batch.segment_T, wrong_T.float())
@@ -109,8 +109,8 @@ def exact(correct_T: Tensor, batch: PackedBatch) -> Tensor:
 def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_new_tokens: int) -> list[Tensor]:
     """Greedy answers to the last thing each example should learn to write; token ids without the stop token.
 
-    The prompt is everything before the first token of the last learned stretch. All examples lie in one packed row, which
-    is run again for every new token: simple, and quick enough for a page of short answers.
+    The prompt is everything before the first token of the last learned stretch. All examples lie in one packed row,
+    which is run again for every new token: simple, and quick enough for a page of short answers.
     """
     device = model.head_VD.device
     was_training = model.training

@@ -4,8 +4,8 @@
     for each micro-batch:   policy(batch) → objective → backward          gradients add up, ranks meet on the last one
     clip → update → report → maybe evaluate → maybe save
 
-It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum) and a source (where
-batches come from), and nothing about any algorithm.
+It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum) and a source
+(where batches come from), and nothing about any algorithm.
 """
 
 import resource
@@ -115,8 +115,8 @@ def fit(
         if state.skipped > plan.max_skipped:
             raise UserError(
                 f"step {state.step}: the loss or a gradient was not finite, for the {state.skipped}. time; "
-                f"optim.max_skipped allows {plan.max_skipped}. Lower optim.lr or optim.max_grad_norm, or look at the data "
-                "of these steps. The last checkpoint is untouched."
+                f"optim.max_skipped allows {plan.max_skipped}. Lower optim.lr or optim.max_grad_norm, or look at the "
+                "data of these steps. The last checkpoint is untouched."
             )
         last = state.step == plan.steps
         if last or (plan.evaluate_every and state.step % plan.evaluate_every == 0):
@@ -279,7 +279,7 @@ class Clock:
 
     def speed(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         step_s = time.perf_counter() - self.begin
-        # A running mean that forgets over about 20 steps; the first steps of a process are slow and must not count long.
+        # A running mean that forgets over about 20 steps: a process's first steps are slow and must not count long.
         weight = max(0.05, 1 / (step - self.first_step))
         self.mean_s += weight * (step_s - self.mean_s)
         rates = {

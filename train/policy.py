@@ -2,8 +2,8 @@
 
     PackedBatch ──► ErnieModel ──► hidden_TD ──► the rows that are learned ──► log p(target), in chunks ──► logprob_T
 
-The language-model head is inside, so that this one module is all that DDP or DeepSpeed has to wrap, and so that logits of
-shape (T, V) never exist.
+The language-model head is inside, so that this one module is all that DDP or DeepSpeed has to wrap, and so that logits
+of shape (T, V) never exist.
 
 Shape letters:  T tokens   D model width   V vocabulary   R rows whose target is learned
 """

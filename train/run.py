@@ -29,8 +29,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
-import yaml
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
@@ -53,14 +53,14 @@ REPORTED_PACKAGES = ("ernie-train", "torch", "accelerate", "safetensors", "token
 # ------------------------------------------------------------------------------------------------- the program's edges
 
 
-def program(entry: str) -> Callable[[Callable[[], Any]], Callable[[], None]]:
+def program(entry: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
     """Decorates a Hydra main: user errors become one short message and exit code 1.
 
     Hydra prints its own errors and exits; with HYDRA_FULL_ERROR it lets them through, and they are told like ours. Set
     ERNIE_DEBUG=1 (or run.debug=true) for the traceback.
     """
 
-    def decorate(main: Callable[[], Any]) -> Callable[[], None]:
+    def decorate(main: Callable[..., Any]) -> Callable[[], None]:
         @functools.wraps(main)
         def wrapped() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -156,7 +156,9 @@ def _claim(folder: Path) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("a+")
     except OSError as error:
-        raise UserError(f"run.folder={folder} cannot be written ({error.strerror}). Choose another run.folder.") from error
+        raise UserError(
+            f"run.folder={folder} cannot be written ({error.strerror}). Choose another run.folder."
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -194,14 +196,14 @@ def check_same_maths(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     if changed:
         lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())
         raise UserError(
-            f"cannot resume from {path}: these settings differ from the run that wrote it and would change its numbers\n"
-            f"{lines}\nRestore them, or start anew in another run.folder."
+            f"cannot resume from {path}: these settings differ from the run that wrote it and would change "
+            f"its numbers\n{lines}\nRestore them, or start anew in another run.folder."
         )
 
 
 def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None) -> None:
     """config.yaml, and one more entry in run.json."""
-    atomic_write(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    atomic_write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     record = folder / "run.json"
     starts = json.loads(record.read_text())["starts"] if record.exists() else []
     starts.append(

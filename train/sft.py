@@ -1,8 +1,8 @@
 """Supervised fine-tuning, from settings to a folder of weights. Read it top to bottom.
 
-    ernie sft experiment=digits                                  learn to read handwriting, on a CPU, in a minute
-    ernie sft data=jsonl data.path=chats.jsonl run.epochs=2      your own conversations
-    accelerate launch -m train.sft ...                           the same program on several devices
+ernie sft experiment=digits                                  learn to read handwriting, on a CPU, in a minute
+ernie sft data=jsonl data.path=chats.jsonl run.epochs=2      your own conversations
+accelerate launch -m train.sft ...                           the same program on several devices
 """
 
 import dataclasses

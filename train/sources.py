@@ -53,9 +53,7 @@ class FirstOf:
         return self.dataset[index]
 
 
-def build_data(
-    config: DataConfig, processor: Processor, *, rank: int, world: int, max_heldout: int = 0
-) -> Data:
+def build_data(config: DataConfig, processor: Processor, *, rank: int, world: int, max_heldout: int = 0) -> Data:
     """Open both parts and encode the first record of each, so that settings which fit no record fail at once.
 
     Raises:

@@ -1,7 +1,7 @@
 """What an algorithm adds to the loop: how log-probabilities become a loss.
 
-Losses return *sums*. The loop counts `unit`s over all ranks and micro-batches before the first forward and divides once,
-so that packing, accumulation and data parallelism do not change the gradient.
+Losses return *sums*. The loop counts `unit`s over all ranks and micro-batches before the first forward and divides
+once, so that packing, accumulation and data parallelism do not change the gradient.
 """
 
 from collections.abc import Callable
