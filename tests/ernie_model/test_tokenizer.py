@@ -43,7 +43,7 @@ def test_every_special_string_is_one_token():
 
 
 def test_location_and_media_tokens_keep_the_order_of_the_released_ids():
-    """Reference 1.3: image placeholder 100295, then audio, LOC_0 .. LOC_1000 = 100297 .. 101297, then 101298 .. 101307."""
+    """Reference 1.3: image placeholder 100295, audio, LOC_0 .. LOC_1000 = 100297 .. 101297, up to 101307."""
     shift = 100295 - TINY.require("<|IMAGE_PLACEHOLDER|>")
     released = {
         "<|AUDIO_PLACEHOLDER|>": 100296,
