@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from data.conversation import Conversation, Message, Part
 from data.dataset import jsonl_dataset
 from data.encoder import Encoder
 from data.errors import DataError
+from data.formats import messages
 from data.loader import PackedStream, eval_batches
+from data.records import write_jsonl
 
 FOLDER = Path(os.environ.get("ERNIE_DEMO_DATA", ""))
 pytestmark = pytest.mark.skipif(
@@ -55,7 +58,19 @@ def test_five_hundred_conversations_of_text(real_processor):
 
 def test_parts_we_do_not_know_are_refused_not_dropped():
     """These write reasoning and tool calls as parts of the content."""
-    with pytest.raises(
-        DataError, match=r"reason_tool_use_demo_50.jsonl:\d+: messages\[2\].content\[0\].type is 'reasoning'"
-    ):
+    with pytest.raises(DataError, match=r"demo_50.jsonl:\d+: messages\[2\].content\[0\].type is 'reasoning'"):
         _ = jsonl_dataset(FOLDER / "reason_tool_use_demo_50.jsonl").train[0]
+
+
+def test_a_video_clip(real_processor, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes((FOLDER / "mllm_demo_data" / "1.mp4").read_bytes())
+    user = Message(role="user", parts=(Part.of_video("clip.mp4"), Part.of_text("Why is this funny?")))
+    record = Conversation(id="v", messages=(user, Message(role="assistant", parts=(Part.of_text("A baby reads."),))))
+    dataset = jsonl_dataset(write_jsonl(tmp_path / "train.jsonl", [messages.write(record)])).train
+
+    (row,) = [row for row in eval_batches(Encoder(dataset, real_processor, max_tokens=32768)) if row]
+
+    ((frames, height, width),) = row.grids
+    assert frames >= 16 and frames % 2 == 0
+    assert row.patch_PX is not None and row.patch_PX.shape == (frames * height * width, 588)
+    assert frames * height * width // 8 < row.num_tokens <= frames * height * width // 8 + 64
