@@ -20,6 +20,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 demo: $(VENV)/.test
 	$(VENV)/bin/ernie sft experiment=digits
+	$(VENV)/bin/python -m tests.end_to_end.ask_transformers runs/digits
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(JOBS)

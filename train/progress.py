@@ -20,6 +20,9 @@ from rich.live import Live
 from rich.text import Text
 
 BAR_CELLS = 16
+KNOWN = frozenset(
+    "loss accuracy tokens_per_s text_tokens_per_s image_tokens_per_s eta_s memory_gb lr grad_norm".split()
+)
 
 
 class Progress:
@@ -66,10 +69,10 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show `step` (the number of finished steps). Keys that are absent keep their last value.
 
-        Known keys: loss, accuracy (a fraction), tokens_per_s, text_tokens_per_s, image_tokens_per_s, eta_s, memory_gb,
-        lr, grad_norm. Others are ignored. Without eta_s the time left follows from the steps done so far.
+        The keys are those in KNOWN (accuracy is a fraction); others are ignored. Without eta_s the time left follows
+        from the steps done so far.
         """
-        if not self.enabled:
+        if not self.enabled or not KNOWN.intersection(metrics):
             return
         known = {} if self.last is None else {key: value for key, value in self.last[1].items() if key != "eta_s"}
         known.update(metrics)
@@ -79,7 +82,7 @@ class Progress:
         if self.live is not None:
             return  # redrawn by its own clock
         due = self.printed is None or self.clock() - self.printed >= self.every_s
-        if due or step >= self.total_steps:
+        if step != self.shown_step and (due or step >= self.total_steps):
             self._print_plain()
 
     def note(self, text: str) -> None:

@@ -260,7 +260,7 @@ class TrackioTracker:
         return self._name
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log(dict(metrics), step=step)
+        self.run.log(charts(metrics), step=step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         # trackio needs a current run to know where to copy the file to; `init` made ours the current one.
@@ -306,7 +306,7 @@ class TensorBoardTracker:
         return "tensorboard"
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        for key, value in metrics.items():
+        for key, value in charts(metrics).items():
             self.writer.add_scalar(key, value, step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
@@ -364,7 +364,7 @@ class WandbTracker:
         return self.run.id
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        self.run.log({**metrics, "step": step})
+        self.run.log({**charts(metrics), "step": step})
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         self.run.log({name: self.wandb.Image(str(path)), "step": step})
@@ -378,6 +378,25 @@ TRACKERS: dict[str, Callable[[str], Tracker]] = {
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
 }
+
+
+def charts(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics under the names of their charts; the dashboards make a section of what stands before a slash.
+
+    loss            -> loss                 eval_accuracy   -> eval/accuracy
+    tokens_per_s    -> speed/tokens_per_s   router_text_dead -> router/text_dead
+    """
+    named = {}
+    for key, value in metrics.items():
+        section, _, rest = key.partition("_")
+        if section in ("eval", "router") and rest:
+            key = f"{section}/{rest}"
+        elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb"):
+            key = f"speed/{key}"
+        elif key.endswith("tokens") or key in ("patches", "units", "skipped"):
+            key = f"batch/{key}"
+        named[key] = value
+    return named
 
 
 def _import(module: str, install: str) -> Any:

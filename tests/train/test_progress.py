@@ -100,6 +100,17 @@ def test_notes_and_lines_longer_than_the_console_are_not_broken():
     assert line.endswith("grad 1.310")
 
 
+def test_numbers_it_does_not_know_draw_no_line_and_a_step_is_drawn_once():
+    console, out = plain()
+    with Progress(3, console=console, clock=Clock()) as progress:
+        progress.update(0, {"eval_accuracy": 0.1})
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 1.0})
+        progress.update(3, {"eval_accuracy": 0.9})
+        progress.update(3, {"loss": 1.0})
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/3", "3/3"]
+
+
 def test_other_ranks_are_silent():
     console, out = plain()
     with Progress(10, console=console, enabled=False) as progress:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from train.tracking import Guarded, JsonlTracker, TrackerError, keep_until, make_trackers
+from train.tracking import Guarded, JsonlTracker, TrackerError, charts, keep_until, make_trackers
 
 CONFIG = {"optim": {"lr": 1e-3}, "model": {"layers": [1, 2]}, "note": None}
 
@@ -280,6 +280,27 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     history = wandb_history(folder)
     assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(3, 0.5), (2, 0.6)]
     assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
+
+
+def test_charts_stand_in_sections():
+    names = ["loss", "grad_norm", "eval_accuracy", "router_text_dead", "text_tokens_per_s", "memory_gb", "image_tokens"]
+    assert list(charts(dict.fromkeys(names, 1.0))) == [
+        *("loss", "grad_norm", "eval/accuracy", "router/text_dead", "speed/text_tokens_per_s", "speed/memory_gb"),
+        "batch/image_tokens",
+    ]
+
+
+def test_every_dashboard_uses_the_names_of_the_charts(tmp_path):
+    trackers = make_trackers(["trackio", "tensorboard", "wandb"], "charts")
+    for tracker in trackers:
+        tracker.start("run", CONFIG, tmp_path)
+        tracker.log({"eval_accuracy": 0.5}, 1)
+        tracker.finish()
+        assert tracker.failures == 0
+    assert trackio_logs("charts", "run")[0]["eval/accuracy"] == 0.5
+    assert wandb_history(tmp_path)[0]["eval/accuracy"] == 0.5
+    assert b"eval/accuracy" in next((tmp_path / "tensorboard").glob("events*")).read_bytes()
+    assert records(tmp_path)[0]["eval_accuracy"] == 0.5  # the file keeps the names of the program
 
 
 def test_several_at_once(picture):
