@@ -1,6 +1,6 @@
 """One live line while a run trains; plain lines where there is no terminal.
 
-    step 120/400 ━━━━━─────────  loss 0.412  accuracy 71.0%  left 1:05  tokens/s 18.4k (text 6.1k, image 12.3k)
+    step 120/400 ━━━━────────  loss 0.412  accuracy 71.0%  left 1:05  tokens/s 18.4k (text 6.1k, image 12.3k)  mem 1.2G
 
     with Progress(total_steps=400) as progress:
         progress.update(step, {"loss": 0.412, "accuracy": 0.71, ...})
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-BAR_CELLS = 16
+BAR_CELLS = 12
 KNOWN = frozenset(
     "loss accuracy tokens_per_s text_tokens_per_s image_tokens_per_s eta_s memory_gb lr grad_norm".split()
 )
@@ -101,34 +101,45 @@ class Progress:
         if self.last is None:
             return Text(f"step {self.start_step}/{self.total_steps}  starting")
         step, metrics = self.last
+        head = Text(f"step {step}/{self.total_steps}", style="bold")
         done = min(1.0, step / self.total_steps) if self.total_steps else 1.0
         filled = round(done * BAR_CELLS)
-        line = Text(no_wrap=True, overflow="ellipsis")
-        line.append(f"step {step}/{self.total_steps} ", style="bold")
-        line.append("━" * filled, style="green").append("━" * (BAR_CELLS - filled), style="bright_black")
-        for field in fields(metrics):
-            # What doesn't fit is left out whole: the fields come in order of importance.
-            if line.cell_len + 2 + len(field) > self.console.width:
+        bar = Text("━" * filled, style="green") + Text("━" * (BAR_CELLS - filled), style="bright_black")
+        # A narrow terminal first loses the bar, then the words inside the speed, then fields from the end.
+        for start, texts in ([head, bar], fields(metrics)), ([head], fields(metrics)), ([head], fields(metrics, True)):
+            whole = sum(2 + len(text) for text in texts if not text.startswith(LEAST))
+            if sum(part.cell_len for part in start) + whole <= self.console.width:
                 break
-            line.append("  ").append(field, style="bold red" if "nan" in field or "inf" in field else "")
+        line = Text(" ", no_wrap=True, overflow="ellipsis").join(start)
+        for text in texts:
+            if line.cell_len + 2 + len(text) > self.console.width:
+                break
+            line.append("  ").append(text, style="bold red" if "nan" in text or "inf" in text else "")
         return line
 
 
-def fields(metrics: Mapping[str, float]) -> list[str]:
-    """The metrics as short texts, the most important first."""
+LEAST = ("lr", "grad")
+"""Fields that are shown where there is room."""
+
+
+def fields(metrics: Mapping[str, float], compact: bool = False) -> list[str]:
+    """The metrics as short texts, the most important first.
+
+    compact: "acc 71.0%" and "tokens/s 6.1k+12.3k" for "accuracy 71.0%" and "tokens/s 18.4k (text 6.1k, image 12.3k)".
+    """
     out = []
     if "loss" in metrics:
         out.append(f"loss {number(metrics['loss'])}")
     if "accuracy" in metrics:
-        out.append(f"accuracy {100 * metrics['accuracy']:.1f}%")
+        out.append(f"{'acc' if compact else 'accuracy'} {100 * metrics['accuracy']:.1f}%")
     if "eta_s" in metrics:
         out.append(f"left {duration(metrics['eta_s'])}")
     if "tokens_per_s" in metrics:
-        speed = f"tokens/s {short(metrics['tokens_per_s'])}"
+        speed = short(metrics["tokens_per_s"])
         if "text_tokens_per_s" in metrics and "image_tokens_per_s" in metrics:
-            text, image = metrics["text_tokens_per_s"], metrics["image_tokens_per_s"]
-            speed += f" (text {short(text)}, image {short(image)})"
-        out.append(speed)
+            text, image = short(metrics["text_tokens_per_s"]), short(metrics["image_tokens_per_s"])
+            speed = f"{text}+{image}" if compact else f"{speed} (text {text}, image {image})"
+        out.append(f"tokens/s {speed}")
     if "memory_gb" in metrics:
         out.append(f"mem {metrics['memory_gb']:.1f}G")
     if "lr" in metrics:
