@@ -127,27 +127,36 @@ def open_folder(run: RunConfig, *, main: bool) -> Opened:
     """
     folder = Path(run.folder)
     lock = _claim(folder) if main else None
+    try:
+        chosen = _starting_point(run, folder)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+    if main:
+        checkpoint.sweep(folder / "checkpoints")
+    return Opened(folder, chosen, _holds_a_run(folder), lock)
+
+
+def _starting_point(run: RunConfig, folder: Path) -> Path | None:
     own = checkpoint.complete(folder / "checkpoints")
     if run.resume == "auto":
-        chosen = own[-1] if own else None
-    elif run.resume == "never":
+        return own[-1] if own else None
+    if run.resume == "never":
         if own or _holds_a_run(folder):
             what = f"the checkpoint {own[-1].name}" if own else "the metrics of an earlier run"
             raise UserError(
                 f"run.folder={run.folder} already holds {what}, and run.resume is never. Choose another run.folder, or "
                 "run.resume=auto to go on with that run."
             )
-        chosen = None
-    else:
-        chosen = _named(run)
-        if own and own[-1] != chosen.resolve() and own[-1].resolve() != chosen.resolve():
-            raise UserError(
-                f"run.folder={run.folder} has checkpoints of its own (newest: {own[-1].name}), which a start from "
-                f"run.resume={run.resume} would overwrite. Choose another run.folder, or run.resume=auto."
-            )
-    if main:
-        checkpoint.sweep(folder / "checkpoints")
-    return Opened(folder, chosen, _holds_a_run(folder), lock)
+        return None
+    chosen = _named(run)
+    if own and own[-1].resolve() != chosen.resolve():
+        raise UserError(
+            f"run.folder={run.folder} has checkpoints of its own (newest: {own[-1].name}), which a start from "
+            f"run.resume={run.resume} would overwrite. Choose another run.folder, or run.resume=auto."
+        )
+    return chosen
 
 
 def _claim(folder: Path) -> TextIO:

@@ -1,0 +1,151 @@
+"""Every file in configs/ composes and converts; every mistake in a setting is told in one sentence that helps."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from train.config import (
+    GROUPS,
+    DigitsData,
+    JsonlData,
+    Precision,
+    Schedule,
+    SFTConfig,
+    UserError,
+    check_steps,
+    differences,
+    explain,
+    known_keys,
+    plain,
+    register,
+    suggestion,
+    to_typed,
+)
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+
+
+def load(*overrides: str) -> SFTConfig:
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return to_typed(compose("sft", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_of_every_group_composes(choice):
+    needed = ["data.path=chats.jsonl"] if choice == "data=jsonl" else []
+    assert isinstance(load(choice, *needed), SFTConfig)
+
+
+def test_there_is_something_to_compose():
+    assert len(CHOICES) >= 15 and "experiment=digits" in CHOICES and "data=jsonl" in CHOICES
+
+
+def test_command_line_beats_experiment_beats_group_beats_schema():
+    config = load("experiment=digits", "optim.lr=0.5")
+    assert config.optim.lr == 0.5  # command line
+    assert config.run.name == "digits" and config.run.folder == "runs/digits"  # experiment
+    assert config.model.precision is Precision.fp32  # group; the schema says bf16
+    assert config.optim.beta2 == 0.95 and config.optim.schedule is Schedule.cosine  # schema
+    assert isinstance(config.data, DigitsData)
+
+
+def test_jsonl_has_settings_of_its_own():
+    config = load("data=jsonl", "data.path=a.jsonl", "data.eval_fraction=0.1")
+    assert isinstance(config.data, JsonlData) and config.data.eval_fraction == 0.1
+
+
+@pytest.mark.parametrize(
+    "chosen, names",
+    [
+        ("tracker=none", ["none"]),
+        ("tracker=wandb", ["wandb"]),
+        ("tracker=[trackio,tensorboard]", ["trackio", "tensorboard"]),
+    ],
+)
+def test_several_trackers_at_once(chosen, names):
+    assert load(chosen).tracker.names == names
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra's and ours; the message is what is tested
+        load(*overrides)
+    return str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        # typos
+        ("optim.leer=1", "optim.leer is not a setting of sft; did you mean optim.lr?"),
+        ("optim.warmup=1", "did you mean optim.warmup_steps?"),
+        ("steps=5", "steps is not a setting of sft; did you mean run.steps?"),
+        ("lr=1", "did you mean optim.lr?"),
+        ("run.resum=never", "did you mean run.resume?"),
+        ("data.held=1", "data.held is not a setting of sft"),
+        ("+optim.leer=1", "optim.leer is not a setting of SFTConfig; did you mean optim.lr?"),
+        ("model.config.hiden_size=3", "model.config.hiden_size is not a setting"),
+        ("datta=digits", "datta is not a setting of sft; did you mean data?"),
+        ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, jsonl."),
+        ("experiment=digitz", "there is no configs/experiment/digitz.yaml; did you mean experiment=digits?"),
+        ("data.path=a.jsonl", "data.path is not a setting of the chosen data; it belongs to data=jsonl."),
+        # wrong types
+        ("optim.lr=many", "optim.lr=many: could not be converted to Float."),
+        ("optim.schedule=cosin", "optim.schedule=cosin: expected one of [constant, linear, cosine]."),
+        ("run.keep=null", "run.keep=null: field 'run.keep' is not Optional."),
+        # values that break a rule
+        ("optim.lr=-1", "optim.lr is -1.0; it must be positive."),
+        ("optim.beta2=1", "optim.beta2 is 1.0; it must lie in 0..1, 1 excluded."),
+        ("data.accumulation=0", "data.accumulation is 0; it must be at least 1."),
+        ("data.max_tokens=1", "data.max_tokens is 1; a row needs at least 2 tokens."),
+        ("run.steps=0", "run.steps is 0; it must be at least 1."),
+        ("run.keep=0", "run.keep is 0; at least the newest checkpoint must stay."),
+        ("evaluate.every=-1", "evaluate.every is -1; it must be 0 or more."),
+        # values that contradict each other
+        ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
+        ("run.steps=10 evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),
+        ("model.config=null", "model.checkpoint and model.config are both null"),
+        ("model.processor=null", "model.processor is null and there is no model.checkpoint"),
+        ("data=jsonl", "these settings have no default and were not given: data.path."),
+        ("data=jsonl data.path=a data.eval_path=b data.eval_fraction=0.1", "Keep one."),
+    ],
+)
+def test_a_mistake_is_told_in_one_sentence(override, expected):
+    told = message(*override.split())
+    assert expected in told
+    assert "\n" not in told and "full_key" not in told and "$" not in told
+
+
+def test_rules_about_length_hold_for_epochs_too():
+    config = load("run.epochs=2", "optim.warmup_steps=50")
+    with pytest.raises(UserError, match=r"optim.warmup_steps \(50\) .* \(run.epochs=2, 40 updates\)"):
+        check_steps(config, 40)
+
+
+def test_differences_name_what_changes_the_numbers_and_only_that():
+    old = plain(load("experiment=digits"))
+    free = load("experiment=digits", "run.folder=elsewhere", "tracker=wandb", "evaluate.every=7", "data.workers=3")
+    assert differences(old, plain(free)) == {}
+    changed = load("experiment=digits", "optim.lr=1", "data.seed=5", "model.config.text_config.moe_k=1", "run.steps=999")
+    assert differences(old, plain(changed)) == {
+        "data.seed": (0, 5),
+        "model.config.text_config.moe_k": (2, 1),
+        "optim.lr": (0.002, 1.0),
+        "run.steps": (350, 999),
+    }
+
+
+def test_a_constant_learning_rate_may_go_on_for_longer():
+    settings = ["experiment=digits", "optim.schedule=constant"]
+    assert differences(plain(load(*settings)), plain(load(*settings, "run.steps=999"))) == {}
+
+
+def test_plain_settings_come_back_the_same():
+    config = load("experiment=digits")
+    assert plain(config)["model"]["precision"] == "fp32" and plain(config)["data"]["kind"] == "digits"
+
+
+def test_nothing_near_suggests_nothing():
+    assert suggestion("zzzzzz", sorted(set(known_keys(SFTConfig)))) == ""

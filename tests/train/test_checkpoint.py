@@ -1,0 +1,165 @@
+"""Training state: written whole or not at all, and enough to go on as if nothing had happened."""
+
+import errno
+import json
+import random
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import small
+from train import checkpoint
+from train.config import UserError
+from train.loop import train_step
+from train.objectives.sft import SFT
+
+ROWS = [[small.row(small.example(10 * step, 9, image=True), small.example(10 * step + 1, 7))] for step in range(6)]
+
+
+def steps(policy, optimizer, rows) -> list[float]:
+    step = dict(accelerator=small.accelerator(), max_grad_norm=1.0)
+    return [train_step(policy, SFT, optimizer, row, **step)["loss"] for row in rows]
+
+
+def save(root, step, policy, optimizer, keep=2, **state):
+    return checkpoint.save(
+        root,
+        step,
+        model=policy.model,
+        optimizer=optimizer,
+        generators=[checkpoint.generator_state()],
+        state=state,
+        keep=keep,
+    )
+
+
+@pytest.fixture
+def trained():
+    policy = small.policy()
+    optimizer = small.optimizer(policy, lr=1e-2)
+    steps(policy, optimizer, ROWS[:1])
+    return policy, optimizer
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
+    policy = small.policy()
+    optimizer = small.optimizer(policy, lr=1e-2)
+    losses = steps(policy, optimizer, ROWS[:3])
+    path = save(tmp_path, 3, policy, optimizer)
+    losses += steps(policy, optimizer, ROWS[3:])
+
+    other = small.policy(seed=1)  # other weights: everything must come from the checkpoint
+    other_optimizer = small.optimizer(other, lr=1e-2)
+    checkpoint.load(path, model=other.model, optimizer=other_optimizer, rank=0)
+    assert steps(other, other_optimizer, ROWS[3:]) == losses[3:]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_random_generators_continue(tmp_path, trained):
+    random.gauss(0, 1), np.random.standard_normal()  # both keep a second number in hand
+    path = save(tmp_path, 1, *trained)
+
+    def draw():
+        return [torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.standard_normal(3).tolist()]
+
+    expected = draw()
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    checkpoint.load(path, model=trained[0].model, optimizer=trained[1], rank=0)
+    assert draw() == expected
+
+
+def test_only_the_newest_stay(tmp_path, trained):
+    for step in (1, 2, 10):
+        save(tmp_path, step, *trained, keep=2)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000002", "step-000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000010"]  # nothing left behind
+
+
+@pytest.mark.parametrize("damage", ["no state.json", "a short file", "a missing file", "state.json cut off", "still partial"])
+def test_a_damaged_checkpoint_is_not_picked_up(tmp_path, trained, damage):
+    good = save(tmp_path, 1, *trained)
+    bad = save(tmp_path, 2, *trained)
+    state, weights = bad / checkpoint.STATE, bad / checkpoint.MODEL
+    if damage == "no state.json":
+        state.unlink()
+    elif damage == "a short file":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif damage == "a missing file":
+        weights.unlink()
+    elif damage == "state.json cut off":
+        state.write_text(state.read_text()[:-5])
+    else:
+        bad.rename(tmp_path / ".step-000002.0123.partial")
+    assert checkpoint.complete(tmp_path) == [good]
+    if bad.exists():
+        with pytest.raises(UserError, match="step-000002 is not a complete checkpoint"):
+            checkpoint.read_state(bad)
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path, trained):
+    good = save(tmp_path, 1, *trained)
+    for name in (".step-000002.0123.partial", ".step-000001.deleted"):
+        shutil.copytree(good, tmp_path / name)
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_full_disk_halfway_leaves_the_last_checkpoint(tmp_path, trained, monkeypatch):
+    good = save(tmp_path, 1, *trained)
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if path.name == checkpoint.OPTIMIZER:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"the disk is full: .*step-000002 needs .* GB .*earlier checkpoints are whole"):
+        save(tmp_path, 2, *trained)
+    assert checkpoint.complete(tmp_path) == [good]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path, trained, monkeypatch):
+    save(tmp_path, 1, *trained)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10, 10))
+    monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: pytest.fail("wrote to a full disk"))
+    with pytest.raises(UserError, match="the disk is full"):
+        save(tmp_path, 2, *trained)
+
+
+def test_rust_errors_about_a_full_disk_are_understood(tmp_path):
+    from safetensors import SafetensorError
+
+    text = 'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
+    with pytest.raises(UserError, match="the disk is full"), checkpoint.room_for(tmp_path / "x", 1):
+        raise SafetensorError(text)
+    with pytest.raises(SafetensorError), checkpoint.room_for(tmp_path / "x", 1):
+        raise SafetensorError("something else")
+
+
+def test_state_is_kept_and_parameters_without_gradient_have_none(tmp_path, trained):
+    policy, _ = trained
+    optimizer = small.optimizer(policy, lr=1e-2)
+    text_only = [small.row(small.example(1, 7))]
+    steps(policy, optimizer, [text_only])  # the vision tower takes no part
+    path = save(tmp_path, 1, policy, optimizer, loop={"step": 1})
+    assert checkpoint.read_state(path)["loop"] == {"step": 1}
+    tensors = checkpoint.optimizer_tensors(optimizer)
+    assert "norm.weight/exp_avg" in tensors and not any(name.startswith("vision.") for name in tensors)
+    again = small.optimizer(policy, lr=1e-2)
+    checkpoint.load(path, model=policy.model, optimizer=again, rank=0)
+    assert checkpoint.optimizer_tensors(again).keys() == tensors.keys()
+
+
+def test_another_version_is_refused(tmp_path, trained):
+    path = save(tmp_path, 1, *trained)
+    state = json.loads((path / checkpoint.STATE).read_text())
+    (path / checkpoint.STATE).write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(UserError, match="checkpoint format 99; this version reads 1"):
+        checkpoint.read_state(path)

@@ -1,0 +1,103 @@
+"""The run folder: who may write into it, and where a run starts from."""
+
+import json
+
+import pytest
+
+from tests.train import small
+from train import checkpoint
+from train.config import RunConfig, UserError
+from train.run import check_same_maths, command, open_folder, write_start
+
+
+def saved(folder, step):
+    policy = small.policy()
+    return checkpoint.save(
+        folder / "checkpoints",
+        step,
+        model=policy.model,
+        optimizer=small.optimizer(policy),
+        generators=[checkpoint.generator_state()],
+        state={},
+        keep=5,
+    )
+
+
+def opened(folder, resume="auto"):
+    run = open_folder(RunConfig(folder=str(folder), resume=resume), main=True)
+    if run.lock is not None:
+        run.lock.close()
+    return run
+
+
+def test_auto_starts_anew_in_an_empty_folder_and_resumes_from_the_newest(tmp_path):
+    assert opened(tmp_path / "new").resume_from is None
+    saved(tmp_path, 5)
+    newest = saved(tmp_path, 10)
+    assert opened(tmp_path).resume_from == newest
+
+
+def test_never_refuses_a_folder_with_a_checkpoint_or_metrics(tmp_path):
+    assert opened(tmp_path, "never").resume_from is None
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="already holds the metrics of an earlier run, and run.resume is never"):
+        opened(tmp_path, "never")
+    saved(tmp_path, 5)
+    with pytest.raises(UserError, match="already holds the checkpoint step-000005"):
+        opened(tmp_path, "never")
+
+
+def test_a_checkpoint_can_be_named_by_itself_or_by_its_run(tmp_path):
+    old = saved(tmp_path / "a", 5)
+    newest = saved(tmp_path / "a", 6)
+    assert opened(tmp_path / "b", str(old)).resume_from == old
+    assert opened(tmp_path / "c", str(tmp_path / "a")).resume_from == newest
+    with pytest.raises(UserError, match="there is no complete checkpoint"):
+        opened(tmp_path / "d", str(tmp_path / "nothing"))
+
+
+def test_a_named_checkpoint_never_overwrites_newer_ones(tmp_path):
+    old = saved(tmp_path, 5)
+    newest = saved(tmp_path, 6)
+    with pytest.raises(UserError, match=r"has checkpoints of its own \(newest: step-000006\)"):
+        opened(tmp_path, str(old))
+    assert opened(tmp_path, str(newest)).resume_from == newest
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    first = open_folder(RunConfig(folder=str(tmp_path)), main=True)
+    with pytest.raises(UserError, match="another process is training in run.folder"):
+        open_folder(RunConfig(folder=str(tmp_path)), main=True)
+    assert first.lock is not None
+    first.lock.close()
+    opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run.folder=.*file/run cannot be written"):
+        opened(tmp_path / "file" / "run")
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    check_same_maths(tmp_path, {"optim": {"lr": 1}}, {"optim": {"lr": 1}})
+    with pytest.raises(UserError, match=r"optim\.lr: 1 then, 2 now") as caught:
+        check_same_maths(tmp_path, {"optim": {"lr": 1, "eps": 3}}, {"optim": {"lr": 2, "eps": 3}})
+    assert "eps" not in str(caught.value)
+
+
+def test_every_start_is_recorded(tmp_path):
+    write_start(tmp_path, {"run": {"steps": 3}}, None)
+    write_start(tmp_path, {"run": {"steps": 3}}, tmp_path / "checkpoints" / "step-000001")
+    assert (tmp_path / "config.yaml").read_text() == "run:\n  steps: 3\n"
+    first, second = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert first["resumed_from"] is None and second["resumed_from"].endswith("step-000001")
+    assert "torch" in first["versions"] and first["command"]
+
+
+def test_the_command_is_what_a_shell_reads(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ernie sft", "experiment=digits", "run.name=a b"])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert command() == "ernie sft experiment=digits 'run.name=a b'"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command() == "accelerate launch --num_processes=4 -m train.sft experiment=digits 'run.name=a b'"
