@@ -17,24 +17,17 @@ Shape letters:  T tokens   N query heads   G key/value heads   H head width   B 
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from ernie_model.tiles import tiled_attention
 
-@dataclass(frozen=True)
-class _Bucket:
-    """Segments that are attended to together."""
-
-    start: int  # first row, when the segments are equally long and adjacent
-    segments: int
-    length: int
-    row_BL: Tensor | None  # otherwise: the row of every (segment, place); T, a row of zeros, where there is none
-    place_T: Tensor | None  # and the flat (segment, place) of each row it covers
-    token_T: Tensor | None  # which rows those are
+LONGEST_TILED = 2048
+"""Beyond this segment length torch's own CPU kernel is the faster one (docs/speed.md)."""
 
 
 class Packed:
@@ -52,7 +45,7 @@ class Packed:
         self.causal = causal
         self.num_tokens = sum(self.lengths)
         self._offsets: dict[torch.device, Tensor] = {}
-        self._plan: list[_Bucket] | None = None
+        self._plan: _Plan | None = None
 
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Softmax attention inside each segment; returns (T, N, H) in the dtype of the queries."""
@@ -75,54 +68,67 @@ class Packed:
         )  # pyright: ignore[reportReturnType]
 
     def _attend_buckets(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """Segments of similar length together; padding goes in and comes out by one gather each."""
         if self._plan is None:
             self._plan = _plan_buckets(self.lengths, round_up=self.causal)
-        outputs, tokens = [], []
-        for bucket in self._plan:
-            q, k, v = (_gather(x, bucket) for x in (q_TNH, k_TGH, v_TGH))
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
-            y = y.transpose(1, 2).flatten(0, 1)
-            if bucket.row_BL is None:
-                index = torch.arange(bucket.start, bucket.start + bucket.segments * bucket.length)
-            else:
-                assert bucket.place_T is not None and bucket.token_T is not None
-                y, index = y[bucket.place_T.to(y.device)], bucket.token_T
-            outputs.append(y)
-            tokens.append(index)
-        if len(outputs) == 1:
-            return outputs[0]
-        order_T = torch.cat(tokens).argsort().to(q_TNH.device)
-        return torch.cat(outputs)[order_T]
+        plan = self._plan
+        padded = [_Pad.apply(x, plan) if plan.place_T is not None else x for x in (q_TNH, k_TGH, v_TGH)]
+        sizes = [segments * length for segments, length in plan.buckets]
+        outputs = [
+            self._kernel(*(x.unflatten(0, bucket) for x in parts), length=bucket[1]).flatten(0, 1)
+            for bucket, *parts in zip(plan.buckets, *(x.split(sizes) for x in padded), strict=True)
+        ]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return y if plan.place_T is None else y.index_select(0, plan.place_T.to(y.device))
+
+    def _kernel(self, q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, length: int) -> Tensor:
+        if q_BLNH.device.type == "cpu" and length <= LONGEST_TILED:
+            return tiled_attention(q_BLNH, k_BLGH, v_BLGH, causal=self.causal)
+        q, k, v = (x.transpose(1, 2) for x in (q_BLNH, k_BLGH, v_BLGH))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2)
 
 
-def _gather(x_TNH: Tensor, bucket: _Bucket) -> Tensor:
-    """(T, N, H) -> (B, N, L, H) for the segments of a bucket."""
-    if bucket.row_BL is None:
-        rows = x_TNH[bucket.start : bucket.start + bucket.segments * bucket.length]
-        return rows.unflatten(0, (bucket.segments, bucket.length)).transpose(1, 2)
-    padded = F.pad(x_TNH, (0, 0, 0, 0, 0, 1))
-    return padded[bucket.row_BL.to(x_TNH.device)].transpose(1, 2)
+class _Plan(NamedTuple):
+    """How segments are laid out for attention: bucket after bucket, each (segments, padded length)."""
+
+    buckets: list[tuple[int, int]]
+    row_P: Tensor | None
+    """int64: the row of every place; row 0 stands in where a place is padding. None when the row is already in order."""
+    place_T: Tensor | None
+    """int64: the place of every row."""
 
 
-def _plan_buckets(lengths: Sequence[int], *, round_up: bool) -> list[_Bucket]:
-    """Group segments whose padded lengths agree. Rounding up to an eighth of the length wastes little and merges many."""
+class _Pad(torch.autograd.Function):
+    """(T, N, H) -> (places, N, H). Padded places hold row 0 and send no gradient back."""
+
+    @staticmethod
+    def forward(ctx, x_TNH, plan):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.plan = plan
+        return x_TNH.index_select(0, plan.row_P.to(x_TNH.device))
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.index_select(0, ctx.plan.place_T.to(grad.device)), None
+
+
+def _plan_buckets(lengths: Sequence[int], *, round_up: bool) -> _Plan:
+    """Group segments whose lengths agree when rounded up to an eighth: little is wasted and many are merged."""
+    if len(set(lengths)) == 1:
+        return _Plan([(len(lengths), lengths[0])], None, None)
     starts = torch.tensor((0, *lengths)).cumsum(0).tolist()
     groups: dict[int, list[int]] = defaultdict(list)
     for segment, length in enumerate(lengths):
-        step = max(1 << max(length.bit_length() - 4, 0), 4) if round_up and len(lengths) > 1 else 1
+        step = max(1 << max(length.bit_length() - 4, 0), 8) if round_up else 1
         groups[-(-length // step) * step].append(segment)
-    plan = []
-    for padded, members in groups.items():
-        exact = all(lengths[s] == padded for s in members)
-        adjacent = members == list(range(members[0], members[0] + len(members)))
-        if len({lengths[s] for s in members}) == 1 and adjacent:
-            # Equal and adjacent: a view instead of a copy, and no padding.
-            plan.append(_Bucket(starts[members[0]], len(members), lengths[members[0]], None, None, None))
-            continue
-        length = padded if not exact else lengths[members[0]]
-        row_BL = torch.full((len(members), length), starts[-1])
-        for i, s in enumerate(members):
-            row_BL[i, : lengths[s]] = torch.arange(starts[s], starts[s] + lengths[s])
-        place_T = (row_BL.flatten() < starts[-1]).nonzero()[:, 0]
-        plan.append(_Bucket(0, len(members), length, row_BL, place_T, row_BL.flatten()[place_T]))
-    return plan
+    rows, place_T, buckets, at = [], torch.empty(starts[-1], dtype=torch.int64), [], 0
+    for length, members in groups.items():
+        row_BL = torch.zeros(len(members), length, dtype=torch.int64)
+        for i, segment in enumerate(members):
+            token = torch.arange(starts[segment], starts[segment + 1])
+            row_BL[i, : lengths[segment]] = token
+            place_T[token] = at + i * length + torch.arange(lengths[segment])
+        rows.append(row_BL.flatten())
+        buckets.append((len(members), length))
+        at += len(members) * length
+    return _Plan(buckets, torch.cat(rows), place_T)

@@ -64,9 +64,9 @@ class RouterStats(NamedTuple):
 class Rows(NamedTuple):
     """Routed (token, expert) pairs, sorted by expert. `x_TD[token_R]` is the experts' input."""
 
-    order_R: Tensor  # int64: row r is choice order_R[r] of the flattened (T, K) choices
-    place_TK: Tensor  # int64, the inverse: choice (t, k) sits in row place_TK[t, k]
-    count_X: Tensor  # int64, rows per expert, all experts of both pools; sums to R
+    token_R: Tensor  # int64: the token of each row; token 0 stands in where a row is padding
+    place_TK: Tensor  # int64: choice (t, k) sits in row place_TK[t, k]
+    count_X: Tensor  # int64: rows per expert with padding, all experts of both pools; sums to R
     num_text: int
     """The first rows, which belong to the text pool."""
 
@@ -114,24 +114,37 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, count_E: Tensor) -> Tensor:
     return torch.cat([F.linear(x, weight) for x, weight in rows if x.shape[0]])
 
 
-def sort_by_expert(routing: Routing, num_experts: int) -> Rows:
-    """Lay (T, K) choices out as R rows ordered by expert; ties keep token order. One sort serves both pools."""
+def sort_by_expert(routing: Routing, num_experts: int, *, multiple: int = 1) -> Rows:
+    """Lay (T, K) choices out as R rows ordered by expert; ties keep token order. One sort serves both pools.
+
+    Each expert's rows are padded to a `multiple`; padding costs work but no accuracy (nothing reads its results).
+    """
     tokens, choices = routing.expert_TK.shape
     flat = routing.expert_TK.flatten()
-    order_R = flat.argsort(stable=True)
-    place = torch.empty_like(order_R)
-    place[order_R] = torch.arange(order_R.shape[0], device=order_R.device)
+    order = flat.argsort(stable=True)
     count_X = torch.bincount(flat, minlength=num_experts)
-    return Rows(order_R, place.view(tokens, choices), count_X, (tokens - routing.num_vision) * choices)
+    row = torch.arange(tokens * choices, device=flat.device)
+    num_rows, num_text = tokens * choices, (tokens - routing.num_vision) * choices
+    if multiple > 1:
+        padded_X = (count_X + multiple - 1) // multiple * multiple
+        shift_X = (padded_X - count_X).cumsum(0) - (padded_X - count_X)  # padding before each expert's first row
+        row = row + shift_X[flat[order]]
+        count_X, num_rows = padded_X, int(padded_X.sum())
+        num_text = int(padded_X[: num_experts // 2].sum()) if routing.num_vision else num_rows
+    place = torch.empty_like(order)
+    place[order] = row
+    token_R = order.new_zeros(num_rows)
+    token_R[row] = order // choices
+    return Rows(token_R, place.view(tokens, choices), count_X, num_text)
 
 
 class _Dispatch(torch.autograd.Function):
     """x_TD -> the row of every choice. The gradient gathers a token's K rows and adds them: no scatter."""
 
     @staticmethod
-    def forward(ctx, x_TD, order_R, place_TK):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx, x_TD, token_R, place_TK):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(place_TK)
-        return x_TD.index_select(0, order_R // place_TK.shape[1])
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx, grad_RD):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -143,18 +156,19 @@ class _Combine(torch.autograd.Function):
     """Weight every row and add a token's K rows. The inverse of `_Dispatch`, with the same two gathers."""
 
     @staticmethod
-    def forward(ctx, y_RD, weight_TK, order_R, place_TK):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(y_RD, weight_TK, order_R, place_TK)
+    def forward(ctx, y_RD, weight_TK, token_R, place_TK):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(y_RD, weight_TK, token_R, place_TK)
         # Weights are rounded to the activations' dtype and the K products summed in one reduction (reference 2.8).
-        return (_rows_of_tokens(y_RD, place_TK) * weight_TK.to(y_RD.dtype)[..., None]).sum(1)
+        return (_rows_of_tokens(y_RD, place_TK).mul_(weight_TK.to(y_RD.dtype)[..., None])).sum(1)
 
     @staticmethod
     def backward(ctx, grad_TD):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y_RD, weight_TK, order_R, place_TK = ctx.saved_tensors
-        weight_R = weight_TK.flatten()[order_R].to(y_RD.dtype)
-        grad_RD = grad_TD.index_select(0, order_R // place_TK.shape[1])
+        y_RD, weight_TK, token_R, place_TK = ctx.saved_tensors
+        weight_R = y_RD.new_zeros(y_RD.shape[0])  # 0 for padding: it sends nothing back
+        weight_R[place_TK] = weight_TK.to(y_RD.dtype)
+        grad_RD = grad_TD.index_select(0, token_R)
         grad_weight_R = (grad_RD * y_RD).sum(-1, dtype=weight_TK.dtype)
-        return grad_RD * weight_R[:, None], grad_weight_R[place_TK], None, None
+        return grad_RD.mul_(weight_R[:, None]), grad_weight_R[place_TK], None, None
 
 
 def _rows_of_tokens(y_RD: Tensor, place_TK: Tensor) -> Tensor:
@@ -163,18 +177,28 @@ def _rows_of_tokens(y_RD: Tensor, place_TK: Tensor) -> Tensor:
 
 def dispatch(x_TD: Tensor, rows: Rows) -> Tensor:
     """(T, D) -> (R, D), grouped by expert."""
-    return _Dispatch.apply(x_TD, rows.order_R, rows.place_TK)  # pyright: ignore[reportReturnType]
+    return _Dispatch.apply(x_TD, rows.token_R, rows.place_TK)  # pyright: ignore[reportReturnType]
 
 
 def combine(y_RD: Tensor, weight_TK: Tensor, rows: Rows) -> Tensor:
     """(R, D) -> (T, D): weight each row and add it back to its token."""
-    return _Combine.apply(y_RD, weight_TK, rows.order_R, rows.place_TK)  # pyright: ignore[reportReturnType]
+    return _Combine.apply(y_RD, weight_TK, rows.token_R, rows.place_TK)  # pyright: ignore[reportReturnType]
+
+
+CPU_ROWS = 32
+
+
+def _prefers_few_shapes(x_TD: Tensor) -> bool:
+    """On the CPU, low-precision products compile a kernel for every new shape, which costs more than the product."""
+    return x_TD.device.type == "cpu" and x_TD.dtype in (torch.bfloat16, torch.float16)
 
 
 def route_local(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None) -> Tensor:
     """Send every token through its experts; all experts of both pools live on this device."""
     num_experts = text.gate_up_EFD.shape[0]
-    rows = sort_by_expert(routing, num_experts=num_experts * (1 if vision is None else 2))
+    rows = sort_by_expert(
+        routing, num_experts * (1 if vision is None else 2), multiple=CPU_ROWS if _prefers_few_shapes(x_TD) else 1
+    )
     x_RD = dispatch(x_TD, rows)
     if vision is None or rows.num_text == x_RD.shape[0]:
         y_RD = text(x_RD, rows.count_X[:num_experts])

@@ -145,10 +145,9 @@ class _RotatePairs(torch.autograd.Function):
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x_wide = wide(x)
-    even, odd = x_wide[..., 0::2], x_wide[..., 1::2]
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+    # (x0 + i x1)(cos + i sin) is the rotation of the pair, in one pass over memory
+    pairs = torch.view_as_complex(wide(x).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
 
 
 def rotate_text(x_TNH: Tensor, rotation: Rotation) -> Tensor:

@@ -11,7 +11,7 @@ from tests.parity.reference import SHAPES
 HEADER = "| model | fp32 logits | fp32 loss | fp32 gradients | fp64, worst | bf16, same kernels | bf16, eager |"
 NOTES = """
 fp32, fp64: max |difference| / max |transformers' value|; for gradients the norms of the worst parameter.
-bf16: max |difference| of the logits. Same kernels: transformers with SDPA and grouped matmul, as ours. Eager: its eager
+bf16: max |difference| of the logits. Same kernels: SDPA and grouped matmul on both sides. Eager: its eager
 attention, with ours replaced by the same. Left as it is, ours differs from eager attention by the number in brackets,
 because it does not round attention probabilities to bfloat16."""
 

@@ -38,6 +38,24 @@ def test_chunks_give_the_definition_and_its_gradients(rows_per_chunk):
     assert torch.equal(out.correct_T, (hidden @ head.T).argmax(-1) == target)
 
 
+@pytest.mark.parametrize("slope_is_right", [True, False])
+def test_a_known_slope_changes_nothing_and_a_wrong_one_is_noticed(slope_is_right):
+    hidden, head, target, upstream = problem()
+    expected = torch.autograd.grad(-F.cross_entropy(hidden @ head.T, target, reduction="none"), (hidden, head), upstream)
+    slope = -3 * upstream if slope_is_right else upstream.abs()
+    out = token_logprobs(hidden, head, target, slope_T=slope, chunk_bytes=17 * 50 * 8)
+    for mine, theirs in zip(torch.autograd.grad(out.logprob_T, (hidden, head), upstream), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_known_slope_saves_the_second_multiplication(monkeypatch):
+    """Counted: with the hint, backward multiplies nothing out."""
+    hidden, head, target, upstream = problem()
+    out = token_logprobs(hidden, head, target, slope_T=upstream)
+    monkeypatch.setattr("train.logprobs._chunks", lambda *_: pytest.fail("recomputed"))
+    out.logprob_T.backward(upstream)
+
+
 def test_large_logits_do_not_overflow():
     hidden, head, target, _ = problem(dtype=torch.float32)
     out = token_logprobs(hidden * 1000, head, target)

@@ -1,0 +1,96 @@
+"""Attention on the CPU, a tile of queries at a time, by matrix products.
+
+The CPU kernel behind `scaled_dot_product_attention` is slow backwards, and slow both ways for many short segments in
+bfloat16 (docs/speed.md has the figures). Here the scores of one tile of queries against all the keys they may see are
+multiplied out, normalised and used, and multiplied out again in the backward pass; nothing of size L x L is kept. Scores
+and their gradients are float32, the other products run in the dtype of the inputs, as flash attention does.
+
+Shape letters:  B segments   L their length   N query heads   G key/value heads   M = N/G   H head width
+                Z = B*G   C queries of a tile
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ernie_model.layers import wide
+
+TILE_ROWS = 128
+"""Rows of a tile: queries times the heads that share a key. The scores of a tile should fit the second-level cache."""
+TILE_BYTES = 2**20
+
+
+def tiled_attention(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, causal: bool) -> Tensor:
+    """Softmax attention of B equally long segments; returns (B, L, N, H) in the dtype of the queries."""
+    return _TiledAttention.apply(q_BLNH, k_BLGH, v_BLGH, causal)  # pyright: ignore[reportReturnType]
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BLNH, k_BLGH, v_BLGH, causal):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(q_BLNH, k_BLGH, v_BLGH)
+        ctx.causal = causal
+        q, k, v = _by_key_head(q_BLNH, k_BLGH), _by_key_head(k_BLGH, k_BLGH), _by_key_head(v_BLGH, k_BLGH)
+        heads, out = q.shape[2], torch.empty_like(q)
+        for part, tile, seen in _tiles(q.shape, causal):
+            prob = _probabilities(q[part, tile], k[part, :seen], causal)
+            out[part, tile] = torch.bmm(prob.to(q.dtype), v[part, :seen, 0]).unflatten(1, (-1, heads))
+        return _by_segment(out, k_BLGH)
+
+    @staticmethod
+    def backward(ctx, grad_BLNH):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q_BLNH, k_BLGH, v_BLGH = ctx.saved_tensors
+        q, k, v = _by_key_head(q_BLNH, k_BLGH), _by_key_head(k_BLGH, k_BLGH), _by_key_head(v_BLGH, k_BLGH)
+        grad, scale, heads = _by_key_head(grad_BLNH, k_BLGH), q.shape[-1] ** -0.5, q.shape[2]
+        grad_q = torch.empty_like(q)
+        # Every tile adds to its keys and values, so these sums are kept in the wide dtype.
+        grad_k, grad_v = (torch.zeros_like(x[:, :, 0], dtype=wide(x[:0]).dtype) for x in (k, v))
+        for part, tile, seen in _tiles(q.shape, ctx.causal):
+            query, keys, upstream = q[part, tile].flatten(1, 2), k[part, :seen, 0], grad[part, tile].flatten(1, 2)
+            prob = _probabilities(q[part, tile], k[part, :seen], ctx.causal)
+            grad_prob = torch.bmm(wide(upstream), wide(v[part, :seen, 0]).transpose(1, 2))
+            grad_score = torch._softmax_backward_data(grad_prob, prob, -1, prob.dtype).mul_(scale).to(q.dtype)
+            grad_q[part, tile] = torch.bmm(grad_score, keys).unflatten(1, (-1, heads))
+            grad_k[part, :seen] += torch.bmm(grad_score.transpose(1, 2), query)
+            grad_v[part, :seen] += torch.bmm(prob.to(q.dtype).transpose(1, 2), upstream)
+        grad_k, grad_v = grad_k.to(k.dtype)[:, :, None], grad_v.to(v.dtype)[:, :, None]
+        return _by_segment(grad_q, k_BLGH), _by_segment(grad_k, k_BLGH), _by_segment(grad_v, k_BLGH), None
+
+
+def _probabilities(query: Tensor, keys: Tensor, causal: bool) -> Tensor:
+    """(Z, C, M, H) queries, the last of which sees all of the (Z, seen, 1, H) keys -> (Z, C*M, seen)."""
+    tile, heads, width = query.shape[1:]
+    score = torch.bmm(wide(query).flatten(1, 2) * width**-0.5, wide(keys[:, :, 0]).transpose(1, 2))
+    if causal:
+        score[:, :, -tile:] += _future(tile, heads, score.dtype)
+    return score.softmax(-1)
+
+
+@lru_cache(maxsize=64)
+def _future(tile: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """-inf where a query of the tile would see a later one; the `heads` rows of a query are adjacent."""
+    return torch.full((tile, tile), -math.inf, dtype=dtype).triu(1).repeat_interleave(heads, dim=0)
+
+
+def _tiles(shape: torch.Size, causal: bool) -> list[tuple[slice, slice, int]]:
+    """(which of Z, which queries, how many keys they see), sized so that the scores of a tile stay in the cache."""
+    batch, length, heads, _ = shape
+    tile = max(TILE_ROWS // heads, 16)
+    part = max(TILE_BYTES // (4 * tile * heads * length), 1)
+    return [
+        (slice(z, z + part), slice(at, min(at + tile, length)), min(at + tile, length) if causal else length)
+        for z in range(0, batch, part)
+        for at in range(0, length, tile)
+    ]
+
+
+def _by_key_head(x_BLNH: Tensor, k_BLGH: Tensor) -> Tensor:
+    """(B, L, G*M, H) -> (B*G, L, M, H): the M heads that share a key head become rows of one product."""
+    return x_BLNH.unflatten(2, (k_BLGH.shape[2], -1)).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _by_segment(x_ZLMH: Tensor, k_BLGH: Tensor) -> Tensor:
+    """The inverse of `_by_key_head`."""
+    return x_ZLMH.unflatten(0, (k_BLGH.shape[0], -1)).transpose(1, 2).flatten(2, 3)
