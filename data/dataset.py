@@ -9,7 +9,7 @@ from any other. Order, epochs and packing are the loader's business.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from data.conversation import Conversation
 from data.errors import DataError
 from data.formats import messages
 from data.media import MediaFolder
-from data.records import Records, open_records
+from data.records import Record, Records, open_records
 from data.tasks import digits
 
 
@@ -78,12 +78,22 @@ class ListDataset:
 
 
 class RecordDataset:
-    """Conversations read from a file when they are asked for. `indices` chooses some of its records."""
+    """Conversations read from a file when they are asked for.
 
-    def __init__(self, records: Records, media: MediaFolder, indices: Sequence[int] | np.ndarray | None = None):
+    `indices` chooses some of its records; `read` is the format they are in (data/formats).
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        media: MediaFolder,
+        indices: Sequence[int] | np.ndarray | None = None,
+        read: Callable[[Record], Conversation] = messages.read,
+    ):
         self.name = str(records.path)
         self.media = media
         self._records = records
+        self._read = read
         self._indices = np.arange(len(records)) if indices is None else np.asarray(indices, dtype=np.int64)
 
     @property
@@ -94,7 +104,7 @@ class RecordDataset:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:
-        return messages.read(self._records[int(self._indices[index])])
+        return self._read(self._records[int(self._indices[index])])
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[index] for index in range(len(self)))

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import NamedTuple
 
+import numpy as np
+
 from data.dataset import Dataset
 from data.encode import Example, encode
 from data.errors import DataError, TooLongError
@@ -59,7 +61,8 @@ class Encoder:
         """Why, for every record found too long so far."""
         self._processor = processor
         self._thinking, self._every_turn = thinking, every_turn
-        self._sizes: dict[int, Size] = {}
+        # 8 bytes per record, so that a million of them are no burden; -1 stands for "not measured yet".
+        self._sizes = np.full((len(dataset), 2), -1, dtype=np.int32)
         self._cache: OrderedDict[int, Example] = OrderedDict()
         self._cache_bytes, self._cached_bytes = cache_bytes, 0
         self._pending: dict[int, Future[Example]] = {}
@@ -76,7 +79,7 @@ class Encoder:
             return self._cache[index]
         future = self._pending.pop(index, None)
         example = self._encode(index) if future is None else future.result()
-        self._sizes[index] = Size(example.num_tokens, example.num_patches)
+        self._sizes[index] = example.num_tokens, example.num_patches
         self._keep(index, example)
         return example
 
@@ -92,10 +95,13 @@ class Encoder:
                 if self.too_long is TooLong.ERROR:
                     raise
                 self.skipped[index] = str(error)
-        return self._sizes.get(index)
+        if index in self.skipped:
+            return None
+        tokens, patches = self._sizes[index].tolist()
+        return Size(tokens, patches)
 
     def is_measured(self, index: int) -> bool:
-        return index in self._sizes or index in self.skipped
+        return bool(self._sizes[index, 0] >= 0) or index in self.skipped
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Start encoding in the background what will be asked for soon."""

@@ -13,10 +13,13 @@ The state (order, packer's buffer) is a few hundred integers and does not know a
 another number of them.
 """
 
+import atexit
+import itertools
 import math
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from data.batch import PackedBatch
@@ -123,20 +126,15 @@ class PackedStream:
 
         Measures every record, which encodes those not seen yet. Call it before the first step.
         """
-        wanted = math.ceil(epochs * len(self.encoder))
         order = ShuffledOrder(len(self.encoder), seed=self._order.seed, shuffle=self._order.shuffle)
-
-        def draw() -> Sized[int] | None:
-            while order.num_drawn < wanted:
-                index = order.draw()
-                size = self.encoder.size(index)
-                if size is not None:
-                    return Sized(index, size.tokens, size.patches)
-            return None
-
+        drawn = (order.draw() for _ in range(math.ceil(epochs * len(self.encoder))))
+        sized = measured(self.encoder, drawn)
         packer = self._packer
         counter: Packer[int] = Packer(
-            draw, max_tokens=packer.max_tokens, max_patches=packer.max_patches, lookahead=packer.lookahead
+            lambda: next(sized, None),
+            max_tokens=packer.max_tokens,
+            max_patches=packer.max_patches,
+            lookahead=packer.lookahead,
         )
         rows = 0
         while counter.next_row():
@@ -173,6 +171,23 @@ class PackedStream:
         self.encoder.close()
 
 
+def measured(encoder: Encoder, indices: Iterable[int]) -> Iterator[Sized[int]]:
+    """The records of `indices` with their sizes, in order, less those that are too long; encoded ahead by workers."""
+    upcoming = iter(indices)
+    window: deque[int] = deque()
+    while True:
+        for index in itertools.islice(upcoming, 1 + PREFETCH_PER_WORKER * encoder.workers - len(window)):
+            window.append(index)
+            if not encoder.is_measured(index):
+                encoder.prefetch([index])
+        if not window:
+            return
+        index = window.popleft()
+        size = encoder.size(index)
+        if size is not None:
+            yield Sized(index, size.tokens, size.patches)
+
+
 def eval_batches(
     encoder: Encoder, *, rank: int = 0, world: int = 1, lookahead: int = 64
 ) -> Iterator[PackedBatch | None]:
@@ -181,27 +196,15 @@ def eval_batches(
     Each rank gets the same number of items, so that collectives between them meet; where the last round has too few
     rows, the ranks left over get None.
     """
-    indices = iter(range(len(encoder)))
-
-    def draw() -> Sized[int] | None:
-        for index in indices:
-            encoder.prefetch(
-                ahead
-                for ahead in range(index, min(index + 1 + PREFETCH_PER_WORKER * encoder.workers, len(encoder)))
-                if not encoder.is_measured(ahead)
-            )
-            size = encoder.size(index)
-            if size is not None:
-                return Sized(index, size.tokens, size.patches)
-        return None
-
+    sized = measured(encoder, range(len(encoder)))
     packer: Packer[int] = Packer(
-        draw, max_tokens=encoder.max_tokens, max_patches=encoder.max_patches, lookahead=lookahead
+        lambda: next(sized, None), max_tokens=encoder.max_tokens, max_patches=encoder.max_patches, lookahead=lookahead
     )
     while row := packer.next_row():
         round_ = [row, *(packer.next_row() for _ in range(world - 1))]
-        mine = round_[rank]
-        yield collate([encoder.example(sized.item) for sized in mine]) if mine else None
+        mine = [sized.item for sized in round_[rank]]
+        encoder.prefetch(mine)
+        yield collate([encoder.example(index) for index in mine]) if mine else None
 
 
 class _Step(NamedTuple):
@@ -229,6 +232,7 @@ class BackgroundStream:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="pack", daemon=True)
             self._thread.start()
+            atexit.register(self._halt)  # a thread inside torch while Python shuts down would crash the process
         step = self._steps.get()
         if isinstance(step, BaseException):
             self._thread.join()
@@ -274,6 +278,7 @@ class BackgroundStream:
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
+            atexit.unregister(self._halt)
         self._thread = None
         self._stop = threading.Event()
         self._steps = queue.Queue(self._depth)

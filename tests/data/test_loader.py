@@ -204,6 +204,16 @@ def test_resuming_on_something_else_is_refused(stream, changed, key):
         stream(**changed).load_state_dict(state)
 
 
+def test_workers_measure_like_the_calling_thread(stream):
+    """Through a window of records that spans epochs and meets some of them twice."""
+    sources = [stream(LENGTHS[:3], workers=workers) for workers in (0, 2)]
+
+    assert len({source.count_steps(4) for source in sources}) == 1
+    assert not sources[1].encoder._pending
+    for source in sources:
+        source.close()
+
+
 def test_an_error_in_the_background_comes_at_its_step(stream):
     lengths = (*[6] * 12, 21)  # unshuffled: three rows' worth of records, and then one too long
     foreground = stream(lengths, shuffle=False)

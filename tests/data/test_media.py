@@ -46,9 +46,12 @@ def test_an_image_keeps_its_name_for_later_errors(folder):
 
 
 def test_paths_that_lead_out_are_refused(folder, tmp_path):
+    (tmp_path / "root2").mkdir()  # a name that begins like the folder's
+    (tmp_path / "root2" / "secret.png").write_bytes((tmp_path / "secret.png").read_bytes())
     (folder.root / "link.png").symlink_to(tmp_path / "secret.png")
     (folder.root / "way").symlink_to(tmp_path)
-    for path in ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "link.png", "way/secret.png"):
+    outside = ("../secret.png", "sub/../../secret.png", str(tmp_path / "secret.png"), "../root2/secret.png")
+    for path in (*outside, "link.png", "way/secret.png"):
         message = refused(folder, path)
         assert message.startswith(f"{path}: lies outside the media folder")
         assert "data.media_root" in message
@@ -80,6 +83,13 @@ def test_files_that_are_no_whole_image(folder, png):
     (folder.root / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     for name in ("cut.png", "text.png", "page.png"):
         assert refused(folder, name).startswith(f"{name}: cannot be")
+
+
+def test_other_formats_of_pillow_are_refused(folder):
+    """Pillow reads some fifty; we open those that hold pixels and nothing else, and that people have."""
+    Image.new("RGB", (16, 16)).save(folder.root / "a.ico")
+
+    assert "a.ico: cannot be read as an image" in refused(folder, "a.ico")
 
 
 def test_broken_data_urls(folder, png):
