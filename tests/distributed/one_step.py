@@ -1,6 +1,6 @@
-"""One training step of the small model on this process's rows; run by test_ranks.py, alone or as one of two ranks.
+"""Training steps of the small model on the rows of one rank; test_ranks.py runs them alone and as two processes.
 
-    python -m tests.distributed.one_step OUT ROWS ROWS ...      ROWS: names of this rank's micro-batches, such as a,b
+    python -m tests.distributed.one_step OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
 """
 
 import sys
@@ -23,6 +23,13 @@ SEGMENTS = {
     "short": small.example(2, 6, learned=1),
     "image2": small.example(3, 8, image=True, learned=2),
 }
+# The micro-batches of rank 0, of rank 1, and whether to recompute activations.
+CASES: dict[str, tuple[list[str], list[str], bool]] = {
+    "rank 0 has an image before the ranks meet": (["image", "long"], ["short", "long"], False),
+    "rank 1 has an image where the ranks meet": (["long", "short"], ["short", "image2"], False),
+    "with activation checkpointing": (["image", "short"], ["short", "long"], True),
+    "nobody has an image": (["long", "short"], ["short", "long"], False),
+}
 
 
 class Catch(torch.optim.SGD):
@@ -35,8 +42,7 @@ class Catch(torch.optim.SGD):
 def one_step(accelerator: Accelerator, names: list[str], *, checkpointing: bool) -> dict:
     policy: Policy = small.policy(dtype=torch.float64)
     policy.model.gradient_checkpointing = checkpointing
-    parameters = list(policy.parameters())
-    optimizer = Catch(parameters, lr=1.0)
+    optimizer = Catch(policy.parameters(), lr=1.0)
     wrapped = accelerator.prepare_model(policy)
     assert isinstance(wrapped, nn.Module)
     wrapped.train()
@@ -54,10 +60,11 @@ def one_step(accelerator: Accelerator, names: list[str], *, checkpointing: bool)
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    out, checkpointing, *rows = sys.argv[1:]
     accelerator = build_accelerator(ParallelConfig(cpu=True))
-    mine = rows[accelerator.process_index].split(",")
-    result = one_step(accelerator, mine, checkpointing=checkpointing == "checkpointing")
+    results = {
+        case: one_step(accelerator, ranks[accelerator.process_index], checkpointing=checkpointing)
+        for case, (*ranks, checkpointing) in CASES.items()
+    }
     if accelerator.is_main_process:
-        torch.save(result, out)
+        torch.save(results, sys.argv[1])
     accelerator.end_training()
