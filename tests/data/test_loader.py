@@ -251,6 +251,17 @@ def test_evaluation_shows_every_record_once(sized, processor, world, workers):
     assert sorted(map(int, seen)) == list(range(len(LENGTHS)))
 
 
+def test_evaluation_gives_the_same_rows_with_workers(sized, processor):
+    rows = []
+    for workers in (0, 2):
+        encoder = Encoder(sized(*LENGTHS), processor, max_tokens=20, workers=workers)
+        rows.append([row.ids for row in eval_batches(encoder, lookahead=1)])
+        encoder.close()
+
+    assert rows[0] == rows[1]
+    assert [id for row in rows[0] for id in row] == [str(index) for index in range(len(LENGTHS))]
+
+
 def test_evaluation_leaves_out_what_is_too_long(sized, processor):
     encoder = Encoder(sized(6, 21, 7), processor, max_tokens=20, too_long=TooLong.SKIP)
 
