@@ -350,6 +350,7 @@ def test_saved_and_loaded_it_does_the_same(processor, vl_config, saved):
     again = Processor.from_pretrained(saved)
     assert (again.config, again.image, again.chat) == (processor.config, processor.image, processor.chat)
     messages = [message("user", [image(red(60, 90)), {"type": "video", "video": Frames([red(60, 90)] * 3)}, text("?")])]
+    assert again.video.font == saved / "Aileron-Regular.ttf"
     ours, theirs = processor.encode(messages), again.encode(messages)
     assert torch.equal(ours.token_T, theirs.token_T)
     assert torch.equal(ours.patch_PX, theirs.patch_PX), "the saved font must draw what the built-in font draws"
@@ -440,7 +441,7 @@ def test_limits_in_the_style_of_baidu_are_not_read(saved, tmp_path):
     """Their files state min_pixels and max_pixels, their processors use others (reference 4.1)."""
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 1003520}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 6272, "max_pixels": 1003520}))
     assert Processor.from_pretrained(tmp_path).image == ImageSettings()
 
 

@@ -109,9 +109,9 @@ def test_markup_that_a_tokenizer_calls_ordinary_is_still_reserved():
     for token in raw["added_tokens"]:
         token["special"] = False
     ordinary = Tokenizer({"tokenizer.json": json.dumps(raw)})
-    assert ordinary.encode_plain("a <think> 7") == TINY.encode_plain("a <think> 7")
-    assert ordinary.require("<think>") not in ordinary.encode_plain("a <think> 7")[0]
-    assert ordinary.require("<think>") in ordinary.encode_markup("a <think> 7")
+    assert ordinary.encode_plain("a </think> 7") == TINY.encode_plain("a </think> 7")
+    assert ordinary.require("</think>") not in ordinary.encode_plain("a </think> 7")[0]
+    assert ordinary.require("</think>") in ordinary.encode_markup("a </think> 7")
 
 
 def test_merges_that_spell_a_special_token_are_cut():
@@ -190,10 +190,11 @@ def test_transformers_reads_the_same_ids(tmp_path, tokenizer, vl_config, with_co
     assert again.encode_markup("a<think>b 12") == tokenizer.encode_markup("a<think>b 12")
 
 
-def test_a_bare_list_of_extra_tokens_is_kept(tmp_path, tokenizer):
+@pytest.mark.parametrize("extra", [None, {"audio_token": "<|AUDIO_PLACEHOLDER|>"}, ["<|LOC_0|>"]])
+def test_the_names_of_the_media_tokens_are_written_where_they_are_missing(tmp_path, tokenizer, extra):
     """Some tokenizer configurations list extra tokens without names; the names are then written beside the list."""
     from transformers import AutoTokenizer
 
-    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"extra_special_tokens": ["<|LOC_0|>"]}
+    config = json.loads(tokenizer.files["tokenizer_config.json"]) | {"extra_special_tokens": extra}
     Tokenizer(tokenizer.files | {"tokenizer_config.json": json.dumps(config)}).save(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).image_token_id == tokenizer.require("<|IMAGE_PLACEHOLDER|>")
