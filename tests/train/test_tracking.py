@@ -5,6 +5,7 @@ import logging
 import math
 import struct
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -244,18 +245,23 @@ def wandb_records(path) -> Iterator[bytes]:
             parts = b""
 
 
-def wandb_history(folder) -> list[dict]:
-    """What `wandb sync` would upload from the run folder's offline files, in order."""
+def wandb_history(folder, runs: int) -> list[dict]:
+    """What `wandb sync` would upload from the offline files of `runs` runs in the folder, in order.
+
+    `finish` returns a moment before wandb's own process has written everything, so this waits for each "exit" record.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        for data in wandb_records(path):
-            record = Record.FromString(data)
-            if record.HasField("history"):
-                items = record.history.item
-                rows.append({(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in items})
-    return rows
+    deadline = time.monotonic() + 60
+    while True:
+        paths = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"), key=lambda path: path.parent.name)
+        files = [[Record.FromString(data) for data in wandb_records(path)] for path in paths]
+        if len(files) == runs and all(file and file[-1].HasField("exit") for file in files):
+            break
+        assert time.monotonic() < deadline, "wandb did not finish its files within a minute"
+        time.sleep(0.05)
+    history = [record.history.item for file in files for record in file if record.HasField("history")]
+    return [{(i.key or "/".join(i.nested_key)): json.loads(i.value_json) for i in items} for items in history]
 
 
 def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, monkeypatch):
@@ -277,7 +283,7 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     again.finish()
     assert again.failures == 0
     assert again.run_id == tracker.run_id
-    history = wandb_history(folder)
+    history = wandb_history(folder, runs=2)
     assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(3, 0.5), (2, 0.6)]
     assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
 
@@ -298,7 +304,7 @@ def test_every_dashboard_uses_the_names_of_the_charts(tmp_path):
         tracker.finish()
         assert tracker.failures == 0
     assert trackio_logs("charts", "run")[0]["eval/accuracy"] == 0.5
-    assert wandb_history(tmp_path)[0]["eval/accuracy"] == 0.5
+    assert wandb_history(tmp_path, runs=1)[0]["eval/accuracy"] == 0.5
     assert b"eval/accuracy" in next((tmp_path / "tensorboard").glob("events*")).read_bytes()
     assert records(tmp_path)[0]["eval_accuracy"] == 0.5  # the file keeps the names of the program
 
