@@ -63,9 +63,7 @@ class Packed:
             self._offsets[device] = offsets.to(device, non_blocking=True)
         offsets, longest = self._offsets[device], max(self.lengths)
         window = (-1, 0) if self.causal else (-1, -1)
-        return varlen_attn(
-            q_TNH, k_TGH, v_TGH, offsets, offsets, longest, longest, window_size=window, enable_gqa=True
-        )  # pyright: ignore[reportReturnType]
+        return varlen_attn(q_TNH, k_TGH, v_TGH, offsets, offsets, longest, longest, window_size=window, enable_gqa=True)  # pyright: ignore[reportReturnType]
 
     def _attend_buckets(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Segments of similar length together; padding goes in and comes out by one gather each."""
@@ -94,7 +92,7 @@ class _Plan(NamedTuple):
 
     buckets: list[tuple[int, int]]
     row_P: Tensor | None
-    """int64: the row of every place; row 0 stands in where a place is padding. None when the row is already in order."""
+    """int64: the row of every place; row 0 stands in for padding. None when the rows are already in order."""
     place_T: Tensor | None
     """int64: the place of every row."""
 

@@ -87,7 +87,7 @@ class ErnieModel(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def init_weights(self) -> None:
-        """Matrices from a normal distribution with `initializer_range`, norms 1, biases 0. Nothing on the meta device."""
+        """Matrices from a normal distribution with `initializer_range`, norms 1, biases 0."""
         std = self.config.initializer_range
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -156,9 +156,7 @@ class ErnieModel(nn.Module):
         # The only wait for the device in a forward: every layer needs the size of both pools on the host.
         return Pools(vision_T, int(vision_T.sum()) if self.config.vision is not None else 0)
 
-    def _place_media(
-        self, x_TD: Tensor, token_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]
-    ) -> Tensor:
+    def _place_media(self, x_TD: Tensor, token_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
         if self.vision is None or self.resampler is None:
             raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")

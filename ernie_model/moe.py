@@ -72,7 +72,7 @@ class Rows(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores one pool's experts. Weights and scores are float32: near-ties decide routing, and bfloat16 has many ties."""
+    """Scores one pool's experts, in float32: near-ties decide routing, and bfloat16 has many ties."""
 
     def __init__(self, config: ErnieConfig):
         super().__init__()

@@ -49,9 +49,7 @@ def _pair_frames(x_QC: Tensor, grids: Sequence[Grid]) -> Tensor:
     if all(frames == 1 for frames, _, _ in grids):
         return torch.cat((x_QC, x_QC), dim=-1)
     pairs = []
-    for item, (frames, rows, columns) in zip(
-        x_QC.split([t * h * w // 4 for t, h, w in grids]), grids, strict=True
-    ):
+    for item, (frames, rows, columns) in zip(x_QC.split([t * h * w // 4 for t, h, w in grids]), grids, strict=True):
         per_frame = item.unflatten(0, (frames, rows * columns // 4))
         first, second = (per_frame, per_frame) if frames == 1 else (per_frame[0::2], per_frame[1::2])
         pairs.append(torch.cat((first, second), dim=-1).flatten(0, 1))

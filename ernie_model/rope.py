@@ -1,8 +1,8 @@
 """Rotary positions: three-dimensional (time, height, width) for text, two-dimensional for the vision tower.
 
-Text (reference 2.5, 2.6). Every token has a position triple. The first 44 of the 64 rotary frequencies alternate between
-height and width, the last 20 belong to time; channels (2i, 2i+1) rotate together by frequency i. For text tokens all
-three positions are equal, which makes this plain rotary embedding.
+Text (reference 2.5, 2.6). Every token has a position triple. The first 44 of the 64 rotary frequencies alternate
+between height and width, the last 20 belong to time; channels (2i, 2i+1) rotate together by frequency i. For text
+tokens all three positions are equal, which makes this plain rotary embedding.
 
     ids       a  b  c [ image, 2 rows x 3 ] d
     time      0  1  2  3  3  3  3  3  3     6
@@ -44,8 +44,8 @@ def check_grid(grid: Grid) -> None:
     frames, rows, columns = grid
     if frames < 1 or rows < 2 or columns < 2 or rows % 2 or columns % 2 or (frames > 1 and frames % 2):
         raise ValueError(
-            f"grid {grid} (frames, rows, columns in patches): rows and columns must be even and at least 2, and a video "
-            "must have an even number of frames."
+            f"grid {grid} (frames, rows, columns in patches): rows and columns must be even and at least 2, and a "
+            "video must have an even number of frames."
         )
 
 
@@ -80,7 +80,9 @@ def position_ids(token_T: Tensor, grids: Sequence[Grid], config: ErnieConfig) ->
         check_grid(grid)
         count = num_media_tokens(grid)
         if at + count > length or not all(is_media[at : at + count]):
-            raise ValueError(f"the item with grid {grid} needs {count} placeholders from token {at} on; there are fewer.")
+            raise ValueError(
+                f"the item with grid {grid} needs {count} placeholders from token {at} on; there are fewer."
+            )
         frames, rows, columns = max(grid[0] // 2, 1), grid[1] // 2, grid[2] // 2
         axes = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
         pieces.append(torch.stack(axes).flatten(1) + position)

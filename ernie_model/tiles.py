@@ -1,9 +1,9 @@
 """Attention on the CPU, a tile of queries at a time, by matrix products.
 
 The CPU kernel behind `scaled_dot_product_attention` is slow backwards, and slow both ways for many short segments in
-bfloat16 (docs/speed.md has the figures). Here the scores of one tile of queries against all the keys they may see are
-multiplied out, normalised and used, and multiplied out again in the backward pass; nothing of size L x L is kept. Scores
-and their gradients are float32, the other products run in the dtype of the inputs, as flash attention does.
+bfloat16 (docs/speed.md has the figures). Here the scores of one tile of queries against all the keys they may
+see are multiplied out, normalised and used, and multiplied out again in the backward pass; nothing of size L x L is
+kept. Scores and their gradients are float32, the other products run in the dtype of the inputs, as in flash attention.
 
 Shape letters:  B segments   L their length   N query heads   G key/value heads   M = N/G   H head width
                 Z = B*G   C queries of a tile

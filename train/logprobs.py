@@ -2,9 +2,9 @@
 
     logprob_t = h_t . W[target_t] - logsumexp_v(h_t . W[v])
 
-At vocabulary 103,424 the logits of 4,096 tokens, their softmax and its gradient would take 5 GB in float32. Here a chunk
-of rows is multiplied out, reduced to three numbers per token, and thrown away; the backward pass multiplies it out again
-and turns it into both gradients at once.
+At vocabulary 103,424 the logits of 4,096 tokens, their softmax and its gradient would take 5 GB in float32. Here a
+chunk of rows is multiplied out, reduced to three numbers per token, and thrown away; the backward pass multiplies it
+out again and turns it into both gradients at once.
 
 Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk
 """
@@ -89,7 +89,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logsumexp_T = torch.empty_like(logprob_T)
         correct_T = torch.empty_like(target_T, dtype=torch.bool)
         needed = ctx.needs_input_grad[:2]
-        early = _Gradients(hidden_TD, head_VD, *needed) if slope_T is not None and slope_T.shape[0] and any(needed) else None
+        early = (
+            _Gradients(hidden_TD, head_VD, *needed)
+            if slope_T is not None and slope_T.shape[0] and any(needed)
+            else None
+        )
         for rows in _chunks(hidden_TD, head_VD, chunk_bytes):
             logit_CV = wide(hidden_TD[rows] @ weight_VD.T)
             target_C = target_T[rows]
