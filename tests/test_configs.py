@@ -128,7 +128,9 @@ def test_differences_name_what_changes_the_numbers_and_only_that():
     old = plain(load("experiment=digits"))
     free = load("experiment=digits", "run.folder=elsewhere", "tracker=wandb", "evaluate.every=7", "data.workers=3")
     assert differences(old, plain(free)) == {}
-    changed = load("experiment=digits", "optim.lr=1", "data.seed=5", "model.config.text_config.moe_k=1", "run.steps=999")
+    changed = load(
+        "experiment=digits", "optim.lr=1", "data.seed=5", "model.config.text_config.moe_k=1", "run.steps=999"
+    )
     assert differences(old, plain(changed)) == {
         "data.seed": (0, 5),
         "model.config.text_config.moe_k": (2, 1),

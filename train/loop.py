@@ -37,7 +37,6 @@ class TrainState:
     tokens_seen: int = 0
     skipped: int = 0
     """Updates left out because the loss or a gradient was not finite."""
-    best_step: int = 0
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """One entry per evaluation, oldest first: {"step": ..., "accuracy": ..., ...}."""
 

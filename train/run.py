@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
@@ -34,14 +35,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
-from ernie_model.atomic import atomic_write
-from ernie_model.checkpoint import CheckpointError
+from ernie_model.atomic import atomic_folder, atomic_write
+from ernie_model.checkpoint import CheckpointError, write_model
 from ernie_model.config import ConfigError
 from ernie_model.images import MediaError
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
 from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
-from train.config import RunConfig, UserError, differences, explain
-from train.tracking import TrackerError
+from train.config import RunConfig, SFTConfig, UserError, differences, explain, plain
+from train.loop import TrainState
+from train.tracking import Tracker, TrackerError, make_trackers
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
@@ -83,12 +87,10 @@ def program(entry: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
 class StopSignal:
     """SIGTERM asks for an orderly end: finish the step, save, leave with exit code 0. A second one ends at once."""
 
-    def __init__(self):
+    def __init__(self, at_end: ExitStack):
         self.asked = False
-        try:
-            signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # not the main thread (a notebook, a test): nobody will send one
-            pass
+        previous = signal.signal(signal.SIGTERM, self._ask)
+        at_end.callback(signal.signal, signal.SIGTERM, previous)
 
     def __call__(self) -> bool:
         return self.asked
@@ -108,34 +110,29 @@ class Opened(NamedTuple):
     resume_from: Path | None
     found_metrics: bool
     """An earlier start has written metrics.jsonl."""
-    lock: TextIO | None
-    """Held by rank 0 until the process ends."""
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
 
-def open_folder(run: RunConfig, *, main: bool) -> Opened:
+def open_folder(run: RunConfig, at_end: ExitStack, *, main: bool) -> Opened:
     """Claim the run folder and decide where to start.
 
     Args:
+        at_end: gives the folder up again.
         main: this is rank 0, which alone writes.
 
     Raises:
         UserError: another process trains here; run.resume does not allow what is found; the folder cannot be written.
     """
     folder = Path(run.folder)
-    lock = _claim(folder) if main else None
-    try:
-        chosen = _starting_point(run, folder)
-    except BaseException:
-        if lock is not None:
-            lock.close()
-        raise
+    if main:
+        at_end.enter_context(_claim(folder))
+    chosen = _starting_point(run, folder)
     if main:
         checkpoint.sweep(folder / "checkpoints")
-    return Opened(folder, chosen, _holds_a_run(folder), lock)
+    return Opened(folder, chosen, _holds_a_run(folder))
 
 
 def _starting_point(run: RunConfig, folder: Path) -> Path | None:
@@ -195,7 +192,7 @@ def _named(run: RunConfig) -> Path:
     )
 
 
-def check_same_maths(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+def check_same_maths(path: Path | None, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to continue a run under settings that would change its numbers.
 
     Raises:
@@ -208,6 +205,29 @@ def check_same_maths(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
             f"cannot resume from {path}: these settings differ from the run that wrote it and would change "
             f"its numbers\n{lines}\nRestore them, or start anew in another run.folder."
         )
+
+
+def start_trackers(
+    config: SFTConfig, run: Opened, state: TrainState, saved: dict[str, Any] | None, at_end: ExitStack
+) -> list[Tracker]:
+    """The chosen trackers, going on with the run they recorded when this start goes on in its own folder."""
+    continues = run.resume_from is not None and run.resume_from.parent.resolve() == run.checkpoints.resolve()
+    ids = saved["trackers"] if saved is not None and continues else {}
+    # Numbers beyond the checkpoint will be logged again. Without a checkpoint, all of an earlier attempt's will.
+    resume_step = state.step if continues else -1 if run.found_metrics else None
+    trackers = make_trackers(config.tracker.names, config.tracker.project)
+    for tracker in trackers:
+        tracker.start(config.run.name, plain(config), run.folder, ids.get(tracker.name), resume_step=resume_step)
+        at_end.callback(tracker.finish)
+    return trackers
+
+
+def export(folder: Path, model: ErnieModel, processor: Processor) -> None:
+    """Weights, configuration and tokenizer: a folder that transformers and vLLM load."""
+    needed = sum(value.nbytes for value in model.state_dict().values())
+    with checkpoint.room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
+        write_model(model, temporary)
+        processor.save(temporary)
 
 
 def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None) -> None:

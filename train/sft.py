@@ -7,17 +7,13 @@ accelerate launch -m train.sft ...                           the same program on
 
 import dataclasses
 import os
-from pathlib import Path
+from contextlib import ExitStack
 
 import hydra
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
-from ernie_model.atomic import atomic_folder
-from ernie_model.checkpoint import write_model
-from ernie_model.model import ErnieModel
-from ernie_model.processor import Processor
 from train import checkpoint, report
 from train.build import build_accelerator, build_model
 from train.config import SFTConfig, check_steps, plain, register, to_typed
@@ -27,9 +23,8 @@ from train.objectives.sft import SFT
 from train.optim import build_optimizer, learning_rate
 from train.policy import Policy
 from train.progress import Progress
-from train.run import CONFIGS, StopSignal, check_same_maths, open_folder, program, write_start
+from train.run import CONFIGS, StopSignal, check_same_maths, export, open_folder, program, start_trackers, write_start
 from train.sources import ahead, build_data
-from train.tracking import make_trackers
 
 register()
 
@@ -37,26 +32,26 @@ register()
 @program("sft")
 @hydra.main(config_path=CONFIGS, config_name="sft", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    train(to_typed(cfg, SFTConfig))
-
-
-def train(config: SFTConfig) -> None:
+    config = to_typed(cfg, SFTConfig)
     if config.run.debug:
         os.environ["ERNIE_DEBUG"] = "1"
-    stop = StopSignal()
+    with ExitStack() as at_end:  # whatever was opened is closed, after an error too
+        train(config, at_end)
 
-    # The parts, in order. Whatever can be wrong is found here, before the first step.
+
+def train(config: SFTConfig, at_end: ExitStack) -> None:
+    # The parts, in order. Whatever can be wrong with the settings is found here, before the first step.
     accelerator = build_accelerator(config.parallel)
-    rank, world, main_process = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    console = Console(quiet=not main_process, highlight=False, soft_wrap=True)
-    run = open_folder(config.run, main=main_process)
-    settings = plain(config) | {"rows_per_update": config.data.accumulation * world}
+    rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
+    run = open_folder(config.run, at_end, main=on_main)
+    settings = plain(config) | {"rows_per_update": config.data.accumulation * ranks}
     saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
-    if run.resume_from is not None and saved is not None:
+    if saved is not None:
         check_same_maths(run.resume_from, saved["settings"], settings)
 
     model, processor, notes = build_model(config.model, seed=config.run.seed)
-    data = build_data(config.data, processor, rank=rank, world=world, max_heldout=config.evaluate.max_examples)
+    data = build_data(config.data, processor, rank=rank, world=ranks, max_heldout=config.evaluate.max_examples)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     model.to(accelerator.device)
@@ -68,22 +63,16 @@ def train(config: SFTConfig) -> None:
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
     wrapped, prepared = accelerator.prepare(policy, optimizer)
-    source = ahead(data.train, config.data.prefetch)  # after loading: it starts to pack at once
+    source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
+    at_end.callback(source.close)
 
-    report.opening(console, config, model, data, steps=steps, ranks=world, device=accelerator.device, notes=notes)
-    trackers = make_trackers(config.tracker.names, config.tracker.project) if main_process else []
-    continues = run.resume_from is not None and run.resume_from.parent.resolve() == run.checkpoints.resolve()
-    resume_ids = saved["trackers"] if saved is not None and continues else {}
-    if main_process:
+    report.opening(console, config, model, data, steps=steps, ranks=ranks, device=accelerator.device, notes=notes)
+    if on_main:
         write_start(run.folder, plain(config), run.resume_from)
-    for tracker in trackers:
-        # Numbers beyond the checkpoint will be logged again. Without a checkpoint, all of an earlier attempt's will.
-        again = state.step if continues else 0 if run.found_metrics else None
-        tracker.start(config.run.name, plain(config), run.folder, resume_ids.get(tracker.name), resume_step=again)
+    trackers = start_trackers(config, run, state, saved, at_end) if on_main else []
+    progress = Progress(steps, start_step=state.step, console=console, enabled=on_main)
 
     # What happens around the updates.
-    progress = Progress(steps, start_step=state.step, console=console, enabled=main_process)
-
     def log(step: int, metrics: dict[str, float]) -> None:
         progress.update(step, metrics)
         for tracker in trackers:
@@ -93,18 +82,16 @@ def train(config: SFTConfig) -> None:
         if data.heldout is None:
             return
         score = measure(policy, data.heldout, accelerator)
-        best = max((entry["accuracy"] for entry in state.evaluations[1:]), default=-1.0)
+        best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
         log(state.step, score.metrics())
         progress.note(report.score_line(state.step, score))
-        if state.step and score.accuracy > best:
-            state.best_step = state.step
-            if main_process:
-                export(run.folder / "best", model, processor)
+        if state.step and score.accuracy > best and on_main:
+            export(run.folder / "best", model, processor)
 
     def save(state: TrainState) -> None:
         generators = gather_object([checkpoint.generator_state()])
-        if main_process:
+        if on_main:
             path = checkpoint.save(
                 run.checkpoints,
                 state.step,
@@ -131,40 +118,27 @@ def train(config: SFTConfig) -> None:
         save_every=config.run.save_every,
         evaluate_every=config.evaluate.every,
     )
-    hooks = Hooks(log=log, save=save, evaluate=evaluate, stop=stop)
+    hooks = Hooks(log=log, save=save, evaluate=evaluate, stop=StopSignal(at_end))
 
     # The run.
-    try:
-        with progress:
-            if state.step == 0:
-                evaluate(state)
-            else:
-                progress.note(report.resumed_line(run.resume_from, state, steps))
-            finished = fit(wrapped, SFT, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks)
-        if not finished:
-            console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
-            return
-        if main_process:
-            export(run.folder / "export", model, processor)
-            report.closing(console, state, run.folder)
-            sheet, title = run.folder / "answers.png", f"{config.run.name}: held out, step {state.step}"
-            if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
-                console.print(f"answers   {sheet}")
-                for tracker in trackers:
-                    tracker.log_image("answers", sheet, state.step)
-    finally:
-        source.close()
-        for tracker in trackers:
-            tracker.finish()
-        accelerator.end_training()
-
-
-def export(folder: Path, model: ErnieModel, processor: Processor) -> None:
-    """Weights, configuration and tokenizer: a folder that transformers and vLLM load."""
-    needed = sum(value.nbytes for value in model.state_dict().values())
-    with checkpoint.room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
-        write_model(model, temporary)
-        processor.save(temporary)
+    with progress:
+        if state.step == 0:
+            evaluate(state)
+        else:
+            progress.note(report.resumed_line(run.resume_from, state, steps))
+        finished = fit(wrapped, SFT, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks)
+    if not finished:
+        console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
+        return
+    if on_main:
+        export(run.folder / "export", model, processor)
+        report.closing(console, state, run.folder)
+        sheet, title = run.folder / "answers.png", f"{config.run.name}: held out, step {state.step}"
+        if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
+            console.print(f"answers   {sheet}")
+            for tracker in trackers:
+                tracker.log_image("answers", sheet, state.step)
+    accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

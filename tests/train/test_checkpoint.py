@@ -79,7 +79,9 @@ def test_only_the_newest_stay(tmp_path, trained):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000010"]  # nothing left behind
 
 
-@pytest.mark.parametrize("damage", ["no state.json", "a short file", "a missing file", "state.json cut off", "still partial"])
+@pytest.mark.parametrize(
+    "damage", ["no state.json", "a short file", "a missing file", "state.json cut off", "still partial"]
+)
 def test_a_damaged_checkpoint_is_not_picked_up(tmp_path, trained, damage):
     good = save(tmp_path, 1, *trained)
     bad = save(tmp_path, 2, *trained)

@@ -55,9 +55,7 @@ def test_greedy_decoding_agrees_with_teacher_forcing():
         token_T = question.token_T.clone()
         token_T[start : start + len(ids)] = ids
         taught.append(
-            dataclasses.replace(
-                question, token_T=token_T, target_T=torch.cat([token_T[1:], token_T.new_zeros(1)])
-            )
+            dataclasses.replace(question, token_T=token_T, target_T=torch.cat([token_T[1:], token_T.new_zeros(1)]))
         )
     assert all(len(ids) == 3 for ids in answers), "choose another seed: an answer met the stop token"
     row, row_R = on_device(small.row(*taught), torch.device("cpu"))

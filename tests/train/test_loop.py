@@ -211,7 +211,10 @@ def test_fit_gives_up_when_too_many_updates_are_not_finite():
         # 2 of warm-up: 1/3 and 2/3 of the peak; then from the peak to a tenth of it in 4 steps
         (Schedule.constant, [1 / 3, 2 / 3, 1, 1, 1, 1, 1]),
         (Schedule.linear, [1 / 3, 2 / 3, 1, 0.775, 0.55, 0.325, 0.1]),
-        (Schedule.cosine, [1 / 3, 2 / 3, 1, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1 + 0.45 * (1 - math.sqrt(0.5)), 0.1]),
+        (
+            Schedule.cosine,
+            [1 / 3, 2 / 3, 1, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1 + 0.45 * (1 - math.sqrt(0.5)), 0.1],
+        ),
     ],
 )
 def test_learning_rate_by_hand(schedule, expected):

@@ -1,6 +1,7 @@
 """The run folder: who may write into it, and where a run starts from."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 
@@ -24,10 +25,8 @@ def saved(folder, step):
 
 
 def opened(folder, resume="auto"):
-    run = open_folder(RunConfig(folder=str(folder), resume=resume), main=True)
-    if run.lock is not None:
-        run.lock.close()
-    return run
+    with ExitStack() as at_end:
+        return open_folder(RunConfig(folder=str(folder), resume=resume), at_end, main=True)
 
 
 def test_auto_starts_anew_in_an_empty_folder_and_resumes_from_the_newest(tmp_path):
@@ -65,11 +64,10 @@ def test_a_named_checkpoint_never_overwrites_newer_ones(tmp_path):
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
-    first = open_folder(RunConfig(folder=str(tmp_path)), main=True)
-    with pytest.raises(UserError, match="another process is training in run.folder"):
-        open_folder(RunConfig(folder=str(tmp_path)), main=True)
-    assert first.lock is not None
-    first.lock.close()
+    with ExitStack() as at_end:
+        open_folder(RunConfig(folder=str(tmp_path)), at_end, main=True)
+        with pytest.raises(UserError, match="another process is training in run.folder"):
+            opened(tmp_path)
     opened(tmp_path)
 
 
