@@ -293,6 +293,13 @@ def video_patches(
         patch_PX, grid, _ = _cut_frames(pictures, seconds, settings, name)
         return patch_PX, grid
     name = name or file_name(source)
+    try:
+        return _patches_of_file(source, settings, name)
+    except MediaError as error:  # what opens the file cannot know that its bytes are, say, video 2 of message 3
+        raise MediaError(name, error.problem) from error
+
+
+def _patches_of_file(source: VideoFile, settings: VideoSettings, name: str) -> tuple[np.ndarray, Grid]:
     clip = probe(source)
     indices = frame_indices(clip.num_frames, clip.fps, settings)
     patches = _file_to_patches(source, indices, clip.fps, settings, name)

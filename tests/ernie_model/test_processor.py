@@ -308,7 +308,7 @@ def test_media_that_cannot_be_honoured_are_named(processor, tmp_path):
         (image(b"no picture"), r"image 1 of the conversation \(message 1\)"),
         (image(red(1, 201)), r"image 1 of the conversation \(message 1\)"),
         ({"type": "video", "video": tmp_path / "gone.mp4"}, r"gone\.mp4"),
-        ({"type": "video", "video": b"no film"}, r"video 1 of the conversation \(message 1\)|video"),
+        ({"type": "video", "video": b"no film"}, r"video 1 of the conversation \(message 1\)"),
         ({"type": "video", "video": Frames([])}, r"video 1 of the conversation \(message 1\)"),
     ):
         with pytest.raises(MediaError, match=name):
