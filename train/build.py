@@ -18,6 +18,7 @@ from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.config import ModelConfig, ParallelConfig, Precision, UserError
 from train.logprobs import CHUNK_BYTES
+from train.memory import keep_freed_memory
 
 TINY = "tiny"
 
@@ -33,6 +34,7 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
     """One process, or one of several started by `accelerate launch` (data parallel)."""
     if config.threads:
         torch.set_num_threads(config.threads)
+    keep_freed_memory()
     # A rank without an image leaves the vision tower without gradients; DDP must look which parameters took part.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The model casts its own weights (model.compute_dtype), so accelerate's autocast stays off.

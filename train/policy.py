@@ -29,16 +29,28 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    def __init__(self, model: ErnieModel):
+    """
+    Args:
+        loss_is_linear: the loss is -sum(weight_T * logprob_T) up to a factor (`Objective.linear`), so that the head's
+            gradients can be made while its logits exist; see `token_logprobs`.
+    """
+
+    def __init__(self, model: ErnieModel, *, loss_is_linear: bool = False):
         super().__init__()
         self.model = model
+        self.loss_is_linear = loss_is_linear
 
     def forward(self, batch: PackedBatch, row_R: Tensor) -> PolicyOutput:
         """`row_R`: the rows whose weight is not 0; see `on_device`."""
         output = self.model(
             batch.token_T, batch.position_3T, Packed(batch.lengths), patch_PX=batch.patch_PX, grids=batch.grids
         )
-        logprob_R, correct_R = token_logprobs(output.hidden_TD[row_R], self.model.head_VD, batch.target_T[row_R])
+        logprob_R, correct_R = token_logprobs(
+            output.hidden_TD[row_R],
+            self.model.head_VD,
+            batch.target_T[row_R],
+            slope_T=batch.weight_T[row_R] if self.loss_is_linear else None,
+        )
         logprob_T = logprob_R.new_zeros(batch.num_tokens).index_copy(0, row_R, logprob_R)
         correct_T = torch.zeros_like(batch.token_T, dtype=torch.bool).index_copy(0, row_R, correct_R)
         return PolicyOutput(logprob_T, correct_T, output.router)

@@ -9,7 +9,6 @@ import dataclasses
 import os
 from contextlib import ExitStack
 
-import hydra
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
@@ -23,14 +22,13 @@ from train.objectives.sft import SFT
 from train.optim import build_optimizer, learning_rate
 from train.policy import Policy
 from train.progress import Progress
-from train.run import CONFIGS, StopSignal, check_same_maths, export, open_folder, program, start_trackers, write_start
+from train.run import StopSignal, check_same_maths, export, open_folder, program, start_trackers, write_start
 from train.sources import ahead, build_data
 
 register()
 
 
 @program("sft")
-@hydra.main(config_path=CONFIGS, config_name="sft", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     config = to_typed(cfg, SFTConfig)
     if config.run.debug:
@@ -55,7 +53,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     model.to(accelerator.device)
-    policy = Policy(model)
+    policy = Policy(model, loss_is_linear=SFT.linear)
     optimizer = build_optimizer(model, config.optim)
     state = TrainState()
     if run.resume_from is not None and saved is not None:

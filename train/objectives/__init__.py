@@ -26,3 +26,5 @@ class Objective(NamedTuple):
     """Units in a batch, known before the forward pass."""
     loss: Callable[[Tensor, PackedBatch], LossSum]
     """(logprob_T, batch on the same device) → sums."""
+    linear: bool = False
+    """The total is -sum(weight_T * logprob_T): its slope is known before the backward pass, which saves a product."""

@@ -20,4 +20,4 @@ def sft_loss(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
     return LossSum(total, {"loss": total.detach()})
 
 
-SFT = Objective("target token", count_targets, sft_loss)
+SFT = Objective("target token", count_targets, sft_loss, linear=True)
