@@ -30,8 +30,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
+import hydra
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
@@ -57,26 +58,38 @@ REPORTED_PACKAGES = ("ernie-train", "torch", "accelerate", "safetensors", "token
 # ------------------------------------------------------------------------------------------------- the program's edges
 
 
-def program(entry: str) -> Callable[[Callable[..., Any]], Callable[[], None]]:
-    """Decorates a Hydra main: user errors become one short message and exit code 1.
+def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes a function of the composed settings a program: configs/ENTRY.yaml, the command line, errors, exit codes.
 
-    Hydra prints its own errors and exits; with HYDRA_FULL_ERROR it lets them through, and they are told like ours. Set
-    ERNIE_DEBUG=1 (or run.debug=true) for the traceback.
+    Hydra would print its own errors, and a line of its own above ours. HYDRA_FULL_ERROR makes it let its errors by,
+    and ours travel past it; then both are told in the same form. ERNIE_DEBUG=1 or run.debug=true shows the traceback.
     """
 
-    def decorate(main: Callable[..., Any]) -> Callable[[], None]:
-        @functools.wraps(main)
+    def decorate(job: Callable[[DictConfig], None]) -> Callable[[], None]:
+        caught: list[BaseException] = []
+
+        def inside_hydra(cfg: DictConfig) -> None:
+            try:
+                job(cfg)
+            except BaseException as error:
+                caught.append(error)
+
+        hydra_main = hydra.main(config_path=CONFIGS, config_name=entry, version_base="1.3")(inside_hydra)
+
+        @functools.wraps(job)
         def wrapped() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
             try:
-                main()
+                hydra_main()
+                if caught:
+                    raise caught.pop()
             except (*USER_ERRORS, *HYDRA_ERRORS) as error:
                 if os.environ.get("ERNIE_DEBUG", "0") not in ("", "0"):
                     raise
                 message = explain(error, entry) if isinstance(error, HYDRA_ERRORS) else str(error)
                 print(f"error: {message}", file=sys.stderr, flush=True)
-                # Under `accelerate launch` the other ranks may wait for this one; a plain exit code tells the launcher.
+                # Under `accelerate launch` other ranks may be waiting for this one; the exit code tells the launcher.
                 sys.exit(1)
 
         return wrapped

@@ -1,6 +1,6 @@
 """Training steps of the small model on the rows of one rank; test_ranks.py runs them alone and as two processes.
 
-    python -m tests.distributed.one_step OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
+python -m tests.distributed.one_step OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
 """
 
 import sys

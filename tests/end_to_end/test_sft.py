@@ -1,0 +1,257 @@
+"""`ernie sft` as people use it: a whole run, a killed one, and every way of getting it wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.tasks import digits
+from ernie_model.checkpoint import load_model
+from ernie_model.processor import Processor
+from train import checkpoint, sft
+
+ROOT = Path(__file__).resolve().parents[2]
+# Small and quick; everything else is the demo.
+QUICK = [
+    "experiment=digits",
+    "tracker=none",
+    "run.steps=6",
+    "run.save_every=2",
+    "optim.warmup_steps=2",
+    "data.max_tokens=128",
+    "evaluate.every=3",
+    "evaluate.max_examples=6",
+    "evaluate.sheet=4",
+    "evaluate.max_new_tokens=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Configs must be found from anywhere, and Hydra must leave nothing where it was started."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("ERNIE_DEBUG", raising=False)
+    yield
+    assert {path.name for path in (tmp_path / "here").iterdir()} <= {"runs"}
+
+
+def ernie_sft(monkeypatch, *settings: str) -> int:
+    """The exit code of `ernie sft SETTINGS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["ernie sft", *QUICK, *settings])
+    try:
+        sft.main()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+def start(*settings: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.sft", *QUICK, *settings],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def records(folder: Path, key: str) -> dict[int, float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    found = [(line["step"], line[key]) for line in lines if key in line]
+    assert len(found) == len(dict(found)), "a step was recorded twice"
+    return dict(found)
+
+
+def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
+    paths = digits.write_jsonl(tmp_path / "digits")
+    folder = tmp_path / "run"
+    own = ["data=jsonl", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
+    assert ernie_sft(monkeypatch, *own, f"run.folder={folder}", "data.accumulation=2") == 0
+    said = capfd.readouterr().out
+    # the arithmetic before, the result after
+    assert "3.56 M parameters, 942 k active per text token" in said
+    assert "128 tokens per row x 2 rows x 1 rank = 256 tokens at most" in said
+    assert "before training" in said and "after training" in said and "of 6" in said
+    # the record
+    assert list(records(folder, "loss")) == [1, 2, 3, 4, 5, 6]
+    assert list(records(folder, "eval_accuracy")) == [0, 3, 6]
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-3])
+    for key in ("grad_norm", "lr", "accuracy", "tokens_per_s", "image_tokens_per_s", "patches_per_s", "step_s"):
+        assert key in last, key
+    for key in ("data_wait", "memory_gb", "eta_s", "router_vision_imbalance", "router_text_dead", "skipped"):
+        assert key in last, key
+    start = json.loads((folder / "run.json").read_text())["starts"][0]
+    assert start["command"].startswith("ernie sft experiment=digits tracker=none") and start["git"]
+    assert "accumulation: 2" in (folder / "config.yaml").read_text()
+    # what remains: two checkpoints, the weights, the picture
+    assert [path.name for path in checkpoint.complete(folder / "checkpoints")] == ["step-000004", "step-000006"]
+    for weights in ("best", "export"):
+        model, processor = load_model(folder / weights), Processor.from_pretrained(folder / weights)
+        assert model.config == processor.config
+    assert (folder / "answers.png").stat().st_size > 1000
+
+
+def test_digits_from_memory_and_from_a_file_are_the_same_run(tmp_path, monkeypatch):
+    paths = digits.write_jsonl(tmp_path / "digits")
+    short = ["run.steps=3", "evaluate.every=0", "evaluate.sheet=0"]
+    assert ernie_sft(monkeypatch, *short, f"run.folder={tmp_path / 'a'}") == 0
+    own = ["data=jsonl", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
+    assert ernie_sft(monkeypatch, *short, *own, f"run.folder={tmp_path / 'b'}") == 0
+    assert records(tmp_path / "a", "loss") == records(tmp_path / "b", "loss")
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    """Uninterrupted = killed with SIGKILL + stopped with SIGTERM + finished: losses, accuracy, final weights."""
+    longer = ["run.steps=60", "run.save_every=10", "evaluate.every=30", "evaluate.sheet=0", "data.accumulation=2"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ernie_sft(monkeypatch, *longer, f"run.folder={whole}") == 0
+
+    first = start(*longer, f"run.folder={broken}")
+    wait_for(broken / "checkpoints" / "step-000010", first)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    reached = checkpoint.complete(broken / "checkpoints")[-1].name
+    assert reached < "step-000060"
+
+    second = start(*longer, f"run.folder={broken}")
+    wait_for(broken / "checkpoints" / f"step-{int(reached[5:]) + 10:06d}", second)
+    second.send_signal(signal.SIGTERM)
+    said, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert f"resuming from {broken / 'checkpoints' / reached}: step {int(reached[5:])} of 60" in said
+    assert "the same command goes on from there" in said
+
+    assert ernie_sft(monkeypatch, *longer, f"run.folder={broken}") == 0
+    assert records(broken, "loss") == records(whole, "loss")
+    assert records(broken, "eval_nll") == records(whole, "eval_nll")
+    for weights in ("export", "best"):
+        ours, theirs = ((folder / weights / "model.safetensors").read_bytes() for folder in (broken, whole))
+        assert ours == theirs
+    assert len(json.loads((broken / "run.json").read_text())["starts"]) == 3
+
+
+# ------------------------------------------------------------------------------------------------ getting it wrong
+
+
+def refused(monkeypatch, capfd, *settings: str) -> str:
+    """What `ernie sft SETTINGS` says when it refuses: one short message on stderr, no traceback, exit code 1."""
+    capfd.readouterr()
+    assert ernie_sft(monkeypatch, *settings) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and said.startswith("error: ")
+    return said
+
+
+def test_a_second_run_in_the_same_folder_resumes_or_refuses(tmp_path, monkeypatch, capfd):
+    here = f"run.folder={tmp_path / 'run'}"
+    assert ernie_sft(monkeypatch, here) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert "run.resume is never" in refused(monkeypatch, capfd, here, "run.resume=never")
+    said = refused(monkeypatch, capfd, here, "optim.lr=0.5", "data.lookahead=9")
+    assert "optim.lr: 0.002 then, 0.5 now" in said and "data.lookahead: 64 then, 9 now" in said
+    assert "rows_per_update: 1 then, 3 now" in refused(monkeypatch, capfd, here, "data.accumulation=3")
+    assert ernie_sft(monkeypatch, here) == 0  # finished already: nothing to train, nothing lost
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == before
+
+
+def test_a_typo_ends_before_anything_is_loaded(monkeypatch, capfd):
+    assert "optim.leer is not a setting of sft; did you mean optim.lr?" in refused(monkeypatch, capfd, "optim.leer=1")
+    assert not Path("runs").exists()
+
+
+def test_a_row_shorter_than_one_image(monkeypatch, capfd):
+    said = refused(monkeypatch, capfd, "data.max_tokens=16")
+    assert "more than a row holds (data.max_tokens=16)" in said and "digits-" in said
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        ([], "holds no record"),
+        (["{not json"], "bad.jsonl:1"),
+        (['{"id": "a"}'], "bad.jsonl:1"),
+        (['{"messages": [{"role": "user", "content": "hi"}]}'], "no token is trained"),
+        (
+            [
+                '{"messages": [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]},'
+                ' {"role": "assistant", "content": "7"}]}'
+            ],
+            "gone.png",
+        ),
+    ],
+)
+def test_data_that_cannot_be_used(tmp_path, monkeypatch, capfd, lines, expected):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("".join(line + "\n" for line in lines))
+    assert expected in refused(monkeypatch, capfd, "data=jsonl", f"data.path={path}")
+
+
+def test_a_bad_record_in_the_middle_stops_the_run_and_keeps_what_was_learned(tmp_path, monkeypatch, capfd):
+    paths = digits.write_jsonl(tmp_path / "digits")
+    lines = paths["train"].read_text().splitlines()[:40]
+    lines[20] = '{"messages": 7}'
+    paths["train"].write_text("\n".join(lines))
+    settings = [
+        "data=jsonl",
+        f"data.path={paths['train']}",
+        "data.shuffle=false",
+        "data.lookahead=1",
+        "data.prefetch=0",
+    ]
+    said = refused(monkeypatch, capfd, *settings, f"run.folder={tmp_path / 'run'}", "run.steps=20")
+    assert "train.jsonl:21" in said
+    assert checkpoint.complete(tmp_path / "run" / "checkpoints")
+
+
+def test_a_full_disk_names_the_path_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capfd):
+    real = checkpoint.save_file
+
+    def full(tensors, path):
+        if path.name == checkpoint.MODEL and "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    said = refused(monkeypatch, capfd, f"run.folder={tmp_path / 'run'}")
+    assert "the disk is full" in said and "step-000004 needs" in said and "GB" in said
+    assert [path.name for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    assert ernie_sft(monkeypatch, f"run.folder={tmp_path / 'run'}") == 0  # room again: it goes on
+    assert list(records(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capfd):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refused(monkeypatch, capfd, f"run.folder={tmp_path / 'file' / 'run'}")
+
+
+def test_an_attempt_that_died_before_its_first_checkpoint_can_be_repeated(tmp_path, monkeypatch):
+    here = f"run.folder={tmp_path / 'run'}"
+
+    def broken(*arguments, **settings):
+        raise RuntimeError("the power went out")
+
+    monkeypatch.setattr(checkpoint, "save", broken)
+    with pytest.raises(RuntimeError, match="the power went out"):  # what nobody expected keeps its traceback
+        ernie_sft(monkeypatch, here)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "here")
+    assert ernie_sft(monkeypatch, here) == 0
+    assert list(records(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
