@@ -453,7 +453,8 @@ def test_weights_and_other_files_appear_together(saved, tmp_path: Path):
 
 def test_models_that_cannot_be_written_exactly(saved, tmp_path: Path):
     model = load_model(saved(DENSE_SHAPE))
-    model.layers[0].self_attn.q_proj.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2)))
+    query = model.get_submodule("layers.0.self_attn.q_proj")
+    query.register_parameter("lora_A", torch.nn.Parameter(torch.zeros(2)))
     with pytest.raises(CheckpointError, match="no place for: layers.0.self_attn.q_proj.lora_A. Merge adapters first"):
         save_model(model, tmp_path / "a")
     with torch.device("meta"):

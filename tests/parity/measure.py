@@ -56,14 +56,18 @@ def _errors(ours, reference) -> Errors:
 
 @dataclass(frozen=True)
 class Bfloat16:
-    """max |difference| of bfloat16 logits, as they are."""
+    """bfloat16 logits: max |difference| where two programs should agree to the bit, and distances from the truth."""
 
     same_kernel: float
-    """Against transformers' defaults, SDPA and grouped matmul, with ours using SDPA too (as it does for long segments)."""
-    eager: float
-    """Against transformers' eager attention, which rounds scores and probabilities to bfloat16; ours does not."""
+    """Against transformers' defaults, SDPA and grouped matmul, with our attention on SDPA as well."""
     both_eager: float
-    """The same with our attention kernel, and nothing else, replaced by one that rounds as eager does."""
+    """Against transformers' eager attention, with our attention kernel, and nothing else, replaced by the same."""
+    as_is: float
+    """Against transformers' defaults, with our own CPU attention kernel: it sums in another order."""
+    ours_from_exact: float
+    """Root mean square difference of ours, as it is, from float64 logits of the same (bfloat16) weights."""
+    theirs_from_exact: float
+    """The same for transformers' defaults: how much of the above is bfloat16 itself."""
 
 
 def bfloat16_errors(shape: Shape, folder: Path) -> Bfloat16:
@@ -71,16 +75,21 @@ def bfloat16_errors(shape: Shape, folder: Path) -> Bfloat16:
     ours = load_ours(reference, folder, dtype=torch.bfloat16)
     sdpa = read_reference(shape, folder, attention="sdpa", experts="grouped_mm")
     eager = read_reference(shape, folder, attention="eager", experts="grouped_mm")
-    found = []
+    exact = load_ours(reference, folder, dtype=torch.bfloat16).set_dtype(torch.float64)
+    bits, squares, count = [], [0.0, 0.0], 0
     # One conversation at a time: padding changes the shapes of matmuls, and with them the order of float32 sums.
     for one in ([c] for c in make_conversations(shape.rows, seed=3)):
-        mine = run_ours(ours, one, grads=False).logits.float()
+        mine = run_ours(ours, one, grads=False).logits.double()
         with mock.patch("ernie_model.context.LONGEST_TILED", 0):
-            mine_sdpa = run_ours(ours, one, grads=False).logits.float()
+            mine_sdpa = run_ours(ours, one, grads=False).logits.double()
         with mock.patch.object(Packed, "attend", attend_eagerly):
-            mine_eager = run_ours(ours, one, grads=False).logits.float()
-        theirs = run_reference(sdpa, one, grads=False).logits.float()
-        theirs_eager = run_reference(eager, one, grads=False).logits.float()
-        pairs = ((mine_sdpa, theirs), (mine, theirs_eager), (mine_eager, theirs_eager))
-        found.append([(a - b).abs().max().item() for a, b in pairs])
-    return Bfloat16(*(max(column) for column in zip(*found, strict=True)))
+            mine_eager = run_ours(ours, one, grads=False).logits.double()
+        theirs = run_reference(sdpa, one, grads=False).logits.double()
+        theirs_eager = run_reference(eager, one, grads=False).logits.double()
+        truth = run_ours(exact, one, grads=False).logits
+        pairs = ((mine_sdpa, theirs), (mine_eager, theirs_eager), (mine, theirs))
+        bits.append([(a - b).abs().max().item() for a, b in pairs])
+        squares = [total + (x - truth).square().sum().item() for total, x in zip(squares, (mine, theirs), strict=True)]
+        count += truth.numel()
+    distances = [(total / count) ** 0.5 for total in squares]
+    return Bfloat16(*(max(column) for column in zip(*bits, strict=True)), *distances)

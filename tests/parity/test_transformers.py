@@ -2,10 +2,10 @@
 
 Tolerances. Float32 rounds to 6e-8; sums of a few hundred terms and a dozen layers in a row make that about 1e-6, and
 1e-5 leaves room for another BLAS. Float64 rounds to 1e-16, measured is 1e-14: 1e-10 is far above rounding and far
-below any difference in what is computed. Bfloat16 agrees to the bit when both programs round at the same places.
+below any difference in what is computed. Bfloat16 agrees to the bit when both programs round at the same places and
+use the same attention kernel.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -59,9 +59,12 @@ def test_float64_is_the_same_function(shape: Shape, tmp_path: Path):
 @each_shape
 def test_bfloat16_is_bit_exact(shape: Shape, tmp_path: Path):
     errors = bfloat16_errors(shape, tmp_path)
-    assert errors.same_kernel == 0.0, asdict(errors)
-    # The reference sheet's claim is about eager attention. The kernel is the only thing that differs there.
-    assert errors.both_eager == 0.0, asdict(errors)
+    assert errors.same_kernel == 0.0, errors
+    assert errors.both_eager == 0.0, errors
+    # Our own CPU attention kernel sums in another order, so its results differ in single roundings (and where two
+    # experts are nearly tied, in the choice). They are as far from the exact result as transformers' are: measured
+    # 0.55 to 1.02 times; a rounding too many or too few in a layer shows as a factor.
+    assert errors.ours_from_exact <= 1.25 * errors.theirs_from_exact, errors
 
 
 def test_float32_weights_with_a_bfloat16_forward_round_like_bfloat16_weights(tmp_path: Path):
