@@ -247,7 +247,7 @@ class EvaluateConfig:
     max_examples: int = 0
     """Held-out conversations to use; 0 uses all of them."""
     sheet: int = 24
-    """Held-out images drawn with the model's own answers at the end; 0 draws none."""
+    """How many held-out images are drawn with the model's own answers at the end, the first ones; 0 draws none."""
     max_new_tokens: int = 32
     """Longest answer written for the sheet."""
 

@@ -185,7 +185,9 @@ def sheet_items(
             continue
         if (image := first_image(heldout, index)) is not None:
             chosen.append((image, heldout.example(index)))
-    answers = answer(model, [example for _, example in chosen], stop_id=stop_id, max_new_tokens=max_new_tokens)
+    answers: list[Tensor] = []
+    for examples in in_rows([example for _, example in chosen], heldout.max_tokens, max_new_tokens):
+        answers += answer(model, examples, stop_id=stop_id, max_new_tokens=max_new_tokens)
     items = []
     for (image, example), ids in zip(chosen, answers, strict=True):
         start = prompt_length(example)
@@ -201,6 +203,20 @@ def sheet_items(
             )
         )
     return items
+
+
+def in_rows(examples: Sequence[Example], max_tokens: int, max_new_tokens: int) -> list[list[Example]]:
+    """The examples, in order, in groups that fit in a row of `max_tokens` with their answers (or stand alone)."""
+    rows: list[list[Example]] = []
+    used = 0
+    for example in examples:
+        size = prompt_length(example) + max_new_tokens
+        if not rows or used + size > max_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(example)
+        used += size
+    return rows
 
 
 def first_image(heldout: Encoder, index: int) -> Image.Image | None:

@@ -31,6 +31,7 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import hydra
+import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -268,7 +269,11 @@ def command() -> str:
     if program_name.startswith("ernie "):  # set by train/cli.py: the console script's own spelling
         words = [*program_name.split(), *sys.argv[1:]]
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        words = ["accelerate", "launch", f"--num_processes={world}", "-m", "train.sft", *sys.argv[1:]]
+        # accelerate launch starts several processes on GPUs only.
+        launcher = ["accelerate", "launch", f"--num_processes={world}"]
+        if not torch.cuda.is_available():
+            launcher = ["torchrun", f"--nproc_per_node={world}"]
+        words = [*launcher, "-m", "train.sft", *sys.argv[1:]]
     return shlex.join(words)
 
 

@@ -131,7 +131,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     if on_main:
         export(run.folder / "export", model, processor)
         report.closing(console, state, run.folder)
-        sheet, title = run.folder / "answers.png", f"{config.run.name}: held out, step {state.step}"
+        sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
         if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
             console.print(f"answers   {sheet}")
             for tracker in trackers:

@@ -108,6 +108,25 @@ def test_digits_from_memory_and_from_a_file_are_the_same_run(tmp_path, monkeypat
     assert records(tmp_path / "a", "loss") == records(tmp_path / "b", "loss")
 
 
+def test_exported_weights_start_another_run_where_this_one_ended(tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert ernie_sft(monkeypatch, f"run.folder={first}") == 0
+    again = ["model.config=null", f"model.checkpoint={first / 'export'}", "model.processor=null"]
+    assert ernie_sft(monkeypatch, *again, f"run.folder={second}") == 0
+    assert records(second, "eval_nll")[0] == records(first, "eval_nll")[6]
+
+
+def test_bfloat16_and_activation_checkpointing_stay_near_float32(tmp_path, monkeypatch):
+    short = ["run.steps=4", "evaluate.every=0", "evaluate.sheet=0"]
+    assert ernie_sft(monkeypatch, *short, f"run.folder={tmp_path / 'fp32'}") == 0
+    other = ["model.precision=bf16", "model.gradient_checkpointing=true"]
+    assert ernie_sft(monkeypatch, *short, *other, f"run.folder={tmp_path / 'bf16'}") == 0
+    fp32, bf16 = (list(records(tmp_path / name, "loss").values()) for name in ("fp32", "bf16"))
+    # bfloat16 keeps 8 bits: 2^-8 = 0.4 % per rounding, over four layers and up to four updates
+    assert bf16 != fp32 and bf16[0] == pytest.approx(fp32[0], rel=0.01) and bf16 == pytest.approx(fp32, rel=0.05)
+    assert (tmp_path / "bf16" / "export" / "config.json").read_text().count('"float32"')  # master weights
+
+
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():

@@ -7,7 +7,7 @@ import torch
 
 from ernie_model.context import Packed
 from tests.train import small
-from train.evaluate import answer, exact, prompt_length, wilson
+from train.evaluate import answer, exact, in_rows, prompt_length, wilson
 from train.policy import on_device
 
 
@@ -84,3 +84,12 @@ def test_decoding_is_the_argmax_of_the_full_forward():
     token_T = question.token_T[: prompt_length(question)]
     hidden_TD = model(token_T, question.position_3T[:, : len(token_T)], Packed([len(token_T)])).hidden_TD
     assert ids.tolist() == [(hidden_TD[-1] @ model.head_VD.T).argmax().item()]
+
+
+def test_a_sheet_is_answered_in_rows_that_fit():
+    """Prompts of 4, 4, 9 and 4 tokens and 2 new ones each, in rows of 12: two fit, the long one stands alone."""
+    examples = [small.example(seed, length) for seed, length in enumerate((7, 7, 12, 7))]
+    assert [prompt_length(example) for example in examples] == [4, 4, 9, 4]
+    rows = in_rows(examples, max_tokens=12, max_new_tokens=2)
+    assert [[example.id for example in row] for row in rows] == [["0", "1"], ["2"], ["3"]]
+    assert len(in_rows(examples, max_tokens=1, max_new_tokens=2)) == 4

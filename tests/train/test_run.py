@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from tests.train import small
 from train import checkpoint
@@ -98,4 +99,7 @@ def test_the_command_is_what_a_shell_reads(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert command() == "ernie sft experiment=digits 'run.name=a b'"
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert command() == "accelerate launch --num_processes=4 -m train.sft experiment=digits 'run.name=a b'"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command() == "torchrun --nproc_per_node=4 -m train.sft experiment=digits 'run.name=a b'"
