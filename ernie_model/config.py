@@ -282,7 +282,7 @@ def _common(raw: dict[str, Any], where: str = "") -> dict[str, Any]:
         num_hidden_layers=raw["num_hidden_layers"],
         num_attention_heads=heads,
         num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=_head_dim(raw),
         intermediate_size=raw["intermediate_size"],
         max_position_embeddings=raw.get("max_position_embeddings", 131072),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
@@ -294,6 +294,12 @@ def _common(raw: dict[str, Any], where: str = "") -> dict[str, Any]:
         eos_token_id=_first(raw.get("eos_token_id", 2)),
         pad_token_id=raw.get("pad_token_id", 0),
     )
+
+
+def _head_dim(raw: dict[str, Any]) -> int:
+    """A dense configuration that leaves it out means 128, not hidden / heads (trap 7.23); null means the latter."""
+    default = 128 if raw.get("model_type") == "ernie4_5" else None
+    return raw.get("head_dim", default) or raw["hidden_size"] // raw["num_attention_heads"]
 
 
 def _experts(raw: dict[str, Any]) -> dict[str, Any]:

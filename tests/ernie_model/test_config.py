@@ -181,3 +181,14 @@ def test_files(tmp_path: Path):
     assert (
         ErnieConfig.load(tmp_path / "config.json") == ErnieConfig.load(tmp_path) == ErnieConfig.from_json(FLAT_VL_28B)
     )
+
+
+@pytest.mark.parametrize("given, width", [({}, 128), ({"head_dim": None}, 64), ({"head_dim": 32}, 32)])
+def test_a_dense_configuration_without_head_dim_means_128(given, width):
+    """Trap 7.23: the released 0.3B has 16 heads of 128 at hidden size 1024; transformers fills in the same."""
+    transformers = pytest.importorskip("transformers")
+    raw = dict(
+        model_type="ernie4_5", vocab_size=8, hidden_size=1024, num_hidden_layers=1, num_attention_heads=16,
+        num_key_value_heads=2, intermediate_size=8, **given,
+    )  # fmt: skip
+    assert ErnieConfig.from_json(raw).head_dim == width == transformers.Ernie4_5Config(**raw).head_dim
