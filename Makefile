@@ -35,7 +35,9 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.test
-	$(VENV)/bin/python -m pytest tests/bench -m "slow or not slow" -s -p no:xdist
+	$(VENV)/bin/python -m tests.bench.train_step
+	$(VENV)/bin/python -m tests.bench.memory
+	$(VENV)/bin/python -m tests.bench.scaling
 
 dashboard: $(VENV)/.test
 	$(VENV)/bin/ernie dashboard

@@ -16,8 +16,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
     Decay pulls a weight towards zero. A norm's neutral value is 1, and a bias or the embedding of a rare token gets
     little gradient to push back with. An embedding that is tied to the head counts as an embedding; an untied head is a
-    matrix and decays. Routers are matrices too (part 2 of the plan gives them a learning rate of their own: one more
-    group here). Frozen parameters are left out.
+    matrix and decays. Routers are matrices too. Frozen parameters are left out.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     names: dict[str, list[str]] = {"decay": [], "no_decay": []}
