@@ -28,7 +28,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
