@@ -135,7 +135,7 @@ def test_differences_name_what_changes_the_numbers_and_only_that():
         "data.seed": (0, 5),
         "model.config.text_config.moe_k": (2, 1),
         "optim.lr": (0.002, 1.0),
-        "run.steps": (350, 999),
+        "run.steps": (400, 999),
     }
 
 

@@ -127,8 +127,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         finished = fit(wrapped, SFT, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks)
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
-        return
-    if on_main:
+    elif on_main:
         export(run.folder / "export", model, processor)
         report.closing(console, state, run.folder)
         sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
@@ -137,6 +136,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
             for tracker in trackers:
                 tracker.log_image("answers", sheet, state.step)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -137,24 +137,24 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     """Uninterrupted = killed with SIGKILL + stopped with SIGTERM + finished: losses, accuracy, final weights."""
-    longer = ["run.steps=60", "run.save_every=10", "evaluate.every=30", "evaluate.sheet=0", "data.accumulation=2"]
+    longer = ["run.steps=40", "run.save_every=5", "evaluate.every=20", "evaluate.sheet=0", "data.accumulation=2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ernie_sft(monkeypatch, *longer, f"run.folder={whole}") == 0
 
     first = start(*longer, f"run.folder={broken}")
-    wait_for(broken / "checkpoints" / "step-000010", first)
+    wait_for(broken / "checkpoints" / "step-000005", first)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert first.returncode == -signal.SIGKILL
     reached = checkpoint.complete(broken / "checkpoints")[-1].name
-    assert reached < "step-000060"
+    assert reached < "step-000040"
 
     second = start(*longer, f"run.folder={broken}")
-    wait_for(broken / "checkpoints" / f"step-{int(reached[5:]) + 10:06d}", second)
+    wait_for(broken / "checkpoints" / f"step-{int(reached[5:]) + 5:06d}", second)
     second.send_signal(signal.SIGTERM)
     said, errors = second.communicate(timeout=120)
     assert second.returncode == 0, errors
-    assert f"resuming from {broken / 'checkpoints' / reached}: step {int(reached[5:])} of 60" in said
+    assert f"resuming from {broken / 'checkpoints' / reached}: step {int(reached[5:])} of 40" in said
     assert "the same command goes on from there" in said
 
     assert ernie_sft(monkeypatch, *longer, f"run.folder={broken}") == 0
