@@ -264,10 +264,9 @@ def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None)
 
 def command() -> str:
     """What to type to repeat this start, as a shell reads it."""
-    words = list(getattr(sys, "orig_argv", sys.argv))
-    program_name = sys.argv[0]
-    if program_name.startswith("ernie "):  # set by train/cli.py: the console script's own spelling
-        words = [*program_name.split(), *sys.argv[1:]]
+    words = list(sys.orig_argv)
+    if len(words) > 1 and Path(words[1]).name == "ernie":  # python .../bin/ernie sft ...: the console script
+        words = ["ernie", *words[2:]]
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         # accelerate launch starts several processes on GPUs only.
         launcher = ["accelerate", "launch", f"--num_processes={world}"]

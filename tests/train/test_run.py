@@ -95,9 +95,12 @@ def test_every_start_is_recorded(tmp_path):
 
 
 def test_the_command_is_what_a_shell_reads(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["ernie sft", "experiment=digits", "run.name=a b"])
+    monkeypatch.setattr("sys.argv", ["train/sft.py", "experiment=digits", "run.name=a b"])
+    monkeypatch.setattr("sys.orig_argv", ["python", "/venv/bin/ernie", "sft", "experiment=digits", "run.name=a b"])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert command() == "ernie sft experiment=digits 'run.name=a b'"
+    monkeypatch.setattr("sys.orig_argv", ["python", "-m", "train.sft", "run.steps=3"])
+    assert command() == "python -m train.sft run.steps=3"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert command() == "accelerate launch --num_processes=4 -m train.sft experiment=digits 'run.name=a b'"
