@@ -349,7 +349,7 @@ def _read_nested_vl(raw: dict[str, Any]) -> ErnieConfig:
         text_expert_width=widths[0],
         vision_expert_width=widths[1],
         sparse_layers=tuple(i for i, kind in enumerate(kinds) if kind == "sparse"),
-        mrope_section=tuple(rope.get("mrope_section") or RELEASED_MROPE_SECTION),
+        mrope_section=_section(rope),
         vision=_read_vision(vision, merge=vision),
         image_token_id=raw["image_token_id"],
         image_start_token_id=raw["image_start_token_id"],
@@ -371,18 +371,22 @@ def _read_flat_vl(raw: dict[str, Any]) -> ErnieConfig:
         "temporal_merge_size": raw.get("temporal_conv_size", 2),
     }
     ids = {name: raw.get(name, default) for name, default in RELEASED_MEDIA_TOKEN_IDS.items()}
-    section = (raw.get("rope_scaling") or {}).get("mrope_section") or RELEASED_MROPE_SECTION
     return ErnieConfig(
         **_common(raw),
         **_experts(raw),
         text_expert_width=widths[0],
         vision_expert_width=widths[1],
         sparse_layers=_layers_from_range(raw),
-        mrope_section=tuple(section),
+        mrope_section=_section(raw.get("rope_scaling") or {}),
         vision=_read_vision(raw["vision_config"], merge=merge),
         image_token_id=raw["im_patch_id"],
         **ids,
     )
+
+
+def _section(rope: dict[str, Any]) -> tuple[int, int, int]:
+    height, width, time = rope.get("mrope_section") or RELEASED_MROPE_SECTION
+    return height, width, time
 
 
 def _read_vision(raw: dict[str, Any], merge: dict[str, Any]) -> VisionConfig:
@@ -434,7 +438,9 @@ def _write_experts(config: ErnieConfig) -> dict[str, Any]:
 
 
 def _write_text(config: ErnieConfig) -> dict[str, Any]:
-    out = dict(model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type]], **_write_base(config))
+    out: dict[str, Any] = dict(
+        model_type=config.model_type, architectures=[ARCHITECTURES[config.model_type]], **_write_base(config)
+    )
     out["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.sparse_layers:
         out |= _write_experts(config) | dict(moe_intermediate_size=config.text_expert_width)
@@ -443,11 +449,11 @@ def _write_text(config: ErnieConfig) -> dict[str, Any]:
 
 
 def _range_from_layers(config: ErnieConfig) -> dict[str, int]:
-    sparse = config.sparse_layers
+    sparse = list(config.sparse_layers)
     interval = sparse[1] - sparse[0] if len(sparse) > 1 else 1
     keys = dict(moe_layer_start_index=sparse[0], moe_layer_end_index=sparse[-1], moe_layer_interval=interval)
-    if _layers_from_range({"num_hidden_layers": config.num_hidden_layers} | keys) != sparse:
-        raise ConfigError(f"sparse_layers {list(sparse)} cannot be written as start, end and interval.")
+    if list(_layers_from_range({"num_hidden_layers": config.num_hidden_layers} | keys)) != sparse:
+        raise ConfigError(f"sparse_layers {sparse} cannot be written as start, end and interval.")
     return keys
 
 

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from ernie_model.tiles import tiled_attention
 
@@ -57,6 +56,8 @@ class Packed:
 
     def _attend_varlen(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Flash attention over segment boundaries: one kernel for the whole row."""
+        from torch.nn.attention.varlen import varlen_attn  # here: it loads the compiler, 3 s that a CPU run can spare
+
         device = q_TNH.device
         if device not in self._offsets:
             offsets = torch.tensor((0, *self.lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -25,8 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-Grid = tuple[int, int, int]
-"""(frames, rows, columns) in patches."""
+from ernie_model.rope import Grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

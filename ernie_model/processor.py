@@ -29,7 +29,7 @@ from ernie_model.atomic import atomic_write
 from ernie_model.chat import ChatError, ChatFormat, Piece, PieceKind, SpanKind, jinja_template, render, to_text
 from ernie_model.config import ErnieConfig
 from ernie_model.images import CLIP_MEAN, CLIP_STD, Grid, ImageSettings, image_patches, load_image
-from ernie_model.rope import position_ids
+from ernie_model.rope import num_media_tokens, position_ids
 from ernie_model.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, MEDIA_TOKENS, Tokenizer, TokenizerError
 from ernie_model.video import Frames, FrameSampling, VideoSettings, file_name, font_file, video_patches
 
@@ -213,7 +213,7 @@ class Processor:
     def _media_ids(self, kind: PieceKind, grid: Grid) -> list[int]:
         """Start token, one placeholder for each feature the resampler makes of `grid`, end token."""
         config = self.config
-        count = num_placeholders(grid)
+        count = num_media_tokens(grid)
         if kind is PieceKind.IMAGE:
             start, placeholder, end = config.image_start_token_id, config.image_token_id, config.image_end_token_id
         else:
@@ -264,6 +264,11 @@ class Processor:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(folder)
+        # A turn ends with <|end_of_sentence|>, a document with </s>; the released models may write either (reference
+        # 4.5). Without this file transformers and vLLM know only the one of config.json and never stop after a turn.
+        stops = sorted({self.end_id, *([] if self.config.eos_token_id is None else [self.config.eos_token_id])})
+        ends = {"bos_token_id": self.config.bos_token_id, "pad_token_id": self.config.pad_token_id}
+        _write_json(folder / GENERATION_FILE, ends | {"eos_token_id": stops})
         atomic_write(folder / CHAT_TEMPLATE_FILE, jinja_template(self.chat))
         if self.config.vision is None:
             return
@@ -276,13 +281,8 @@ class Processor:
         _write_json(folder / PROCESSOR_FILE, {"processor_class": PROCESSOR_CLASS})
 
 
+GENERATION_FILE = "generation_config.json"
 PROCESSOR_CLASS = "Ernie4_5_VLMoeProcessor"
-
-
-def num_placeholders(grid: Grid) -> int:
-    """Features the resampler makes of one item: 2 x 2 patches and, in a video, 2 frames become one (reference 2.3)."""
-    frames, rows, columns = grid
-    return max(frames // 2, 1) * rows * columns // 4
 
 
 def token_types(token_T: Tensor, config: ErnieConfig, *, brackets: bool = False) -> Tensor:

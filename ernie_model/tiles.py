@@ -51,7 +51,7 @@ class _TiledAttention(torch.autograd.Function):
             query, keys, upstream = q[part, tile].flatten(1, 2), k[part, :seen, 0], grad[part, tile].flatten(1, 2)
             prob = _probabilities(q[part, tile], k[part, :seen], ctx.causal)
             grad_prob = torch.bmm(wide(upstream), wide(v[part, :seen, 0]).transpose(1, 2))
-            grad_score = torch._softmax_backward_data(grad_prob, prob, -1, prob.dtype).mul_(scale).to(q.dtype)
+            grad_score = torch.ops.aten._softmax_backward_data(grad_prob, prob, -1, prob.dtype).mul_(scale).to(q.dtype)
             grad_q[part, tile] = torch.bmm(grad_score, keys).unflatten(1, (-1, heads))
             grad_k[part, :seen] += torch.bmm(grad_score.transpose(1, 2), query)
             grad_v[part, :seen] += torch.bmm(prob.to(q.dtype).transpose(1, 2), upstream)

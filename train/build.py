@@ -50,7 +50,12 @@ def build_model(config: ModelConfig, *, seed: int) -> Built:
     notes: list[str] = []
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
     if config.checkpoint is not None:
-        model = load_model(config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule)
+        try:
+            model = load_model(
+                config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule
+            )
+        except FileNotFoundError as error:
+            raise UserError(f"model.checkpoint={config.checkpoint}: {error}") from error
         notes += _differences(config, model.config)
     else:
         torch.manual_seed(seed)
@@ -66,7 +71,11 @@ def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor
         return Processor(load_tiny_tokenizer(), architecture, ImageSettings())
     source = config.processor or config.checkpoint
     assert source is not None  # ModelConfig checks it
-    loaded = Processor.from_pretrained(source, config.revision if config.processor is None else None)
+    try:
+        loaded = Processor.from_pretrained(source, config.revision if config.processor is None else None)
+    except OSError as error:  # no such file; the hub's errors are OSErrors too
+        key = "model.processor" if config.processor else "model.checkpoint"
+        raise UserError(f"{key}={source} has no processor that can be read: {error}") from error
     # Positions must follow the model's configuration, which may have been overridden.
     return Processor(loaded.tokenizer, architecture, loaded.image, loaded.video, loaded.chat)
 

@@ -104,7 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
             logsumexp_T[rows] = sum_C.log().add_(largest_C)
             logprob_T[rows] = chosen_C - logsumexp_T[rows]
             correct_T[rows] = argmax_C == target_C
-            if early is not None:
+            if early is not None and slope_T is not None:
                 early.add(rows, exp_CV.div_(sum_C[:, None]), target_C, slope_T[rows].to(dtype))
         ctx.early = None if early is None else (early.grad_TD, early.grad_VD)
         ctx.save_for_backward(hidden_TD, head_VD, target_T, slope_T, logsumexp_T)

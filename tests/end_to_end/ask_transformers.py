@@ -73,7 +73,6 @@ def ask(export: Path, conversations: list[Conversation], max_new_tokens: int = 8
                 **pixels,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                eos_token_id=tokenizer.sep_token_id,  # <|end_of_sentence|> ends a turn, </s> a document
             )
         new = out[0, ids["input_ids"].shape[1] :]
         answers.append(tokenizer.decode(new).split(tokenizer.sep_token)[0].strip())

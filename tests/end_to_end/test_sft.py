@@ -200,6 +200,13 @@ def test_a_row_shorter_than_one_image(monkeypatch, capfd):
     assert "more than a row holds (data.max_tokens=16)" in said and "digits-" in said
 
 
+def test_a_checkpoint_or_processor_that_is_not_there(tmp_path, monkeypatch, capfd):
+    (tmp_path / "empty").mkdir()
+    said = refused(monkeypatch, capfd, f"model.checkpoint={tmp_path / 'empty'}")
+    assert "model.checkpoint=" in said and "config.json" in said
+    assert "model.processor=" in refused(monkeypatch, capfd, f"model.processor={tmp_path / 'empty'}")
+
+
 @pytest.mark.parametrize(
     "lines, expected",
     [

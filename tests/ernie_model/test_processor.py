@@ -14,8 +14,8 @@ from PIL import Image
 from ernie_model.chat import ChatError, ChatFormat, SpanKind
 from ernie_model.config import PositionAfterVideo
 from ernie_model.images import ImageSettings, MediaError, image_patches
-from ernie_model.processor import Processor, num_placeholders, token_types
-from ernie_model.rope import position_ids
+from ernie_model.processor import Processor, token_types
+from ernie_model.rope import num_media_tokens, position_ids
 from ernie_model.tokenizer import Tokenizer, TokenizerError
 from ernie_model.video import Frames, FrameSampling, VideoSettings, draw_timestamp, video_patches
 
@@ -140,7 +140,7 @@ def test_items_keep_their_order_and_their_pixels(processor):
 @pytest.mark.parametrize(("grid", "count"), [((1, 4, 6), 6), ((1, 2, 2), 1), ((2, 4, 6), 6), ((8, 4, 4), 16)])
 def test_number_of_placeholders(grid, count):
     """Images h * w / 4, videos t * h * w / 8 (reference 2.3)."""
-    assert num_placeholders(grid) == count
+    assert num_media_tokens(grid) == count
 
 
 def test_a_user_cannot_type_a_special_token(processor):
@@ -207,7 +207,7 @@ def test_positions_of_the_reference(processor, grid, is_video, rule, wanted):
     """Reference 2.5: three tokens of text, the item's placeholders, four tokens of text."""
     config = processor.config if rule is None else processor.config.replace(position_after_video=rule)
     placeholder = config.video_token_id if is_video else config.image_token_id
-    token_T = torch.tensor([5] * 3 + [placeholder] * num_placeholders(grid) + [5] * 4)
+    token_T = torch.tensor([5] * 3 + [placeholder] * num_media_tokens(grid) + [5] * 4)
     assert position_ids(token_T, [grid], config).tolist() == wanted
 
 
@@ -464,3 +464,10 @@ def test_stamps_reach_the_patches(processor):
     encoded = processor.encode([message("user", [{"type": "video", "video": Frames([frame], seconds=[65.0])}])])
     wanted_PX, _ = image_patches(draw_timestamp(frame, 65.0), processor.video)
     assert np.array_equal(encoded.patch_PX[: len(wanted_PX)].numpy(), wanted_PX)
+
+
+def test_generation_stops_where_a_turn_ends(saved, processor, vl_config):
+    """transformers and vLLM read the stop tokens from generation_config.json; config.json names only </s>."""
+    ends = json.loads((saved / "generation_config.json").read_text())
+    end_of_turn = processor.tokenizer.require("<|end_of_sentence|>")
+    assert ends["eos_token_id"] == sorted([vl_config.eos_token_id, end_of_turn])

@@ -41,7 +41,9 @@ def test_chunks_give_the_definition_and_its_gradients(rows_per_chunk):
 @pytest.mark.parametrize("slope_is_right", [True, False])
 def test_a_known_slope_changes_nothing_and_a_wrong_one_is_noticed(slope_is_right):
     hidden, head, target, upstream = problem()
-    expected = torch.autograd.grad(-F.cross_entropy(hidden @ head.T, target, reduction="none"), (hidden, head), upstream)
+    expected = torch.autograd.grad(
+        -F.cross_entropy(hidden @ head.T, target, reduction="none"), (hidden, head), upstream
+    )
     slope = -3 * upstream if slope_is_right else upstream.abs()
     out = token_logprobs(hidden, head, target, slope_T=slope, chunk_bytes=17 * 50 * 8)
     for mine, theirs in zip(torch.autograd.grad(out.logprob_T, (hidden, head), upstream), expected, strict=True):
@@ -63,7 +65,7 @@ def test_large_logits_do_not_overflow():
 
 
 def test_bfloat16_rounds_logits_but_sums_in_float32():
-    """Master weights in float32, activations in bfloat16: the same numbers as bfloat16 logits with a float32 softmax."""
+    """Float32 weights, bfloat16 activations: the same numbers as bfloat16 logits with a float32 softmax."""
     hidden, head, target, upstream = problem(dtype=torch.float32)
     low = hidden.detach().bfloat16().requires_grad_()
     out = token_logprobs(low, head, target)
