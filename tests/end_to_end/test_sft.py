@@ -204,7 +204,9 @@ def test_a_checkpoint_or_processor_that_is_not_there(tmp_path, monkeypatch, capf
     (tmp_path / "empty").mkdir()
     said = refused(monkeypatch, capfd, f"model.checkpoint={tmp_path / 'empty'}")
     assert "model.checkpoint=" in said and "config.json" in said
-    assert "model.processor=" in refused(monkeypatch, capfd, f"model.processor={tmp_path / 'empty'}")
+    assert ernie_sft(monkeypatch, "run.steps=3", "evaluate.every=0", f"run.folder={tmp_path / 'run'}") == 0
+    weights = f"model.checkpoint={tmp_path / 'run' / 'export'}"
+    assert "model.processor=" in refused(monkeypatch, capfd, weights, f"model.processor={tmp_path / 'empty'}")
 
 
 @pytest.mark.parametrize(
