@@ -100,9 +100,12 @@ def _architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> Ernie
 
 def _differences(config: ModelConfig, loaded: ErnieConfig) -> list[str]:
     """A checkpoint brings its own architecture; say so where model.config asks for another one."""
-    if config.config is None or config.processor == TINY:
+    if config.config is None:
         return []
-    asked = ErnieConfig.from_json(config.config)
+    try:
+        asked = _architecture(config, None)
+    except UserError:  # incomplete, as tiny models are without their tokenizer: nothing was asked for
+        return []
     names = [name for name in vars(asked) if getattr(asked, name) != getattr(loaded, name)]
     if not names:
         return []
