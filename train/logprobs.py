@@ -9,6 +9,7 @@ out again and turns it into both gradients at once.
 Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,16 @@ def _chunks(hidden_TD: Tensor, head_VD: Tensor, chunk_bytes: int) -> list[slice]
     return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)] if tokens else []
 
 
+def _logits(hidden_TD: Tensor, weight_VD: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of each chunk in the wide dtype. One buffer serves all chunks, so that it stays in the cache."""
+    chunks = _chunks(hidden_TD, weight_VD, chunk_bytes)
+    buffer = hidden_TD.new_empty((chunks[0].stop if chunks else 0, weight_VD.shape[0]))
+    for rows in chunks:
+        out = buffer[: rows.stop - rows.start]
+        torch.mm(hidden_TD[rows], weight_VD.T, out=out)
+        yield rows, wide(out)
+
+
 class _Gradients:
     """Both gradients of sum_t slope_t * logprob_t, gathered chunk by chunk."""
 
@@ -94,8 +105,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if slope_T is not None and slope_T.shape[0] and any(needed)
             else None
         )
-        for rows in _chunks(hidden_TD, head_VD, chunk_bytes):
-            logit_CV = wide(hidden_TD[rows] @ weight_VD.T)
+        for rows, logit_CV in _logits(hidden_TD, weight_VD, chunk_bytes):
             target_C = target_T[rows]
             chosen_C = logit_CV.gather(1, target_C[:, None])[:, 0]
             largest_C, argmax_C = logit_CV.max(dim=1)
@@ -121,8 +131,8 @@ class _TokenLogprobs(torch.autograd.Function):
         else:
             weight_VD = cast(head_VD, hidden_TD)
             late = _Gradients(hidden_TD, head_VD, *ctx.needs_input_grad[:2])
-            for rows in _chunks(hidden_TD, head_VD, ctx.chunk_bytes):
-                prob_CV = wide(hidden_TD[rows] @ weight_VD.T).sub_(logsumexp_T[rows, None]).exp_()
+            for rows, logit_CV in _logits(hidden_TD, weight_VD, ctx.chunk_bytes):
+                prob_CV = logit_CV.sub_(logsumexp_T[rows, None]).exp_()
                 late.add(rows, prob_CV, target_T[rows], grad_T[rows])
             grad_TD, grad_VD = late.grad_TD, late.grad_VD
         return grad_TD, None if grad_VD is None else grad_VD.to(head_VD.dtype), None, None, None

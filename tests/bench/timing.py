@@ -1,5 +1,6 @@
 """Timing on noisy machines: one thread, CPU seconds of this process, the competitors in turn, ratios pair by pair."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -7,6 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+
+from train.memory import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def default_allocator() -> None:
+    """What glibc's defaults amount to after a few steps: its thresholds grow to 32 and 64 MiB and stay there."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
 
 
 class Timing(NamedTuple):

@@ -3,6 +3,9 @@
 Forward, backward and a fused AdamW update; the same weights, the same fresh tokens in every round, one process, one
 thread, CPU seconds. transformers runs with the fastest of its expert back-ends; bfloat16 means float32 weights with a
 bfloat16 forward on both sides (autocast there, `compute_dtype` here).
+
+The suite tells the C library to keep freed memory (train/memory.py) and transformers doesn't; that is worth up to a
+tenth to both. By default each side runs as its users run it; --allocator same gives transformers our setting too.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import torch
 from data.batch import PackedBatch
 from ernie_model.config import ErnieConfig
 from tests.bench.models import SIZES, Size, build_pair, packed, padded, random_segments
-from tests.bench.timing import Timing, in_turn, matmul_peak, ratio
+from tests.bench.timing import Timing, default_allocator, in_turn, matmul_peak, ratio
 from train.memory import keep_freed_memory
 from train.policy import Policy, on_device
 
@@ -58,7 +61,9 @@ class Comparison(NamedTuple):
     flops: float
 
 
-def compare(size: Size, segments, dtype: torch.dtype, rounds: int, backends: list[str]) -> Comparison:
+def compare(
+    size: Size, segments, dtype: torch.dtype, rounds: int, backends: list[str], same_allocator: bool
+) -> Comparison:
     """Time one setting; `theirs` is the expert back-end that was fastest."""
     theirs, ours = build_pair(size)
     autocast = contextlib.nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
@@ -84,6 +89,7 @@ def compare(size: Size, segments, dtype: torch.dtype, rounds: int, backends: lis
 
     def their_step(backend: str):
         def run(number: int) -> None:
+            (keep_freed_memory if same_allocator else default_allocator)()
             theirs.set_experts_implementation(backend)
             step(theirs, loss_theirs(number))
 
@@ -93,7 +99,12 @@ def compare(size: Size, segments, dtype: torch.dtype, rounds: int, backends: lis
         first = loss_ours(0).item(), loss_theirs(0).item()
     # float32: rounding. bfloat16: autocast rounds elsewhere; a mean over 2,000 tokens still agrees to a part in 1,000.
     assert math.isclose(*first, rel_tol=1e-5 if dtype == torch.float32 else 1e-3), f"the losses differ: {first}"
-    timings = in_turn([lambda n: step(ours, loss_ours(n)), *map(their_step, backends)], rounds)
+
+    def our_step(number: int) -> None:
+        keep_freed_memory()
+        step(ours, loss_ours(number))
+
+    timings = in_turn([our_step, *map(their_step, backends)], rounds)
     return Comparison(
         tokens=sum(r.num_tokens for r in rows[2:]) / rounds,
         theirs=min(timings[1:], key=lambda t: t.median),
@@ -109,9 +120,9 @@ def main() -> None:
     parser.add_argument("--data", default="text,image,packed")
     parser.add_argument("--dtype", default="fp32,bf16")
     parser.add_argument("--conversations", type=int, default=8, help="in a batch of --data packed")
+    parser.add_argument("--allocator", default="own", choices=["own", "same"])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed_memory()
     size = SIZES[args.size]
     kinds = {
         "text": lambda number: random_segments(size, [512] * 4, seed=number),
@@ -125,7 +136,7 @@ def main() -> None:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
             # padded batches are several times larger: fewer rounds, and the loop over experts is no faster there
             rounds, backends = (args.rounds, ["grouped_mm", "eager"]) if kind != "packed" else (4, ["grouped_mm"])
-            found = compare(size, kinds[kind], dtype, rounds, backends)
+            found = compare(size, kinds[kind], dtype, rounds, backends, args.allocator == "same")
             peak = matmul_peak(dtype)
             slow, fast = found.theirs.median, found.ours.median
             print(

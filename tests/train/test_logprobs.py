@@ -54,7 +54,7 @@ def test_a_known_slope_saves_the_second_multiplication(monkeypatch):
     """Counted: with the hint, backward multiplies nothing out."""
     hidden, head, target, upstream = problem()
     out = token_logprobs(hidden, head, target, slope_T=upstream)
-    monkeypatch.setattr("train.logprobs._chunks", lambda *_: pytest.fail("recomputed"))
+    monkeypatch.setattr("train.logprobs._logits", lambda *_: pytest.fail("recomputed"))
     out.logprob_T.backward(upstream)
 
 
