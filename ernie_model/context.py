@@ -15,9 +15,10 @@ to together, padded to a common length; under a causal mask the padding sits aft
 Shape letters:  T tokens   N query heads   G key/value heads   H head width   B segments of one bucket   L its length
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,14 @@ class Packed:
             self._offsets[device] = offsets.to(device, non_blocking=True)
         offsets, longest = self._offsets[device], max(self.lengths)
         window = (-1, 0) if self.causal else (-1, -1)
-        return varlen_attn(q_TNH, k_TGH, v_TGH, offsets, offsets, longest, longest, window_size=window, enable_gqa=True)  # pyright: ignore[reportReturnType]
+        options: dict[str, Any] = {"window_size": window}
+        if q_TNH.shape[1] != k_TGH.shape[1]:
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+                options["enable_gqa"] = True
+            else:  # torch 2.11
+                share = q_TNH.shape[1] // k_TGH.shape[1]
+                k_TGH, v_TGH = (x.repeat_interleave(share, dim=1) for x in (k_TGH, v_TGH))
+        return varlen_attn(q_TNH, k_TGH, v_TGH, offsets, offsets, longest, longest, **options)  # pyright: ignore
 
     def _attend_buckets(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Segments of similar length together; padding goes in and comes out by one gather each."""

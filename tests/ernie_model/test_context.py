@@ -108,3 +108,30 @@ def test_empty_segments_are_refused(lengths):
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="the segments hold 4 tokens, the row 5"):
         Packed([4]).attend(*qkv(5))
+
+
+@pytest.mark.parametrize("gqa_known", [True, False], ids=["torch 2.12", "torch 2.11"])
+def test_the_gpu_kernel_is_called_with_arguments_it_takes(gqa_known, monkeypatch):
+    """Without a GPU: fake CUDA tensors go through torch's own shape functions. Numbers are the gpu test's business."""
+    from torch._subclasses import FakeTensorMode
+    from torch.nn.attention import varlen
+
+    if not gqa_known:
+        real = varlen.varlen_attn
+        monkeypatch.setattr(varlen, "varlen_attn", lambda q, k, v, a, b, m, n, *, window_size: real(
+            q, k, v, a, b, m, n, window_size=window_size))  # fmt: skip
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(10, 4, 64, dtype=torch.bfloat16, device="cuda")
+        k = torch.empty(10, 2, 64, dtype=torch.bfloat16, device="cuda")
+        assert Packed([6, 4]).attend(q, k, k).shape == (10, 4, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_gpu_kernel_agrees_with_the_definition(causal):
+    """bfloat16 rounds to 2^-8; see the CPU's test."""
+    lengths, inputs = (40, 24, 7), [x.detach() for x in qkv(71, width=64)]
+    mine = Packed(lengths, causal=causal).attend(*(x.bfloat16().cuda() for x in inputs)).double().cpu()
+    exact = by_definition(*(x.bfloat16().double() for x in inputs), lengths, causal)
+    assert (mine - exact).abs().max() <= 2**-8 * exact.abs().max() * 2
