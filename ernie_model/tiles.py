@@ -20,6 +20,9 @@ from ernie_model.layers import wide
 TILE_ROWS = 128
 """Rows of a tile: queries times the heads that share a key. The scores of a tile should fit the second-level cache."""
 TILE_BYTES = 2**20
+LONGEST_KEPT = 512
+"""Up to this length the backward pass keeps the probabilities (at most L numbers per token and head) instead of making
+them again."""
 
 
 def tiled_attention(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, causal: bool) -> Tensor:
@@ -30,26 +33,28 @@ def tiled_attention(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, causal: b
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BLNH, k_BLGH, v_BLGH, causal):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(q_BLNH, k_BLGH, v_BLGH)
         ctx.causal = causal
         q, k, v = _by_key_head(q_BLNH, k_BLGH), _by_key_head(k_BLGH, k_BLGH), _by_key_head(v_BLGH, k_BLGH)
-        heads, out = q.shape[2], torch.empty_like(q)
+        heads, out, kept = q.shape[2], torch.empty_like(q), []
         for part, tile, seen in _tiles(q.shape, causal):
-            prob = _probabilities(q[part, tile], k[part, :seen], causal)
-            out[part, tile] = torch.bmm(prob.to(q.dtype), v[part, :seen, 0]).unflatten(1, (-1, heads))
+            prob = _probabilities(q[part, tile], k[part, :seen], causal).to(q.dtype)
+            out[part, tile] = torch.bmm(prob, v[part, :seen, 0]).unflatten(1, (-1, heads))
+            if q.shape[1] <= LONGEST_KEPT:
+                kept.append(prob)
+        ctx.save_for_backward(q_BLNH, k_BLGH, v_BLGH, *kept)
         return _by_segment(out, k_BLGH)
 
     @staticmethod
     def backward(ctx, grad_BLNH):  # pyright: ignore[reportIncompatibleMethodOverride]
-        q_BLNH, k_BLGH, v_BLGH = ctx.saved_tensors
+        q_BLNH, k_BLGH, v_BLGH, *kept = ctx.saved_tensors
         q, k, v = _by_key_head(q_BLNH, k_BLGH), _by_key_head(k_BLGH, k_BLGH), _by_key_head(v_BLGH, k_BLGH)
         grad, scale, heads = _by_key_head(grad_BLNH, k_BLGH), q.shape[-1] ** -0.5, q.shape[2]
         grad_q = torch.empty_like(q)
         # Every tile adds to its keys and values, so these sums are kept in the wide dtype.
         grad_k, grad_v = (torch.zeros_like(x[:, :, 0], dtype=wide(x[:0]).dtype) for x in (k, v))
-        for part, tile, seen in _tiles(q.shape, ctx.causal):
+        for number, (part, tile, seen) in enumerate(_tiles(q.shape, ctx.causal)):
             query, keys, upstream = q[part, tile].flatten(1, 2), k[part, :seen, 0], grad[part, tile].flatten(1, 2)
-            prob = _probabilities(q[part, tile], k[part, :seen], ctx.causal)
+            prob = wide(kept[number]) if kept else _probabilities(q[part, tile], k[part, :seen], ctx.causal)
             grad_prob = torch.bmm(wide(upstream), wide(v[part, :seen, 0]).transpose(1, 2))
             grad_score = torch.ops.aten._softmax_backward_data(grad_prob, prob, -1, prob.dtype).mul_(scale).to(q.dtype)
             grad_q[part, tile] = torch.bmm(grad_score, keys).unflatten(1, (-1, heads))
