@@ -45,6 +45,7 @@ def token_logprobs(
             matmul in four is saved. A hint, never trusted: if the real slope differs, the backward pass recomputes.
         chunk_bytes: memory for one chunk of logits.
     """
+    slope_T = slope_T if torch.is_grad_enabled() else None  # evaluation needs no gradients, early or late
     logprob_T, correct_T = _TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, chunk_bytes)  # pyright: ignore
     return TokenLogprobs(logprob_T, correct_T)
 

@@ -81,3 +81,36 @@ def test_no_rows():
     assert out.logprob_T.shape == (0,)
     out.logprob_T.sum().backward()
     assert head.grad is not None and head.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_known_slope_costs_nothing_where_no_gradient_is_wanted(mode, monkeypatch):
+    """Evaluation runs the training policy: it must not make (and allocate) the gradients of the head."""
+    hidden, head, target, upstream = problem()
+    expected = token_logprobs(hidden, head, target).logprob_T
+    monkeypatch.setattr("train.logprobs._Gradients", lambda *_: pytest.fail("made gradients"))
+    with mode():
+        out = token_logprobs(hidden, head, target, slope_T=upstream)
+    torch.testing.assert_close(out.logprob_T, expected)
+
+
+def test_a_second_backward_pass_recomputes():
+    """The gradients made early are given away on the first pass; the second must not add them again."""
+    hidden, head, target, upstream = problem()
+    out = token_logprobs(hidden, head, target, slope_T=upstream)
+    loss = (out.logprob_T * upstream).sum()
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone(), head.grad.clone()
+    (0.5 * loss).backward()
+    for mine, first in zip((hidden.grad, head.grad), once, strict=True):
+        torch.testing.assert_close(mine, 1.5 * first, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_broken_slope_reaches_the_gradients(bad):
+    hidden, head, target, upstream = problem()
+    broken = upstream.clone()
+    broken[3] = bad
+    token_logprobs(hidden, head, target, slope_T=upstream).logprob_T.backward(broken)
+    assert not torch.isfinite(head.grad).all()
+    assert torch.isfinite(hidden.grad).all(dim=1).tolist() == [row != 3 for row in range(37)]
