@@ -14,6 +14,7 @@ Strings and ids: reference 1.3. Ids are always looked up by string, never writte
 import json
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,17 +192,30 @@ class Tokenizer:
             encoding = self._plain.encode(text, add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise TokenizerError(f"{text[:40]!r}... is not valid Unicode text: {error}") from error
-        ids, offsets = encoding.ids, encoding.offsets
-        for token_id, (start, stop) in zip(ids, offsets, strict=True):
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
             if token_id in self._reserved_ids and stop - start > 1:
-                # The merges of a vocabulary may happen to spell a special token; cut it in two so that they cannot.
-                return self._encode_apart(text, start + 1)
-        return ids, offsets
+                return self._encode_apart(text)
+        return encoding.ids, encoding.offsets
 
-    def _encode_apart(self, text: str, cut: int) -> tuple[list[int], list[tuple[int, int]]]:
-        left_ids, left = self.encode_plain(text[:cut])
-        right_ids, right = self.encode_plain(text[cut:])
-        return left_ids + right_ids, left + [(start + cut, stop + cut) for start, stop in right]
+    def _encode_apart(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Merges of a vocabulary may happen to spell a special token: cut the text inside each, so that they cannot."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        waiting = [(0, len(text))]
+        while waiting:
+            at, end = waiting.pop()
+            encoding = self._plain.encode(text[at:end], add_special_tokens=False)
+            cuts = [
+                at + start + 1
+                for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+                if token_id in self._reserved_ids and stop - start > 1
+            ]
+            if not cuts:
+                ids += encoding.ids
+                offsets += [(start + at, stop + at) for start, stop in encoding.offsets]
+            # a cut may let other merges happen in what is left, so every part is looked at again, the first one first
+            waiting += reversed(list(pairwise([at, *cuts, end]))) if cuts else []
+        return ids, offsets
 
     def encode_parts(self, parts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Tokenise adjacent plain texts as the one text they form, and say which part each token belongs to.

@@ -126,6 +126,9 @@ def test_merges_that_spell_a_special_token_are_cut():
     assert tokenizer.encode_markup("x<x>x") == [1, 4, 1]
     #                                              x         <         x         >         x
     assert tokenizer.encode_plain("x<x>x") == ([1, 0, 1, 2, 1], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)])
+    # as often as anybody likes to type it
+    many = tokenizer.encode_plain("<x>" * 3000)
+    assert many == ([0, 1, 2] * 3000, [(i, i + 1) for i in range(9000)])
 
 
 @given(words)
