@@ -8,6 +8,7 @@
 Shape letters:  T tokens   S segments   D model width   V vocabulary
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from data.loader import eval_batches
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
-from ernie_model.rope import position_ids
+from ernie_model.rope import num_media_tokens, position_ids
 from train.config import EvaluateConfig
 from train.contact_sheet import SheetItem, draw
 from train.loop import all_sum
@@ -115,7 +116,9 @@ def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_
     device = model.head_VD.device
     was_training = model.training
     model.eval()
-    prompts = [example.token_T[: prompt_length(example)] for example in examples]
+    media_ids = torch.tensor(model.config.placeholder_token_ids, dtype=torch.int64)
+    examples = [prompt_of(example, media_ids) for example in examples]
+    prompts = [example.token_T for example in examples]
     answers: list[list[int]] = [[] for _ in examples]
     open_ = list(range(len(examples)))
     for _ in range(max_new_tokens):
@@ -133,13 +136,30 @@ def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_
             grids=[grid for i in open_ for grid in examples[i].grids],
         )
         last_S = torch.tensor(lengths, device=device).cumsum(0) - 1
-        next_S = (output.hidden_TD[last_S] @ model.head_VD.to(output.hidden_TD.dtype).T).argmax(-1).tolist()
+        logit_SV = output.hidden_TD[last_S] @ model.head_VD.to(output.hidden_TD.dtype).T
+        # no picture stands behind a placeholder that the model itself would write
+        next_S = logit_SV.index_fill(1, media_ids.to(device), -math.inf).argmax(-1).tolist()
         for i, token in zip(open_, next_S, strict=True):
             if token != stop_id:
                 answers[i].append(token)
         open_ = [i for i, token in zip(open_, next_S, strict=True) if token != stop_id]
     model.train(was_training)
     return [torch.tensor(ids, dtype=torch.int64) for ids in answers]
+
+
+def prompt_of(example: Example, media_ids: Tensor) -> Example:
+    """The tokens before the last learned stretch, with the images and videos that have their placeholders there."""
+    token_T = example.token_T[: prompt_length(example)]
+    room = int(torch.isin(token_T, media_ids).sum())
+    grids = []
+    for grid in example.grids:
+        room -= num_media_tokens(grid)
+        if room < 0:
+            break
+        grids.append(grid)
+    patches = sum(frames * rows * columns for frames, rows, columns in grids)
+    patch_PX = example.patch_PX[:patches] if grids and example.patch_PX is not None else None
+    return dataclasses.replace(example, token_T=token_T, grids=tuple(grids), patch_PX=patch_PX)
 
 
 def prompt_length(example: Example) -> int:

@@ -93,3 +93,32 @@ def test_a_sheet_is_answered_in_rows_that_fit():
     rows = in_rows(examples, max_tokens=12, max_new_tokens=2)
     assert [[example.id for example in row] for row in rows] == [["0", "1"], ["2"], ["3"]]
     assert len(in_rows(examples, max_tokens=1, max_new_tokens=2)) == 4
+
+
+def test_media_behind_the_last_answer_do_not_belong_to_its_prompt():
+    """A conversation may end with a user's turn that shows another image."""
+    model = small.policy(seed=3).model
+    first, second = small.example(0, 8, image=True), small.example(1, 6, image=True, learned=0)
+    assert first.patch_PX is not None and second.patch_PX is not None
+    token_T = torch.cat([first.token_T, second.token_T])
+    longer = dataclasses.replace(
+        first,
+        token_T=token_T,
+        weight_T=torch.cat([first.weight_T, torch.zeros(6)]),
+        grids=first.grids + second.grids,
+        patch_PX=torch.cat([first.patch_PX, second.patch_PX]),
+    )
+    assert prompt_length(longer) == prompt_length(first)
+    expected = answer(model, [first], stop_id=-1, max_new_tokens=3)[0]
+    assert answer(model, [longer], stop_id=-1, max_new_tokens=3)[0].tolist() == expected.tolist()
+
+
+def test_an_answer_holds_no_placeholder():
+    """An untrained model may well prefer one; but there is no picture to put in its place."""
+    model = small.policy(seed=3).model
+    question = small.example(0, 8, image=True)
+    with torch.no_grad():
+        free = answer(model, [question], stop_id=-1, max_new_tokens=1)[0]
+        for placeholder in model.config.placeholder_token_ids:  # as large as the favourite, and then larger
+            model.embed_tokens.weight[placeholder] = 2 * model.embed_tokens.weight[free[0]]
+    assert answer(model, [question], stop_id=-1, max_new_tokens=3)[0][0] == free[0]
