@@ -45,18 +45,37 @@ def folder_of(root: Path, step: int) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """The checkpoints under `root` that can be resumed from, oldest first."""
+    return [path for path in _all(root) if is_complete(path)]
+
+
+def damaged(root: Path) -> list[Path]:
+    """Those that cannot, oldest first."""
+    return [path for path in _all(root) if not is_complete(path)]
+
+
+def _all(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := FOLDER_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found) if is_complete(path)]
+    return [path for _, path in sorted(found)]
 
 
 def is_complete(path: Path) -> bool:
+    return fault(path) is None
+
+
+def fault(path: Path) -> str | None:
+    """Which file of a checkpoint is missing or has the wrong size; None when it is whole."""
     try:
         files = json.loads((path / STATE).read_text())["files"]
-        return all((path / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    except (OSError, ValueError, KeyError) as error:
+        return f"{STATE} cannot be read: {error}"
+    for name, size in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (found := (path / name).stat().st_size) != size:
+            return f"{name} has {found:,} bytes, not {size:,}"
+    return None
 
 
 def save(
@@ -162,7 +181,10 @@ def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank
         weights, moments, generators = (load_file(path / file) for file in (MODEL, OPTIMIZER, RANDOM))
         model.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be loaded: {error}") from error
+        raise UserError(
+            f"{path} cannot be loaded: {error}. If the file is damaged, delete this folder: the same command then goes "
+            "on from the checkpoint before it."
+        ) from error
     load_optimizer_tensors(optimizer, moments)
     ranks = 1 + max(int(name.partition("/")[0]) for name in generators)
     prefix = f"{rank % ranks}/"

@@ -12,6 +12,7 @@ takes `lr: 1e-5` from `OptimConfig`, another value from experiment/digits.yaml, 
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterator
@@ -69,9 +70,16 @@ class TooLong(Enum):
     skip = "skip"
 
 
+MAX_SEED = 2**64 - 1
+
+
 def check(rule: bool, message: str) -> None:
     if not rule:
         raise UserError(message)
+
+
+def check_seed(key: str, seed: int) -> None:
+    check(0 <= seed <= MAX_SEED, f"{key} is {seed}; it must lie in 0..{MAX_SEED}.")
 
 
 @dataclass
@@ -141,6 +149,7 @@ class DataConfig:
         )
         for name, least in (("accumulation", 1), ("lookahead", 1), ("workers", 0), ("prefetch", 0), ("cache_gib", 0)):
             check(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check_seed("data.seed", self.seed)
 
 
 @dataclass
@@ -205,6 +214,8 @@ class OptimConfig:
 
     def __post_init__(self):
         check(self.lr > 0, f"optim.lr is {self.lr}; it must be positive.")
+        check(math.isfinite(self.lr), f"optim.lr is {self.lr}; it must be a finite number.")
+        check(self.eps > 0, f"optim.eps is {self.eps}; it must be positive.")
         check(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie in 0..1.")
         check(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more.")
@@ -223,6 +234,9 @@ class ParallelConfig:
     """Use the CPU even where there is a GPU."""
     threads: int = 0
     """CPU threads of each process; 0 leaves PyTorch's choice."""
+
+    def __post_init__(self):
+        check(self.threads >= 0, f"parallel.threads is {self.threads}; it must be 0 or more.")
 
 
 @dataclass
@@ -281,6 +295,8 @@ class RunConfig:
     def __post_init__(self):
         check(self.steps is None or self.steps >= 1, f"run.steps is {self.steps}; it must be at least 1.")
         check(self.epochs > 0, f"run.epochs is {self.epochs}; it must be more than 0.")
+        check(math.isfinite(self.epochs), f"run.epochs is {self.epochs}; it must be a finite number.")
+        check_seed("run.seed", self.seed)
         check(self.save_every >= 0, f"run.save_every is {self.save_every}; it must be 0 or more.")
         check(self.keep >= 1, f"run.keep is {self.keep}; at least the newest checkpoint must stay.")
         check(self.log_every >= 1, f"run.log_every is {self.log_every}; it must be at least 1.")
@@ -364,10 +380,11 @@ def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
         UserError: a value breaks a rule, a type is wrong, or a setting without a default was not given.
     """
     known = sorted(set(known_keys(schema)))
+    entry = next((name for name, one in ENTRIES.items() if one is schema), schema.__name__)
     for key in flatten(OmegaConf.to_container(cfg)):  # `+optim.leer=1` gets past OmegaConf and would do nothing
         check(
             key in known or key.startswith("model.config."),
-            f"{key} is not a setting of {schema.__name__}{suggestion(key, known)}",
+            f"{key} is not a setting of {entry}{suggestion(key, known)}",
         )
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
@@ -466,6 +483,8 @@ def explain(error: BaseException, entry: str = "sft") -> str:
                 belongs = " and ".join(f"data={kind}" for kind in owners)
                 return f"{key} is not a setting of the chosen data; it belongs to {belongs}."
             return f"{key} is not a setting of {entry}{suggestion(key, known)}"
+        if match := re.match(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text):
+            return f"{match[1]} is not a setting: settings are written as key=value."
         if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
             key = match[1]
             return f"{key} is not a group or a setting of {entry}{suggestion(key, [*known, *GROUPS])}"

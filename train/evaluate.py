@@ -23,6 +23,7 @@ from data.batch import PackedBatch
 from data.conversation import PartKind
 from data.encode import Example
 from data.encoder import Encoder
+from data.errors import DataError
 from data.loader import eval_batches
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
@@ -92,6 +93,11 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Sc
         sums[3] += batch.weight_T.sum()
     policy.train(was_training)
     correct, total, nll, weight = all_sum(accelerator, sums).tolist()
+    if not total:
+        raise DataError(
+            f"none of the {len(heldout)} held-out conversations fits in a row (data.max_tokens={heldout.max_tokens}, "
+            f"data.max_patches={heldout.max_patches}; data.too_long=skip left them out). Raise the limit."
+        )
     return Score(int(correct), int(total), nll / max(weight, 1e-9))
 
 

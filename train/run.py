@@ -53,6 +53,7 @@ CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
 USER_ERRORS = (UserError, DataError, MediaError, ConfigError, CheckpointError, TokenizerError, TrackerError)
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException)
+logger = logging.getLogger(__name__)
 REPORTED_PACKAGES = ("ernie-train", "torch", "accelerate", "safetensors", "tokenizers", "numpy", "pillow", "av")
 
 
@@ -82,7 +83,12 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
             os.environ["HYDRA_FULL_ERROR"] = "1"
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
             try:
-                hydra_main()
+                try:
+                    hydra_main()
+                except ValueError as error:  # `model=null`: Hydra raises its own mistakes as plain ValueErrors too
+                    if "override" not in str(error):
+                        raise
+                    raise UserError(f"{error}. A group such as model= takes the name of a file in configs/.") from error
                 if caught:
                     raise caught.pop()
             except (*USER_ERRORS, *HYDRA_ERRORS) as error:
@@ -152,6 +158,16 @@ def open_folder(run: RunConfig, at_end: ExitStack, *, main: bool) -> Opened:
 def _starting_point(run: RunConfig, folder: Path) -> Path | None:
     own = checkpoint.complete(folder / "checkpoints")
     if run.resume == "auto":
+        # Checkpoints appear whole, so one with a part missing was damaged later: never go round it in silence.
+        damaged = [path for path in checkpoint.damaged(folder / "checkpoints") if not own or path.name > own[-1].name]
+        if damaged and not own:
+            raise UserError(
+                f"{damaged[-1]} is damaged ({checkpoint.fault(damaged[-1])}), and run.folder={run.folder} has no whole "
+                "checkpoint to go on from. Bring the file back, choose another run.folder, or delete the checkpoints "
+                "folder to start this run anew."
+            )
+        for path in damaged:
+            logger.warning("%s is damaged (%s); going on from %s.", path, checkpoint.fault(path), own[-1].name)
         return own[-1] if own else None
     if run.resume == "never":
         if own or _holds_a_run(folder):
@@ -214,10 +230,17 @@ def check_same_maths(path: Path | None, saved: dict[str, Any], now: dict[str, An
     """
     changed = differences(saved, now)
     if changed:
-        lines = "\n".join(f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in changed.items())
+        meaning = {"rows_per_update": " (data.accumulation x processes)"}
+        lines = "\n".join(
+            f"  {key}{meaning.get(key, '')}: {old!r} then, {new!r} now" for key, (old, new) in changed.items()
+        )
+        way_out = "Restore them, or start anew in another run.folder"
+        if path is not None and "run.steps" in changed:
+            exported = path.parent.parent / "export"
+            way_out += f"; model.checkpoint={exported} model.processor=null there trains on from a finished run's weights"
         raise UserError(
             f"cannot resume from {path}: these settings differ from the run that wrote it and would change "
-            f"its numbers\n{lines}\nRestore them, or start anew in another run.folder."
+            f"its numbers\n{lines}\n{way_out}."
         )
 
 
@@ -248,7 +271,10 @@ def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None)
     """config.yaml, and one more entry in run.json."""
     atomic_write(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
     record = folder / "run.json"
-    starts = json.loads(record.read_text())["starts"] if record.exists() else []
+    try:
+        starts = json.loads(record.read_text())["starts"] if record.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{record} is damaged ({error}). Mend it, or move it away; training does not need it.") from error
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

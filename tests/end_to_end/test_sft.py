@@ -185,7 +185,10 @@ def test_a_second_run_in_the_same_folder_resumes_or_refuses(tmp_path, monkeypatc
     assert "run.resume is never" in refused(monkeypatch, capfd, here, "run.resume=never")
     said = refused(monkeypatch, capfd, here, "optim.lr=0.5", "data.lookahead=9")
     assert "optim.lr: 0.002 then, 0.5 now" in said and "data.lookahead: 64 then, 9 now" in said
-    assert "rows_per_update: 1 then, 3 now" in refused(monkeypatch, capfd, here, "data.accumulation=3")
+    said = refused(monkeypatch, capfd, here, "data.accumulation=3")
+    assert "rows_per_update (data.accumulation x processes): 1 then, 3 now" in said
+    said = refused(monkeypatch, capfd, here, "run.steps=9")
+    assert "run.steps: 6 then, 9 now" in said and f"model.checkpoint={tmp_path / 'run' / 'export'}" in said
     assert ernie_sft(monkeypatch, here) == 0  # finished already: nothing to train, nothing lost
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")} == before
 
@@ -193,6 +196,43 @@ def test_a_second_run_in_the_same_folder_resumes_or_refuses(tmp_path, monkeypatc
 def test_a_typo_ends_before_anything_is_loaded(monkeypatch, capfd):
     assert "optim.leer is not a setting of sft; did you mean optim.lr?" in refused(monkeypatch, capfd, "optim.leer=1")
     assert not Path("runs").exists()
+
+
+def test_a_group_that_is_null(monkeypatch, capfd):
+    assert "model= takes the name of a file in configs/" in refused(monkeypatch, capfd, "model=null")
+
+
+def test_held_out_conversations_that_are_all_too_long(monkeypatch, capfd):
+    said = refused(monkeypatch, capfd, "data.max_patches=8", "data.too_long=skip")
+    assert "none of the 6 held-out conversations fits in a row" in said and "data.max_patches=8" in said
+
+
+def test_a_damaged_checkpoint_is_never_gone_round_in_silence(tmp_path, monkeypatch, capfd, caplog):
+    here, root = f"run.folder={tmp_path / 'run'}", tmp_path / "run" / "checkpoints"
+    assert ernie_sft(monkeypatch, here) == 0
+    whole = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
+    newest = root / "step-000006" / checkpoint.OPTIMIZER
+    os.truncate(newest, 1000)
+    capfd.readouterr()
+    assert ernie_sft(monkeypatch, here) == 0  # the one before it is whole, and leads to the same weights
+    assert "step 4 of 6" in capfd.readouterr().out
+    assert "step-000006 is damaged (optimizer.safetensors has 1,000 bytes, not" in caplog.text
+    assert "going on from step-000004." in caplog.text
+    assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == whole
+
+    for path in root.glob("step-*"):
+        os.truncate(path / checkpoint.OPTIMIZER, 1000)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    said = refused(monkeypatch, capfd, here)
+    assert "no whole checkpoint to go on from" in said and "step-000006 is damaged" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_damaged_record_of_starts(tmp_path, monkeypatch, capfd):
+    here = f"run.folder={tmp_path / 'run'}"
+    assert ernie_sft(monkeypatch, here) == 0
+    (tmp_path / "run" / "run.json").write_text("{")
+    assert "run.json is damaged" in refused(monkeypatch, capfd, here)
 
 
 def test_a_row_shorter_than_one_image(monkeypatch, capfd):
