@@ -10,6 +10,7 @@ Shape letters:  T tokens   D width   F hidden width
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def cast(weight: Tensor, like: Tensor) -> Tensor:
@@ -48,6 +49,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x_wide * scale).to(x.dtype) * cast(weight, x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         normed = wide(x) * scale
@@ -84,6 +86,7 @@ class _SiluMul(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         grad_up = F.silu(gate).mul_(grad)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ernie_model.config import ErnieConfig
 from ernie_model.layers import SwiGLU, silu_mul
@@ -162,6 +163,7 @@ class _Combine(torch.autograd.Function):
         return (_rows_of_tokens(y_RD, place_TK).mul_(weight_TK.to(y_RD.dtype)[..., None])).sum(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_TD):  # pyright: ignore[reportIncompatibleMethodOverride]
         y_RD, weight_TK, token_R, place_TK = ctx.saved_tensors
         weight_R = y_RD.new_zeros(y_RD.shape[0])  # 0 for padding: it sends nothing back

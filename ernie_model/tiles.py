@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ernie_model.layers import wide
 
@@ -45,6 +46,7 @@ class _TiledAttention(torch.autograd.Function):
         return _by_segment(out, k_BLGH)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BLNH):  # pyright: ignore[reportIncompatibleMethodOverride]
         q_BLNH, k_BLGH, v_BLGH, *kept = ctx.saved_tensors
         q, k, v = _by_key_head(q_BLNH, k_BLGH), _by_key_head(k_BLGH, k_BLGH), _by_key_head(v_BLGH, k_BLGH)

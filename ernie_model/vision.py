@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ernie_model.config import VisionConfig
 from ernie_model.context import Packed
@@ -50,6 +51,7 @@ class _QuickGelu(torch.autograd.Function):
         return torch.sigmoid(1.702 * x).mul_(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         # x * s(ax)  ->  s + a x s (1 - s), and silu'(y) = s + y s (1 - s) at y = ax is the same expression

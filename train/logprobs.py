@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ernie_model.layers import cast, wide
 
@@ -124,6 +125,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprob_T, correct_T
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_T, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_TD, head_VD, target_T, slope_T, logsumexp_T = ctx.saved_tensors
         early, ctx.early = ctx.early, None

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from ernie_model.layers import Linear, RMSNorm, silu_mul
+from ernie_model.moe import Rows, combine
 from ernie_model.rope import Rotation, rotate_text
+from ernie_model.tiles import tiled_attention
 from ernie_model.vision import quick_gelu
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -70,3 +72,27 @@ def test_a_float32_weight_serves_bfloat16_activations():
     assert torch.equal(layer(x), expected)
     layer(x).float().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
+class TestSecondDerivatives:
+    """Hand-written backward passes keep numbers, not graphs: a second derivative must be refused, not be wrong."""
+
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    rows = Rows(torch.arange(5), torch.arange(5)[:, None], torch.tensor([5]), 5)
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda x: tiled_attention(x[None], x[None], x[None], causal=True),
+            lambda x: RMSNorm(4, eps=1e-5).double()(x),
+            lambda x: silu_mul(x, x),
+            quick_gelu,
+            lambda x: combine(x[:, 0], x[:, 1, :1], TestSecondDerivatives.rows),
+        ],
+        ids=["attention", "RMSNorm", "silu_mul", "quick_gelu", "combine"],
+    )
+    def test_are_refused(self, function):
+        x = self.x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()

@@ -114,3 +114,11 @@ def test_a_broken_slope_reaches_the_gradients(bad):
     token_logprobs(hidden, head, target, slope_T=upstream).logprob_T.backward(broken)
     assert not torch.isfinite(head.grad).all()
     assert torch.isfinite(hidden.grad).all(dim=1).tolist() == [row != 3 for row in range(37)]
+
+
+def test_second_derivatives_are_refused():
+    hidden, head, target, _ = problem()
+    logprob_T = token_logprobs(hidden, head, target).logprob_T
+    (grad,) = torch.autograd.grad(logprob_T.square().sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
