@@ -71,7 +71,7 @@ def _conversation(value: Mapping[str, Any], source: Source) -> Conversation:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
     return Conversation(
-        id=str(value.get("id", source)),
+        id=str(source if value.get("id") is None else value["id"]),
         messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(messages)),
         tools=_tools(value.get("tools")),
         answer=None if answer is None else _typed(answer, str, "answer"),
@@ -85,7 +85,10 @@ def _message(value: Any, key: str) -> Message:
     if unknown:
         raise DataError(f"{key} has {unknown[0]!r}, which has no meaning here. Known: {', '.join(MESSAGE_KEYS)}.")
     reasoning = value.get("reasoning_content")
-    weight = value.get("weight", value.get("loss_weight"))
+    weight, loss_weight = value.get("weight"), value.get("loss_weight")
+    if None not in (weight, loss_weight) and weight != loss_weight:
+        raise DataError(f"{key} has both weight ({weight}) and loss_weight ({loss_weight}). Keep one.")
+    weight = loss_weight if weight is None else weight
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
         raise DataError(f"{key}.weight is {weight!r}; it must be a number.")
     train = value.get("train")

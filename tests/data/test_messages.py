@@ -212,3 +212,16 @@ MESSAGES = st.one_of(
 )
 def test_writing_and_reading_loses_nothing(conversation):
     assert messages.read(Record(messages.write(conversation), HERE)) == conversation
+
+
+def test_null_means_absent():
+    """Tables written as JSON lines have every column in every record, null where there is nothing."""
+    conversation = read(USER, ASSISTANT | {"weight": None, "loss_weight": 0.5}, id=None)
+
+    assert conversation.id == "train.jsonl:7"
+    assert conversation.messages[1].weight == 0.5
+
+
+def test_two_weights_that_disagree_are_refused():
+    with pytest.raises(DataError, match=r"messages\[1\] has both weight \(0.25\) and loss_weight \(0.5\)"):
+        read(USER, ASSISTANT | {"weight": 0.25, "loss_weight": 0.5})
