@@ -24,8 +24,9 @@ from PIL import Image
 from data.conversation import Media, PartKind
 from ernie_model.images import MediaError, load_image
 
-IMAGE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are pixels and nothing else. Pillow would also open PostScript, by running another program on it."""
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Formats that are pixels and nothing else. Pillow would also open PostScript, by running another program on it.
+Its JPEG reader also opens MPO, the JPEG with a second picture that phones write; naming MPO here is an error."""
 
 _DATA_URL = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)?(?:;[\w.+-]+=[^;,]*)*(?P<base64>;base64)?,", re.ASCII)
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+:")  # two letters or more: "C:" is a drive
@@ -51,7 +52,7 @@ class MediaFolder:
 
     def open_image(self, media: Media) -> Image.Image:
         """Upright, RGB (see ernie_model/images.py)."""
-        file, name = self._file(media, self.max_image_bytes, "data.max_image_bytes")
+        file, name = self._file(media, self.max_image_bytes)
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=IMAGE_FORMATS) as image:
                 self._check_pixels(name, image.size)
@@ -69,7 +70,7 @@ class MediaFolder:
 
     def open_video(self, media: Media) -> Path | bytes:
         """Its frames are decoded by the processor, which knows which of them it wants."""
-        return self._file(media, self.max_video_bytes, "data.max_video_bytes")[0]
+        return self._file(media, self.max_video_bytes)[0]
 
     def resolve(self, path: str) -> Path:
         """The real path of a file inside the media folder. Raises MediaError if it is not there, or not inside."""
@@ -98,18 +99,18 @@ class MediaFolder:
             raise MediaError(path, f"no such file in the media folder {root}. Check data.media_root.")
         return real
 
-    def _file(self, media: Media, max_bytes: int, key: str) -> tuple[Path | bytes, str]:
+    def _file(self, media: Media, max_bytes: int) -> tuple[Path | bytes, str]:
         """A checked file or its content, and what an error calls it."""
         name = _name(media)
         if isinstance(media, str) and not media.startswith("data:"):
             path = self.resolve(media)
-            _check_bytes(name, path.stat().st_size, max_bytes, key)
+            _check_bytes(name, path.stat().st_size, max_bytes)
             return path, name
         if isinstance(media, str):
             # Before decoding it; four letters of base64 are three bytes.
-            _check_bytes(name, len(media) * 3 // 4, max_bytes, key)
+            _check_bytes(name, len(media) * 3 // 4, max_bytes)
             media = _decode_data_url(media, name)
-        _check_bytes(name, len(media), max_bytes, key)
+        _check_bytes(name, len(media), max_bytes)
         return media, name
 
     def _check_pixels(self, name: str, size: tuple[int, int]) -> None:
@@ -117,8 +118,7 @@ class MediaFolder:
         if width * height > self.max_image_pixels:
             raise MediaError(
                 name,
-                f"{width} x {height} pixels, more than data.max_image_pixels ({self.max_image_pixels:,}). Shrink the "
-                "image or raise the limit.",
+                f"{width} x {height} pixels, and at most {self.max_image_pixels:,} are read. Shrink the image.",
             )
 
 
@@ -128,11 +128,11 @@ def _name(media: Media) -> str:
     return f"{media[:40]}..." if media.startswith("data:") else media
 
 
-def _check_bytes(name: str, size: int, max_bytes: int, key: str) -> None:
+def _check_bytes(name: str, size: int, max_bytes: int) -> None:
     if size == 0:
         raise MediaError(name, "the file is empty (0 bytes).")
     if size > max_bytes:
-        raise MediaError(name, f"{size:,} bytes, more than {key} ({max_bytes:,}). Shrink the file or raise the limit.")
+        raise MediaError(name, f"{size:,} bytes, and at most {max_bytes:,} are read. Shrink the file.")
 
 
 def _decode_data_url(url: str, name: str) -> bytes:
