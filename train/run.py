@@ -237,7 +237,9 @@ def check_same_maths(path: Path | None, saved: dict[str, Any], now: dict[str, An
         way_out = "Restore them, or start anew in another run.folder"
         if path is not None and "run.steps" in changed:
             exported = path.parent.parent / "export"
-            way_out += f"; model.checkpoint={exported} model.processor=null there trains on from a finished run's weights"
+            way_out += (
+                f"; model.checkpoint={exported} model.processor=null there trains on from a finished run's weights"
+            )
         raise UserError(
             f"cannot resume from {path}: these settings differ from the run that wrote it and would change "
             f"its numbers\n{lines}\n{way_out}."
@@ -274,7 +276,9 @@ def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None)
     try:
         starts = json.loads(record.read_text())["starts"] if record.exists() else []
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{record} is damaged ({error}). Mend it, or move it away; training does not need it.") from error
+        raise UserError(
+            f"{record} is damaged ({error}). Mend it, or move it away; training does not need it."
+        ) from error
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
