@@ -73,7 +73,7 @@ def load_config(source: str | Path, revision: str | None = None) -> ErnieConfig:
         CheckpointError: the repository cannot be reached.
         FileNotFoundError: there is no config.json.
     """
-    return ErnieConfig.load(_local_folder(source, revision, ["config.json"]))
+    return ErnieConfig.load(local_folder(source, revision, ["config.json"]))
 
 
 def load_model(
@@ -97,7 +97,7 @@ def load_model(
             stored twice; a tied model with a different head.
         ConfigError: see `load_config`.
     """
-    folder = _local_folder(source, revision, ["*.safetensors", "*.json"])
+    folder = local_folder(source, revision, ["*.safetensors", "*.json"])
     config = ErnieConfig.load(folder)
     if position_after_video is not None:
         config = config.replace(position_after_video=position_after_video)
@@ -255,8 +255,12 @@ def _brief(names: Iterable[str], limit: int = 20) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _local_folder(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    """`source` itself when it is a folder; otherwise the downloaded snapshot of a hub repository."""
+def local_folder(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    """`source` itself when it is a folder; otherwise the downloaded snapshot of a hub repository.
+
+    Raises:
+        CheckpointError: it is neither, or cannot be downloaded.
+    """
     path = Path(source).expanduser()
     if path.name == "config.json" and path.is_file():
         path = path.parent
@@ -266,7 +270,7 @@ def _local_folder(source: str | Path, revision: str | None, patterns: list[str])
                 f"revision={revision!r} was given, but {path} is a folder; revisions belong to hub ids."
             )
         return path
-    if isinstance(source, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise CheckpointError(
             f"{str(source)!r} is neither an existing folder nor a hub id such as baidu/ERNIE-4.5-0.3B-PT."
         )

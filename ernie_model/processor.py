@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ernie_model.atomic import atomic_write
 from ernie_model.chat import ChatError, ChatFormat, Piece, PieceKind, SpanKind, jinja_template, render, to_text
+from ernie_model.checkpoint import local_folder
 from ernie_model.config import ErnieConfig
 from ernie_model.images import CLIP_MEAN, CLIP_STD, Grid, ImageSettings, image_patches, load_image
 from ernie_model.rope import num_media_tokens, position_ids
@@ -230,22 +231,11 @@ class Processor:
         Of a repository, only the tokenizer, the JSON files and the font are downloaded.
 
         Raises:
+            CheckpointError: `source` is neither a folder nor a repository that can be reached.
             TokenizerError: no tokenizer.json, or one that does not fit the configuration.
             ConfigError: see `ErnieConfig.load`.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            patterns = ["*.json", "*.jinja", "*.ttf", "tokenizer.model"]
-            folder = Path(
-                snapshot_download(
-                    str(source),
-                    revision=revision,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*.safetensors.index.json"],
-                )
-            )
+        folder = local_folder(source, revision, ["*.json", "*.jinja", "*.ttf", "tokenizer.model"])
         config = ErnieConfig.load(folder)
         return cls(
             Tokenizer.load(folder),

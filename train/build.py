@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ernie_model.checkpoint import load_model
+from ernie_model.checkpoint import CheckpointError, load_model
 from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
 from ernie_model.counting import count_parameters
 from ernie_model.images import ImageSettings
@@ -73,7 +73,7 @@ def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor
     assert source is not None  # ModelConfig checks it
     try:
         loaded = Processor.from_pretrained(source, config.revision if config.processor is None else None)
-    except OSError as error:  # no such file; the hub's errors are OSErrors too
+    except (OSError, CheckpointError) as error:
         key = "model.processor" if config.processor else "model.checkpoint"
         raise UserError(f"{key}={source} has no processor that can be read: {error}") from error
     # Positions must follow the model's configuration, which may have been overridden.

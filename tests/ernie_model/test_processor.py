@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ernie_model.chat import ChatError, ChatFormat, SpanKind
+from ernie_model.checkpoint import CheckpointError
 from ernie_model.config import PositionAfterVideo
 from ernie_model.images import ImageSettings, MediaError, image_patches
 from ernie_model.processor import Processor, token_types
@@ -457,6 +458,19 @@ def test_a_hub_name_downloads_no_weights(saved, monkeypatch):
     assert processor.tokenizer.vocab_size == 2048
     assert (asked["name"], asked["revision"]) == ("baidu/ERNIE-4.5-VL-28B-A3B-PT", "main")
     assert not any("safetensors" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_processor_is_found_wherever_weights_are(saved, monkeypatch):
+    """The same spellings as `load_model` takes: model.checkpoint names both."""
+    monkeypatch.setenv("HOME", str(saved.parent))
+    for source in (f"~/{saved.name}", saved / "config.json"):
+        assert Processor.from_pretrained(source).tokenizer.vocab_size == 2048
+
+
+@pytest.mark.parametrize("source", ["./nothing", "a/b/c", "nothing"])
+def test_a_source_that_is_nothing_is_named(source):
+    with pytest.raises(CheckpointError, match=f"'{source}' is neither an existing folder nor a hub id"):
+        Processor.from_pretrained(source)
 
 
 def test_stamps_reach_the_patches(processor):
