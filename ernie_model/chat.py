@@ -341,9 +341,11 @@ def _parts(message: Message, index: int) -> Iterator[tuple[PieceKind, Any]]:
         yield PieceKind.TEXT, content
         return
     kinds = {"text": PieceKind.TEXT, "image": PieceKind.IMAGE, "video": PieceKind.VIDEO}
+    if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
+        raise ChatError(f"message {index}: content is {repr(content)[:80]}; it must be a text or a list of parts.")
     for part in content:
         kind = part.get("type")
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ChatError(f"message {index}: a part has type {kind!r}; it must be one of {', '.join(kinds)}.")
         if part.get(kind) is None:
             raise ChatError(f"message {index}: a part of type {kind!r} has no key {kind!r}: {part!r}.")

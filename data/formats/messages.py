@@ -89,8 +89,8 @@ def _message(value: Any, key: str) -> Message:
     if None not in (weight, loss_weight) and weight != loss_weight:
         raise DataError(f"{key} has both weight ({weight}) and loss_weight ({loss_weight}). Keep one.")
     weight = loss_weight if weight is None else weight
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float))):
-        raise DataError(f"{key}.weight is {weight!r}; it must be a number.")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight > 1e30):
+        raise DataError(f"{key}.weight is {repr(weight)[:40]}; it must be a number of ordinary size.")
     train = value.get("train")
     role = value.get("role")
     calls = value.get("tool_calls")
@@ -120,7 +120,8 @@ def _parts(content: Any, key: str) -> tuple[Part, ...]:
 
 def _part(value: Any, key: str) -> Part:
     value = _typed(value, dict, key)
-    kind = PART_KINDS.get(value.get("type", ""))
+    written = value.get("type")
+    kind = PART_KINDS.get(written) if isinstance(written, str) else None
     if kind is None:
         raise DataError(f"{key}.type is {value.get('type')!r}; it must be one of {', '.join(PART_KINDS)}.")
     name = next((name for name in (value["type"], kind.value, "url", "path", "value") if name in value), None)

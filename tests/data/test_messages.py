@@ -225,3 +225,11 @@ def test_null_means_absent():
 def test_two_weights_that_disagree_are_refused():
     with pytest.raises(DataError, match=r"messages\[1\] has both weight \(0.25\) and loss_weight \(0.5\)"):
         read(USER, ASSISTANT | {"weight": 0.25, "loss_weight": 0.5})
+
+
+@pytest.mark.parametrize(
+    "turn", [USER | {"content": [{"type": ["image"], "image": "a.png"}]}, ASSISTANT | {"weight": 10**400}]
+)
+def test_strange_json_is_refused_by_name(turn):
+    with pytest.raises(DataError, match=r"train.jsonl:7: messages\[1\]\.(content\[0\]\.type|weight) is"):
+        read(USER, turn)

@@ -307,3 +307,9 @@ def test_what_is_trained_stands_behind_what_is_prompted(messages, answer, thinki
     before, _ = generated([*messages, answer], thinking=thinking)
     thinks = bool((answer.get("reasoning_content") or "").strip("\n")) if thinking is None else thinking
     assert before == to_text(render(messages, thinking=thinks, add_generation_prompt=True))
+
+
+@pytest.mark.parametrize("content", [["hi"], {"type": "text"}, [{"type": ["image"], "image": "a.png"}], 7])
+def test_content_of_another_shape_is_refused(content):
+    with pytest.raises(ChatError, match="message 0: "):
+        render([{"role": "user", "content": content}])
