@@ -37,6 +37,7 @@ def as_python(line: str) -> list[str]:
 
     ernie sft a=b                             python -m train.sft a=b
     accelerate launch ... -m train.sft a=b    python -m train.sft a=b      (and its --config_file must exist)
+    torchrun ... -m train.sft a=b             python -m train.sft a=b
     """
     words = shlex.split(line)
     if words[0] == "ernie":
@@ -44,6 +45,9 @@ def as_python(line: str) -> list[str]:
     elif words[:2] == ["accelerate", "launch"]:
         config = words[words.index("--config_file") + 1]
         assert (ROOT / config).is_file()
+        at = words.index("-m")
+        module, rest = words[at + 1], words[at + 2 :]
+    elif words[0] == "torchrun":
         at = words.index("-m")
         module, rest = words[at + 1], words[at + 2 :]
     else:
