@@ -116,7 +116,10 @@ def save(
 
 @contextmanager
 def room_for(path: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk into an error that says what was being written where; look before anything is written."""
+    """Turn a full disk, or another refusal of the system, into an error that says what was being written where.
+
+    Looks for room before anything is written.
+    """
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -127,7 +130,12 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
         # safetensors' writer is Rust and wraps the system's error in its own type.
         full = getattr(error, "errno", None) in FULL_DISK or "StorageFull" in str(error) or "os error 28" in str(error)
         if not full:
-            raise
+            if isinstance(error, SafetensorError) and "os error" not in str(error):
+                raise
+            raise UserError(
+                f"{path} cannot be written ({error}). Nothing was changed: earlier checkpoints are whole. Put that "
+                "right, and the same command goes on from the newest one."
+            ) from error
         raise UserError(_disk_full(path, needed, shutil.disk_usage(existing).free)) from error
 
 

@@ -237,12 +237,22 @@ def check_same_maths(path: Path | None, saved: dict[str, Any], now: dict[str, An
         way_out = "Restore them, or start anew in another run.folder"
         if path is not None and "run.steps" in changed:
             exported = path.parent.parent / "export"
-            way_out += (
-                f"; model.checkpoint={exported} model.processor=null there trains on from a finished run's weights"
-            )
+            way_out += f"; model.checkpoint={exported} model.processor=null there goes on from its weights"
         raise UserError(
             f"cannot resume from {path}: these settings differ from the run that wrote it and would change "
             f"its numbers\n{lines}\n{way_out}."
+        )
+
+
+def check_not_past(steps: int, done: int, path: Path) -> None:
+    """With a constant learning rate run.steps may change; the run cannot end before where it is.
+
+    Raises:
+        UserError: the checkpoint is beyond the end.
+    """
+    if done > steps:
+        raise UserError(
+            f"run.steps={steps}, but {path} is already at step {done}. Raise run.steps, or choose another run.folder."
         )
 
 

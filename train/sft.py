@@ -22,7 +22,16 @@ from train.objectives.sft import SFT
 from train.optim import build_optimizer, learning_rate
 from train.policy import Policy
 from train.progress import Progress
-from train.run import StopSignal, check_same_maths, export, open_folder, program, start_trackers, write_start
+from train.run import (
+    StopSignal,
+    check_not_past,
+    check_same_maths,
+    export,
+    open_folder,
+    program,
+    start_trackers,
+    write_start,
+)
 from train.sources import ahead, build_data
 
 register()
@@ -60,6 +69,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         checkpoint.load(run.resume_from, model=model, optimizer=optimizer, rank=rank)
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
+        check_not_past(steps, state.step, run.resume_from)
     wrapped, prepared = accelerator.prepare(policy, optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)

@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -219,6 +220,18 @@ def keep_until(path: Path, last_step: int) -> None:
     atomic_write(path, "".join(kept))
 
 
+def _check_writable(folder: Path) -> None:
+    """trackio only warns of a folder it cannot write, and all numbers would be lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TrackerError(
+            f"tracker=trackio could not start: its folder {folder} cannot be written ({error.strerror}). Set "
+            "TRACKIO_DIR to another folder, or leave trackio out of tracker=..."
+        ) from error
+
+
 class TrackioTracker:
     """trackio: an SQLite file on this machine and a web page (`ernie dashboard`); no account, no network.
 
@@ -243,6 +256,7 @@ class TrackioTracker:
         *,
         resume_step: int | None = None,
     ) -> None:
+        _check_writable(Path(importlib.import_module("trackio.utils").TRACKIO_DIR))
         taken = self._run_names()
         self._name = resume_id or _unused(run_name, taken)
         with contextlib.redirect_stdout(io.StringIO()):  # five lines of advice about its own command line

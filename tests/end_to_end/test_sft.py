@@ -198,6 +198,13 @@ def test_a_typo_ends_before_anything_is_loaded(monkeypatch, capfd):
     assert not Path("runs").exists()
 
 
+def test_a_run_that_is_already_longer_is_refused(tmp_path, monkeypatch, capfd):
+    settings = [f"run.folder={tmp_path / 'run'}", "optim.schedule=constant"]
+    assert ernie_sft(monkeypatch, *settings) == 0
+    said = refused(monkeypatch, capfd, *settings, "run.steps=3")
+    assert "run.steps=3" in said and "already at step 6" in said
+
+
 def test_a_group_that_is_null(monkeypatch, capfd):
     assert "model= takes the name of a file in configs/" in refused(monkeypatch, capfd, "model=null")
 

@@ -145,6 +145,18 @@ def test_rust_errors_about_a_full_disk_are_understood(tmp_path):
         raise SafetensorError("something else")
 
 
+@pytest.mark.parametrize("rust", [False, True])
+def test_a_file_that_the_system_refuses_is_named(tmp_path, rust):
+    """EFBIG: `ulimit -f`, or a file system with a largest file."""
+    from safetensors import SafetensorError
+
+    text = "Error while serializing: I/O error: File too large (os error 27)"
+    error = SafetensorError(text) if rust else OSError(errno.EFBIG, "File too large")
+    with pytest.raises(UserError, match=r"x cannot be written \(.*File too large.*earlier checkpoints are whole"):
+        with checkpoint.room_for(tmp_path / "x", 1):
+            raise error
+
+
 def test_state_is_kept_and_parameters_without_gradient_have_none(tmp_path, trained):
     policy, _ = trained
     optimizer = small.optimizer(policy, lr=1e-2)

@@ -178,6 +178,17 @@ def test_trackio_keeps_numbers_and_pictures_on_this_machine(picture, capsys):
     assert capsys.readouterr().out == ""  # no advice in the middle of our own output
 
 
+def test_trackio_without_a_folder_it_can_write_is_an_error_at_the_start(tmp_path, monkeypatch):
+    """trackio itself only warns, and every number would be lost."""
+    (tmp_path / "file").write_text("")
+    import trackio.utils
+
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "file" / "trackio")
+    tracker = make_trackers(["trackio"], "test")[1]
+    with pytest.raises(TrackerError, match=r"tracker=trackio could not start: .*TRACKIO_DIR"):
+        tracker.start("run", {}, tmp_path)
+
+
 def test_trackio_gives_two_runs_of_one_name_two_names_and_resumes_the_right_one(tmp_path):
     ids = []
     for loss in (1.0, 2.0):
