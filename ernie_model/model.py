@@ -132,11 +132,11 @@ class ErnieModel(nn.Module):
         """
         x_TD = self.embed_tokens(token_T)
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
+        pools, media_T = self._pools(token_T, grids)
         if grids:
-            x_TD = self._place_media(x_TD, token_T, patch_PX, grids)
+            x_TD = self._place_media(x_TD, media_T, patch_PX, grids)
         elif patch_PX is not None:
             raise ValueError(f"{patch_PX.shape[0]} patches came without grids.")
-        pools = self._pools(token_T)
         rotation = text_rotation(position_3T, self.config, dtype=x_TD.dtype)
         stats: list[RouterStats] = []
         for layer in self.layers:
@@ -150,32 +150,38 @@ class ErnieModel(nn.Module):
                 stats.append(layer_stats)
         return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
 
-    def _pools(self, token_T: Tensor) -> Pools:
-        """The expert-pool map: placeholders and start/end tokens are vision (reference 2.9, trap 7.4)."""
-        vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
-        # The only wait for the device in a forward: every layer needs the size of both pools on the host.
-        return Pools(vision_T, int(vision_T.sum()) if self.config.vision is not None else 0)
+    def _pools(self, token_T: Tensor, grids: Sequence[Grid]) -> tuple[Pools, Tensor]:
+        """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders.
 
-    def _place_media(self, x_TD: Tensor, token_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]) -> Tensor:
-        """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
-        if self.vision is None or self.resampler is None:
-            raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
+        Vision tokens are placeholders and start/end tokens. A row whose placeholders and grids disagree is refused.
+        """
+        vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
+        media_T = _is_one_of(token_T, self.config.placeholder_token_ids)
+        if self.vision is None:
+            if grids:
+                raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
+            return Pools(vision_T, 0), media_T
+        # The only wait for the device in a forward: every layer needs the size of both pools on the host.
+        num_vision, found = torch.stack((vision_T, media_T)).sum(1).tolist()
         for grid in grids:
             check_grid(grid)
+        expected = sum(num_media_tokens(grid) for grid in grids)
+        if found != expected:
+            raise ValueError(
+                f"the row has {found} placeholder tokens, but its {len(grids)} images and videos need {expected}."
+            )
+        return Pools(vision_T, num_vision), media_T
+
+    def _place_media(self, x_TD: Tensor, media_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]) -> Tensor:
+        """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
+        assert self.vision is not None and self.resampler is not None
         patches = sum(t * h * w for t, h, w in grids)
         if patch_PX is None or patch_PX.shape[0] != patches:
             found = 0 if patch_PX is None else patch_PX.shape[0]
             raise ValueError(f"the grids describe {patches} patches, but {found} were given.")
         self.vision.gradient_checkpointing = self.gradient_checkpointing
         feature_MD = self.resampler(self.vision(patch_PX.to(x_TD.dtype), grids), grids)
-        place_M = _is_one_of(token_T, self.config.placeholder_token_ids).nonzero()[:, 0]
-        expected = sum(num_media_tokens(grid) for grid in grids)
-        if place_M.shape[0] != expected:
-            raise ValueError(
-                f"the row has {place_M.shape[0]} placeholder tokens, but its {len(grids)} images and videos need "
-                f"{expected}."
-            )
-        return x_TD.index_copy(0, place_M, feature_MD)
+        return x_TD.index_copy(0, media_T.nonzero()[:, 0], feature_MD)
 
 
 def _is_one_of(token_T: Tensor, ids: Sequence[int]) -> Tensor:

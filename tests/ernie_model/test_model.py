@@ -82,8 +82,11 @@ def test_model_refuses_media_that_do_not_fit(model):
         model(token, position, context, patch_PX=patch[:12], grids=grids)
     with pytest.raises(ValueError, match="describe 16 patches, but 0 were given"):
         model(token, position, context, grids=grids)
+    with pytest.raises(ValueError, match="has 4 placeholder tokens, but its 0 images and videos need 0"):
+        model(token, position, context)  # their embeddings mean nothing: they always stand for pixels
+    words = torch.ones_like(token)
     with pytest.raises(ValueError, match="16 patches came without grids"):
-        model(token, position, context, patch_PX=patch)
+        model(words, position, context, patch_PX=patch)
     with pytest.raises(ValueError, match="has 3 placeholder tokens, but its 1 images and videos need 4"):
         model(token.index_fill(0, torch.tensor([3]), 5), position, context, patch_PX=patch, grids=grids)
 
