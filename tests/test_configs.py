@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
+from train.build import read_architecture
 from train.config import (
     GROUPS,
     DigitsData,
@@ -158,3 +159,18 @@ def test_plain_settings_come_back_the_same():
 
 def test_nothing_near_suggests_nothing():
     assert suggestion("zzzzzz", sorted(set(known_keys(SFTConfig)))) == ""
+
+
+def test_a_typo_in_the_architecture_is_named():
+    """model.config is a dictionary without a schema, so Hydra cannot tell."""
+    config = load("+model.config.text_config.moe_kk=3")
+    with pytest.raises(
+        UserError, match=r"model.config.text_config.moe_kk is not .*did you mean model.config.text_config.moe_k\?"
+    ):
+        read_architecture(config.model, None)
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("model=")])
+def test_the_shipped_architectures_hold_no_unknown_key(choice):
+    config = load(choice)
+    assert read_architecture(config.model, None).to_json()["model_type"] == config.model.config["model_type"]

@@ -4,7 +4,7 @@ model.checkpoint    weights, config.json and processor of a folder or a hub repo
 model.config        random weights; the tokenizer's ids fill in vocab_size and the media tokens
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -16,7 +16,7 @@ from ernie_model.images import ImageSettings
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.config import ModelConfig, ParallelConfig, Precision, UserError
+from train.config import ModelConfig, ParallelConfig, Precision, UserError, flatten, suggestion
 from train.logprobs import CHUNK_BYTES
 from train.memory import keep_freed_memory
 
@@ -59,7 +59,7 @@ def build_model(config: ModelConfig, *, seed: int) -> Built:
         notes += _differences(config, model.config)
     else:
         torch.manual_seed(seed)
-        model = ErnieModel(_architecture(config, rule))
+        model = ErnieModel(read_architecture(config, rule))
     if config.precision is Precision.bf16:
         model.compute_dtype = torch.bfloat16
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -80,7 +80,7 @@ def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor
     return Processor(loaded.tokenizer, architecture, loaded.image, loaded.video, loaded.chat)
 
 
-def _architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> ErnieConfig:
+def read_architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> ErnieConfig:
     """model.config as an ErnieConfig; ids that belong to the tokenizer may be left out."""
     assert config.config is not None  # ModelConfig checks it
     raw = dict(config.config)
@@ -95,7 +95,18 @@ def _architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> Ernie
         architecture = ErnieConfig.from_json(raw)
     except (ConfigError, KeyError, TypeError) as error:
         raise UserError(f"model.config: {error}") from error
+    _refuse_unknown_keys(config.config, architecture)
     return architecture if rule is None else architecture.replace(position_after_video=rule)
+
+
+def _refuse_unknown_keys(given: dict[str, Any], architecture: ErnieConfig) -> None:
+    """A config.json may carry whatever its writer liked; in one that a user types, a key nobody reads is a mistake."""
+    if given.get("model_type") == "ernie4_5_moe_vl":  # Baidu's spelling, which is only read
+        return
+    known = sorted(f"model.config.{key}" for key in {*flatten(architecture.to_json()), "rope_theta"})
+    for key in flatten(given, "model.config"):
+        if key not in known:
+            raise UserError(f"{key} is not a key of {architecture.model_type}{suggestion(key, known)}")
 
 
 def _differences(config: ModelConfig, loaded: ErnieConfig) -> list[str]:
@@ -103,7 +114,7 @@ def _differences(config: ModelConfig, loaded: ErnieConfig) -> list[str]:
     if config.config is None:
         return []
     try:
-        asked = _architecture(config, None)
+        asked = read_architecture(config, None)
     except UserError:  # incomplete, as tiny models are without their tokenizer: nothing was asked for
         return []
     names = [name for name in vars(asked) if getattr(asked, name) != getattr(loaded, name)]

@@ -1,6 +1,7 @@
-"""Memory of the process: keeping what was freed, and reading the peak."""
+"""Memory of the process: keeping what was freed, and how much is held."""
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -21,3 +22,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         return
+
+
+def held_bytes() -> int | None:
+    """What this process holds in memory now; None where the system doesn't tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

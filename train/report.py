@@ -12,6 +12,7 @@ from train.build import arithmetic, human
 from train.config import SFTConfig
 from train.evaluate import Score
 from train.loop import TrainState
+from train.memory import held_bytes
 from train.sources import Data
 
 
@@ -44,6 +45,10 @@ def opening(
     total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
     memory = f"{human(sums.state_bytes, 'B')} for weights, gradients and AdamW + about "
     memory += f"{human(sums.activation_bytes, 'B')} of activations on each rank"
+    if device.type == "cpu" and (held := held_bytes()):
+        # what is held now includes the weights, a quarter of the state
+        in_all = held + sums.state_bytes * 3 // 4 + sums.activation_bytes
+        memory += f"; {human(in_all, 'B')} in all with Python and its libraries"
     lines = {
         "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
         "start": start,
