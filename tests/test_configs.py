@@ -16,13 +16,13 @@ from train.config import (
     UserError,
     check_steps,
     differences,
-    explain,
     known_keys,
     plain,
     register,
     suggestion,
     to_typed,
 )
+from train.explain import explain
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]

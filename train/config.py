@@ -13,7 +13,6 @@ takes `lr: 1e-5` from `OptimConfig`, another value from experiment/digits.yaml, 
 import dataclasses
 import difflib
 import math
-import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -464,48 +463,3 @@ def suggestion(key: str, known: list[str]) -> str:
     near = near or [name for name in known if name.rpartition(".")[2] == last]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
-
-
-def explain(error: BaseException, entry: str = "sft") -> str:
-    """One or two sentences for what Hydra and OmegaConf say in ten lines."""
-    chain: list[BaseException] = []
-    cursor: BaseException | None = error
-    while cursor is not None and cursor not in chain:
-        chain.append(cursor)
-        cursor = cursor.__cause__ or cursor.__context__
-    known = sorted(set(known_keys(ENTRIES[entry])))
-    for link in chain:
-        text = str(link)
-        if "is not in struct" in text or "not in '" in text and "Key '" in text:
-            key = getattr(link, "full_key", None) or _search(r"full_key: (\S+)", text) or ""
-            if key in known:  # the schema of another choice of the same group has it
-                owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in vars(variant())]
-                belongs = " and ".join(f"data={kind}" for kind in owners)
-                return f"{key} is not a setting of the chosen data; it belongs to {belongs}."
-            return f"{key} is not a setting of {entry}{suggestion(key, known)}"
-        if match := re.match(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text):
-            return f"{match[1]} is not a setting: settings are written as key=value."
-        if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
-            key = match[1]
-            return f"{key} is not a group or a setting of {entry}{suggestion(key, [*known, *GROUPS])}"
-        if match := re.search(r"Could not find '([^']+)'", text):
-            group, _, name = match[1].rpartition("/")
-            options = _search(r"Available options in '[^']*':\n(.*?)\nConfig search path", text, re.S)
-            names = [name for name in options.split() if not name.endswith("_schema")] if options else []
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {group}={near[0]}?" if near else ""
-            listing = f" It can be {', '.join(names)}." if names else ""
-            return f"there is no configs/{match[1]}.yaml{hint}{'' if hint else '.'}{listing}"
-    override = _search(r"Error merging override (.+)", str(error))
-    for link in reversed(chain):
-        if isinstance(link, OmegaConfBaseException):
-            rule = str(link).splitlines()[0].strip()
-            # OmegaConf's templates leave these words in when Hydra's wrapper formats them a second time.
-            rule = rule.replace("Value '$VALUE' of type '$VALUE_TYPE' ", "").replace("Invalid value '$VALUE', ", "")
-            return f"{override or getattr(link, 'full_key', None) or 'config'}: {rule}."
-    return str(error).strip()
-
-
-def _search(pattern: str, text: str, flags: int = 0) -> str | None:
-    match = re.search(pattern, text, flags)
-    return match[1] if match else None

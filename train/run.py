@@ -45,7 +45,8 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
-from train.config import RunConfig, SFTConfig, UserError, differences, explain, plain
+from train.config import RunConfig, SFTConfig, UserError, differences, plain
+from train.explain import explain
 from train.loop import TrainState
 from train.tracking import Tracker, TrackerError, make_trackers
 
