@@ -2,8 +2,9 @@
 
 The CPU kernel behind `scaled_dot_product_attention` is slow backwards, and slow both ways for many short segments in
 bfloat16 (docs/speed.md has the figures). Here the scores of one tile of queries against all the keys they may
-see are multiplied out, normalised and used, and multiplied out again in the backward pass; nothing of size L x L is
-kept. Scores and their gradients are float32, the other products run in the dtype of the inputs, as in flash attention.
+see are multiplied out, normalised and used, and multiplied out again in the backward pass; for short
+segments the probabilities are kept instead (`LONGEST_KEPT`). Scores and their gradients are float32, the other products
+run in the dtype of the inputs, as in flash attention.
 
 Shape letters:  B segments   L their length   N query heads   G key/value heads   M = N/G   H head width
                 Z = B*G   C queries of a tile
@@ -40,7 +41,7 @@ class _TiledAttention(torch.autograd.Function):
         for part, tile, seen in _tiles(q.shape, causal):
             prob = _probabilities(q[part, tile], k[part, :seen], causal).to(q.dtype)
             out[part, tile] = torch.bmm(prob, v[part, :seen, 0]).unflatten(1, (-1, heads))
-            if q.shape[1] <= LONGEST_KEPT:
+            if q.shape[1] <= LONGEST_KEPT and any(ctx.needs_input_grad):
                 kept.append(prob)
         ctx.save_for_backward(q_BLNH, k_BLGH, v_BLGH, *kept)
         return _by_segment(out, k_BLGH)

@@ -17,7 +17,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.config import ModelConfig, ParallelConfig, Precision, UserError, flatten, suggestion
-from train.logprobs import CHUNK_BYTES
+from train.logprobs import chunk_size
 from train.memory import keep_freed_memory
 
 TINY = "tiny"
@@ -135,12 +135,18 @@ class Arithmetic(NamedTuple):
     state_bytes: int
     """float32 weights and gradients, and AdamW's two moments: 16 bytes per parameter."""
     activation_bytes: int
-    """Of one full row, roughly."""
+    """Of one full row, roughly, and of the logits at work."""
     largest_update_tokens: int
 
 
 def arithmetic(
-    architecture: ErnieConfig, model: ModelConfig, *, max_tokens: int, accumulation: int, ranks: int
+    architecture: ErnieConfig,
+    model: ModelConfig,
+    *,
+    max_tokens: int,
+    accumulation: int,
+    ranks: int,
+    device: torch.device,
 ) -> Arithmetic:
     count = count_parameters(architecture)
     return Arithmetic(
@@ -148,7 +154,7 @@ def arithmetic(
         active_text=count.active_text,
         active_vision=count.active_vision,
         state_bytes=16 * count.total,
-        activation_bytes=activation_bytes(architecture, model, max_tokens),
+        activation_bytes=activation_bytes(architecture, model, max_tokens) + 2 * chunk_size(device),
         largest_update_tokens=max_tokens * accumulation * ranks,
     )
 
@@ -177,7 +183,7 @@ def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: 
         per_token = c.hidden_size * len(layers) + kept_per_block * len(blocks) + max([*layers, *blocks])
     else:
         per_token = sum(layers) + sum(blocks)
-    return max_tokens * per_token * size + 2 * CHUNK_BYTES
+    return max_tokens * per_token * size
 
 
 def human(number: float, unit: str = "") -> str:

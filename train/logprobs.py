@@ -4,7 +4,7 @@
 
 At vocabulary 103,424 the logits of 4,096 tokens, their softmax and its gradient would take 5 GB in float32. Here a
 chunk of rows is multiplied out, reduced to three numbers per token, and thrown away; the backward pass multiplies it
-out again and turns it into both gradients at once.
+out again and turns it into both gradients at once (or the forward pass does, where the slope of the loss is known).
 
 Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk
 """
@@ -18,8 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from ernie_model.layers import cast, wide
 
-CHUNK_BYTES = 6 * 2**20
-"""Size of one chunk of logits in the wide dtype: large enough for full-speed matmuls, small enough for the cache."""
+
+def chunk_size(device: torch.device) -> int:
+    """Bytes of one chunk of logits in the wide dtype.
+
+    On the CPU small enough for the cache; elsewhere large enough that reading the head once per chunk costs little.
+    """
+    return (6 if device.type == "cpu" else 256) * 2**20
 
 
 class TokenLogprobs(NamedTuple):
@@ -33,7 +38,7 @@ def token_logprobs(
     target_T: Tensor,
     *,
     slope_T: Tensor | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
     """log p(target_t | ...) of every row, natural logarithm.
 
@@ -44,8 +49,9 @@ def token_logprobs(
         slope_T: what d loss / d logprob_T will be, up to one factor, when it is known beforehand (cross-entropy: the
             target weights). The gradients are then made in the forward pass, from logits that are there anyway: one
             matmul in four is saved. A hint, never trusted: if the real slope differs, the backward pass recomputes.
-        chunk_bytes: memory for one chunk of logits.
+        chunk_bytes: memory for one chunk of logits; None takes what suits the device.
     """
+    chunk_bytes = chunk_bytes or chunk_size(hidden_TD.device)
     slope_T = slope_T if torch.is_grad_enabled() else None  # evaluation needs no gradients, early or late
     logprob_T, correct_T = _TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, chunk_bytes)  # pyright: ignore
     return TokenLogprobs(logprob_T, correct_T)

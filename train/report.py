@@ -34,6 +34,7 @@ def opening(
         max_tokens=config.data.max_tokens,
         accumulation=config.data.accumulation,
         ranks=ranks,
+        device=device,
     )
     active = f"{human(sums.active_text)} active per text token"
     if sums.active_vision:
