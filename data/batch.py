@@ -32,6 +32,8 @@ class PackedBatch:
     patch_PX: Tensor | None = None  # float32; the patches of all items, end to end, in merge-block order
     ids: tuple[str, ...] = ()
     """Which record each segment came from."""
+    datasets: tuple[str, ...] = ()
+    """Which dataset each segment came from, by the name that settings give it."""
 
     @property
     def num_tokens(self) -> int:

@@ -5,10 +5,14 @@
                           Part text   "Which digit?"
       Message assistant   Part text   "7"                 trained: an assistant message, and nobody said otherwise
 
+    Conversation          a sequence of messages; one that ends before the assistant's turn is a prompt (RL)
+    Pair                  a prompt and two answers, the first of them preferred (DPO)
+
 Everything is frozen, so that a conversation may be shared by threads and caches. Media stay *references* (a path, or
 the bytes of an encoded file) until `data/media.py` opens them.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,13 +23,36 @@ from data.errors import DataError
 ROLES = ("system", "user", "assistant", "tool")
 
 Media = str | bytes
-"""A path as the record wrote it, or the content of an encoded file (PNG, JPEG, ...)."""
+"""A path or address as the record wrote it, or the content of an encoded file (PNG, JPEG, ...)."""
 
 
 class PartKind(Enum):
     TEXT = "text"
     IMAGE = "image"
     VIDEO = "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSampling:
+    """Which frames of one video to look at; what is None is left to the processor's settings (ernie_model/video.py)."""
+
+    fps: float | None = None
+    num_frames: int | None = None
+    start_s: float | None = None
+    """Seconds into the video; None is its beginning."""
+    end_s: float | None = None
+    """Seconds into the video; None is its end."""
+
+    def __post_init__(self):
+        if self.fps is not None and self.num_frames is not None:
+            raise DataError(f"fps ({self.fps}) and num_frames ({self.num_frames}) are both given. Keep one.")
+        if self.fps is not None and not 0 < self.fps < float("inf"):
+            raise DataError(f"fps is {self.fps}; it must be a positive number.")
+        if self.num_frames is not None and self.num_frames < 1:
+            raise DataError(f"num_frames is {self.num_frames}; it must be at least 1.")
+        start, end = self.start_s or 0.0, float("inf") if self.end_s is None else self.end_s
+        if not 0 <= start < end:
+            raise DataError(f"start_s is {self.start_s} and end_s {self.end_s}; 0 <= start_s < end_s must hold.")
 
 
 @dataclass(frozen=True)
@@ -35,6 +62,8 @@ class Part:
     kind: PartKind
     text: str = ""
     media: Media | None = None
+    sampling: VideoSampling | None = None
+    """Videos only."""
 
     @staticmethod
     def of_text(text: str) -> "Part":
@@ -45,8 +74,8 @@ class Part:
         return Part(PartKind.IMAGE, media=media)
 
     @staticmethod
-    def of_video(media: Media) -> "Part":
-        return Part(PartKind.VIDEO, media=media)
+    def of_video(media: Media, sampling: VideoSampling | None = None) -> "Part":
+        return Part(PartKind.VIDEO, media=media, sampling=sampling)
 
 
 @dataclass(frozen=True)
@@ -115,11 +144,22 @@ class Conversation:
     """Definitions of the functions the assistant may call, in OpenAI's form."""
     answer: str | None = None
     """The right answer, where it can be checked by a program (evaluation, reinforcement learning)."""
+    reward: str | None = None
+    """Name of the function that compares an answer with `answer`."""
+    label: bool | None = None
+    """Is the last answer wanted? Unpaired preferences (KTO); None elsewhere."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """What else the record carried, by its own keys. Nobody reads it; converting keeps it."""
     source: Source | None = None
 
     def __post_init__(self):
         if not self.messages:
             raise DataError("messages is empty; a conversation needs at least one message.")
+
+    @property
+    def is_prompt(self) -> bool:
+        """The assistant's turn is still to be written."""
+        return self.messages[-1].role != "assistant"
 
     @property
     def name(self) -> str:
@@ -130,9 +170,7 @@ class Conversation:
         """The same conversation without its last message, which must be the assistant's: the question alone."""
         if self.messages[-1].role != "assistant":
             raise DataError(f"{self.name}: the last message is the {self.messages[-1].role}'s, not the assistant's.")
-        return Conversation(
-            id=self.id, messages=self.messages[:-1], tools=self.tools, answer=self.answer, source=self.source
-        )
+        return dataclasses.replace(self, messages=self.messages[:-1])
 
     def to_chat(self, open_media: Callable[[PartKind, Media], Any] | None = None) -> list[dict[str, Any]]:
         """The messages as `Processor.encode` takes them.
@@ -141,6 +179,37 @@ class Conversation:
         references stay as they are, which is enough for chat templates and for printing.
         """
         return [_chat_message(message, open_media or (lambda kind, media: media)) for message in self.messages]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, of which the first is preferred."""
+
+    prompt: Conversation
+    """Ends before the assistant's turn; its id, tools and source are the pair's."""
+    chosen: tuple[Message, ...]
+    """What follows the prompt: an assistant message, or several turns with tool results between them."""
+    rejected: tuple[Message, ...]
+
+    def __post_init__(self):
+        if not self.prompt.is_prompt:
+            raise DataError("the prompt of a pair ends with an assistant message; the answers belong in the pair.")
+        for name, answer in (("chosen", self.chosen), ("rejected", self.rejected)):
+            if not answer or answer[-1].role != "assistant":
+                raise DataError(f"{name} does not end with an assistant message.")
+
+    @property
+    def id(self) -> str:
+        return self.prompt.id
+
+    @property
+    def conversations(self) -> tuple[Conversation, Conversation]:
+        """The prompt with the chosen answer, and with the rejected one."""
+        messages = self.prompt.messages
+        return (
+            dataclasses.replace(self.prompt, messages=messages + self.chosen),
+            dataclasses.replace(self.prompt, messages=messages + self.rejected),
+        )
 
 
 def _chat_message(message: Message, open_media: Callable[[PartKind, Media], Any]) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class Example:
     position_3T: Tensor  # int64, rows time, height, width
     grids: tuple[tuple[int, int, int], ...] = ()
     patch_PX: Tensor | None = None  # float32
+    dataset: str = ""
+    """Name of the dataset it came from."""
 
     @property
     def num_tokens(self) -> int:

@@ -127,6 +127,7 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         grids=tuple(grid for example in examples for grid in example.grids),
         patch_PX=torch.cat(patches) if patches else None,
         ids=tuple(example.id for example in examples),
+        datasets=tuple(example.dataset for example in examples),
     )
 
 
