@@ -4,10 +4,10 @@
     training_flops(forward, {Part.ATTENTION, ...})                                ->  one number
 
 A product of an (a, b) and a (b, c) matrix is 2·a·b·c operations; element-wise work is left out. Counted is what the
-*architecture* asks for: K experts per token (not E), causal attention inside segments (not T²), the head on the rows that
-are learned, the vision tower on its patches. Activation checkpointing, padding inside kernels and the second router that
-a mixed row also multiplies are costs of an implementation and don't count, so the share of the peak (MFU) falls when
-they grow.
+*architecture* asks for: K experts per token (not E), causal attention inside segments (not T²), the head on the rows
+that are learned, the vision tower on its patches. Activation checkpointing, padding inside kernels and the second
+router that a mixed row also multiplies are costs of an implementation and don't count, so the share of the peak (MFU)
+falls when they grow.
 """
 
 from collections import defaultdict
@@ -72,8 +72,8 @@ def training_flops(forward: Flops, trained: Collection[Part], *, adapted: Collec
     """Operations of forward and backward together.
 
     The backward pass multiplies once more for the gradient of the activations, where something before them learns, and
-    once more for the gradient of the weights, where they learn. So a part costs 1 (frozen and nothing before it learns),
-    2 or 3 times its forward; attention scores, which have two activations and no weights, 1 or 3 times.
+    once more for the gradient of the weights, where they learn. So a part costs 1 (frozen and nothing before it
+    learns), 2 or 3 times its forward; attention scores, which have two activations and no weights, 1 or 3 times.
 
     Args:
         trained: parts whose own weights learn.

@@ -15,9 +15,9 @@ C = small.CONFIG
 
 
 def test_by_hand():
-    """Width 16, 2 query heads and 1 key head of 8, 4 experts (2 chosen), widths 8 and 4, one shared of 8, vocabulary 50.
+    """Width 16, 2 query heads and 1 key head of 8, 4 experts (2 chosen), widths 8 and 4, one shared, vocabulary 50.
 
-    10 tokens in segments of 6 and 4; one image of 1 x 2 x 4 patches makes 2 media tokens, 4 vision tokens with brackets.
+    10 tokens in segments of 6 and 4; an image of 1 x 2 x 4 patches makes 2 media tokens, 4 vision tokens with brackets.
     """
     flops = forward_flops(C, lengths=(6, 4), grids=((1, 2, 4),), learned=3)
     assert flops == {
@@ -102,7 +102,7 @@ def test_frozen_parts_pay_no_weight_gradient():
 
 
 def test_six_operations_per_active_parameter_and_token():
-    """The rule of thumb, on a configuration whose attention scores and vision are small: within the counted parts exactly."""
+    """The rule of thumb, exactly, when attention scores are left out."""
     from ernie_model.counting import count_parameters
 
     config = ErnieConfig.from_json(
