@@ -34,6 +34,10 @@ PART_KINDS = {"text": PartKind.TEXT, "image": PartKind.IMAGE, "image_url": PartK
 }
 
 
+def recognises(value: Mapping[str, Any]) -> bool:
+    return isinstance(value.get("messages"), list)
+
+
 def read(record: Record) -> Conversation:
     """The conversation a record holds. Raises DataError, naming file, line and key, for what it cannot honour."""
     value, source = record.value, record.source
