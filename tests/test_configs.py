@@ -58,6 +58,13 @@ def test_jsonl_has_settings_of_its_own():
     assert isinstance(config.data, JsonlData) and config.data.eval_fraction == 0.1
 
 
+def test_the_recipe_of_the_family_and_the_users_own_rates():
+    optim = load("optim.lr_scale={layers.0.*: 0.5}", "optim.lr_scale.resampler=2").optim
+    assert optim.freeze == ["vision"] and optim.warmup_steps == 100 and optim.vision_layer_decay == 0.9
+    assert optim.lr_scale == {"router": 0.01, "vision": 0.9, "layers.0.*": 0.5, "resampler": 2.0}
+    assert load("experiment=digits").optim.freeze == [] and load("optim=adamw").optim.lr_scale == {}
+
+
 @pytest.mark.parametrize(
     "chosen, names",
     [
@@ -103,6 +110,8 @@ def message(*overrides: str) -> str:
         ("data.accumulation=0", "data.accumulation is 0; it must be at least 1."),
         ("data.max_tokens=1", "data.max_tokens is 1; a row needs at least 2 tokens."),
         ("run.steps=0", "run.steps is 0; it must be at least 1."),
+        ("optim.lr_scale.router=0", "optim.lr_scale has router: 0.0; a scale must be positive and finite."),
+        ("optim.vision_layer_decay=1.5", "optim.vision_layer_decay is 1.5; it must be more than 0 and at most 1."),
         ("optim.eps=0", "optim.eps is 0.0; it must be positive."),
         ("optim.lr=inf", "optim.lr is inf; it must be a finite number."),
         ("run.epochs=inf", "run.epochs is inf; it must be a finite number."),
@@ -113,7 +122,7 @@ def message(*overrides: str) -> str:
         ("evaluate.every=-1", "evaluate.every is -1; it must be 0 or more."),
         # values that contradict each other
         ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
-        ("run.steps=10 evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),
+        ("run.steps=10 optim=adamw evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),
         ("model.config=null", "model.checkpoint and model.config are both null"),
         ("model.processor=null", "model.processor is null and there is no model.checkpoint"),
         ("data=jsonl", "these settings have no default and were not given: data.path."),

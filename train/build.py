@@ -19,8 +19,11 @@ from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.config import ModelConfig, ParallelConfig, Precision, UserError, flatten, suggestion
 from train.logprobs import chunk_size
 from train.memory import keep_freed_memory
+from train.trained import MOMENT_BYTES
 
 TINY = "tiny"
+WEIGHT_BYTES = 4
+"""Of a float32 master weight, and of its gradient."""
 
 
 class Built(NamedTuple):
@@ -133,7 +136,7 @@ class Arithmetic(NamedTuple):
     active_text: int
     active_vision: int
     state_bytes: int
-    """float32 weights and gradients, and AdamW's two moments: 16 bytes per parameter."""
+    """float32 weights; for what trains also gradients and AdamW's two moments: 16 bytes per trained parameter."""
     activation_bytes: int
     """Of one full row, roughly, and of the logits at work."""
     largest_update_tokens: int
@@ -147,13 +150,15 @@ def arithmetic(
     accumulation: int,
     ranks: int,
     device: torch.device,
+    trained: int,
 ) -> Arithmetic:
+    """`trained`: parameters with a gradient; see `train.trained.freeze`."""
     count = count_parameters(architecture)
     return Arithmetic(
         total=count.total,
         active_text=count.active_text,
         active_vision=count.active_vision,
-        state_bytes=16 * count.total,
+        state_bytes=WEIGHT_BYTES * (count.total + trained) + MOMENT_BYTES * trained,
         activation_bytes=activation_bytes(architecture, model, max_tokens) + 2 * chunk_size(device),
         largest_update_tokens=max_tokens * accumulation * ranks,
     )

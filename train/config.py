@@ -206,6 +206,12 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Applied to matrices only, never to norms, biases or embeddings (train/optim.py)."""
+    freeze: list[str] = field(default_factory=list)
+    """What does not train: parts of the model, or globs over parameter names (train/trained.py)."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Part or glob → what `lr` is multiplied by there. A glob wins over a part, a later glob over an earlier one."""
+    vision_layer_decay: float = 1.0
+    """Each vision block learns at this share of the rate of the block above it; 1: all alike."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     max_skipped: int = 5
@@ -218,6 +224,15 @@ class OptimConfig:
         check(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}; it must be 0 or more.")
         check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio is {self.min_lr_ratio}; it must lie in 0..1.")
         check(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must be 0 or more.")
+        for key, scale in self.lr_scale.items():
+            check(
+                scale > 0 and math.isfinite(scale),
+                f"optim.lr_scale has {key}: {scale}; a scale must be positive and finite. optim.freeze stops a part.",
+            )
+        check(
+            0 < self.vision_layer_decay <= 1,
+            f"optim.vision_layer_decay is {self.vision_layer_decay}; it must be more than 0 and at most 1.",
+        )
         check(self.max_grad_norm > 0, f"optim.max_grad_norm is {self.max_grad_norm}; it must be positive.")
         check(self.max_skipped >= 0, f"optim.max_skipped is {self.max_skipped}; it must be 0 or more.")
         for name in ("beta1", "beta2"):
@@ -364,7 +379,11 @@ def register() -> None:
     """Tell Hydra the schemas. YAML files name them in their `defaults:` list."""
     store = ConfigStore.instance()
     for entry, schema in ENTRIES.items():
-        store.store(name=f"{entry}_schema", node=schema)
+        node = OmegaConf.structured(schema)
+        for key in open_keys(schema):
+            if not OmegaConf.is_missing(node, key.partition(".")[0]):
+                OmegaConf.set_struct(OmegaConf.select(node, key), False)  # Hydra refuses unknown keys everywhere else
+        store.store(name=f"{entry}_schema", node=node)
     for kind, variant in DATA_SCHEMAS.items():
         store.store(group="data", name=f"{kind}_schema", node=variant)
 
@@ -379,10 +398,11 @@ def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
         UserError: a value breaks a rule, a type is wrong, or a setting without a default was not given.
     """
     known = sorted(set(known_keys(schema)))
+    free = tuple(f"{key}." for key in open_keys(schema))
     entry = next((name for name, one in ENTRIES.items() if one is schema), schema.__name__)
     for key in flatten(OmegaConf.to_container(cfg)):  # `+optim.leer=1` gets past OmegaConf and would do nothing
         check(
-            key in known or key.startswith("model.config."),
+            key in known or key.startswith(free),
             f"{key} is not a setting of {entry}{suggestion(key, known)}",
         )
     missing = sorted(OmegaConf.missing_keys(cfg))
@@ -442,16 +462,29 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
 # ------------------------------------------------------------------------------------------------- help with typos
 
 
-def known_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def known_keys(schema: type) -> Iterator[str]:
     """Every key of a schema in dotted form, including those of the data sources."""
+    return (key for key, _ in _typed_keys(schema))
+
+
+def _typed_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(schema)
     for f in dataclasses.fields(schema):
         kind = hints[f.name]
         variants = list(DATA_SCHEMAS.values()) if kind is DataConfig else [kind]
-        yield prefix + f.name
+        yield prefix + f.name, kind
         for variant in variants:
             if dataclasses.is_dataclass(variant):
-                yield from known_keys(typing.cast(type, variant), f"{prefix}{f.name}.")
+                yield from _typed_keys(typing.cast(type, variant), f"{prefix}{f.name}.")
+
+
+def open_keys(schema: type) -> set[str]:
+    """The keys of a schema whose own keys are the user's: `model.config`, `optim.lr_scale`."""
+    keys = set()
+    for key, kind in _typed_keys(schema):
+        if dict in (typing.get_origin(kind), *map(typing.get_origin, typing.get_args(kind))):
+            keys.add(key)
+    return keys
 
 
 def suggestion(key: str, known: list[str]) -> str:

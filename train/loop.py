@@ -102,7 +102,7 @@ def fit(
         clock.data_arrived()
         lr = plan.learning_rate(state.step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         metrics = train_step(
             policy, objective, optimizer, microbatches, accelerator=accelerator, max_grad_norm=plan.max_grad_norm
         )

@@ -1,44 +1,43 @@
-"""AdamW: which parameters decay, and the learning rate of every step."""
+"""AdamW: its parameter groups, and the learning rate of every step."""
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from train.config import OptimConfig, Schedule
+from train.trained import decays, lr_scales
 
 FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Matrices decay; norms, biases and the embedding do not.
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """One group for each pair of learning-rate scale and weight decay that occurs among the trained parameters.
 
-    Decay pulls a weight towards zero. A norm's neutral value is 1, and a bias or the embedding of a rare token gets
-    little gradient to push back with. An embedding that is tied to the head counts as an embedding; an untied head is a
-    matrix and decays. Routers are matrices too. Frozen parameters are left out.
+    The loop sets group["lr"] to the step's learning rate times group["lr_scale"]; checkpoints go by group["names"].
     """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-    names: dict[str, list[str]] = {"decay": [], "no_decay": []}
-    for name, parameter in named:
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim >= 2 and "embed_tokens" not in name
-        group = "decay" if decays else "no_decay"
-        groups[group].append(parameter)
-        names[group].append(name)
-    return [
-        {"name": group, "params": groups[group], "names": names[group], "weight_decay": decay}
-        for group, decay in (("decay", weight_decay), ("no_decay", 0.0))
-        if groups[group]
-    ]
+    named = dict(model.named_parameters())
+    groups: dict[tuple[float, float], dict] = {}
+    for name, scale in lr_scales(model, config).items():
+        decay = config.weight_decay if decays(name, named[name]) else 0.0
+        group = groups.setdefault(
+            (scale, decay),
+            {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay},
+        )
+        group["params"].append(named[name])
+        group["names"].append(name)
+    return list(groups.values())
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    groups = parameter_groups(model.named_parameters(), config.weight_decay)
+    """AdamW over what trains: `train.trained.freeze` comes first.
+
+    Raises:
+        UserError: a key of `optim.lr_scale` matches nothing.
+    """
     device = next(model.parameters()).device
     return torch.optim.AdamW(
-        groups,
+        parameter_groups(model, config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

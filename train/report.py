@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from ernie_model.model import ErnieModel
-from train.build import arithmetic, human
+from train.build import WEIGHT_BYTES, arithmetic, human
 from train.config import SFTConfig
 from train.evaluate import Score
 from train.loop import TrainState
 from train.memory import held_bytes
 from train.sources import Data
+from train.trained import MOMENT_BYTES, PartRow, trained_parts
 
 
 def opening(
@@ -35,6 +36,7 @@ def opening(
         accumulation=config.data.accumulation,
         ranks=ranks,
         device=device,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     active = f"{human(sums.active_text)} active per text token"
     if sums.active_vision:
@@ -47,8 +49,8 @@ def opening(
     memory = f"{human(sums.state_bytes, 'B')} for weights, gradients and AdamW + about "
     memory += f"{human(sums.activation_bytes, 'B')} of activations on each rank"
     if device.type == "cpu" and (held := held_bytes()):
-        # what is held now includes the weights, a quarter of the state
-        in_all = held + sums.state_bytes * 3 // 4 + sums.activation_bytes
+        # what is held now includes the weights
+        in_all = held + sums.state_bytes - WEIGHT_BYTES * sums.total + sums.activation_bytes
         memory += f"; {human(in_all, 'B')} in all with Python and its libraries"
     lines = {
         "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
@@ -61,8 +63,31 @@ def opening(
     }
     for name, text in lines.items():
         console.print(f"{name:<9} {text}")
+    console.print(parts_table(trained_parts(model, config.optim), config.optim.weight_decay))
     for note in notes:
         console.print(f"note      {note}")
+
+
+def parts_table(rows: Sequence[PartRow], weight_decay: float) -> Table:
+    """What trains, at what rate, and what the optimizer keeps for it."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("part", "parameters", "trained", "peak lr", f"decay {weight_decay:g}", "optimizer"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+
+    def share(count: int, whole: int) -> str:
+        return "no" if not count else "all" if count == whole else human(count)
+
+    for row in rows:
+        low, high = row.lr or (0.0, 0.0)
+        rate = "" if row.lr is None else f"{high:.2g}" if low == high else f"{low:.2g} to {high:.2g}"
+        decayed = share(row.decayed, row.trained) if row.trained else ""
+        memory = human(row.optimizer_bytes, "B") if row.trained else ""
+        trained = share(row.trained, row.parameters)
+        table.add_row(row.part.value, human(row.parameters), trained, rate, decayed, memory)
+    table.add_section()
+    total, trained = (sum(getattr(row, name) for row in rows) for name in ("parameters", "trained"))
+    table.add_row("in all", human(total), share(trained, total), "", "", human(MOMENT_BYTES * trained, "B"))
+    return table
 
 
 def score_line(step: int, score: Score) -> str:

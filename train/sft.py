@@ -33,6 +33,7 @@ from train.run import (
     write_start,
 )
 from train.sources import ahead, build_data
+from train.trained import freeze
 
 register()
 
@@ -62,6 +63,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     model.to(accelerator.device)
+    notes += freeze(model, config.optim)
     policy = Policy(model, loss_is_linear=SFT.linear)
     optimizer = build_optimizer(model, config.optim)
     state = TrainState()
