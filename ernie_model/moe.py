@@ -45,16 +45,24 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """What the router did; index 0 is the text pool, 1 the vision pool. Detached float32.
+    """What the router did; index 0 is the text pool, 1 the vision pool. In the router's dtype.
 
-    Sums over the pool's tokens, so that micro-batches and ranks add up; divide by `token_2` for means.
+    Sums over the pool's tokens, so that micro-batches and ranks add up; divide by `token_2` for means. `prob_2E` and
+    `square_2` carry gradient, for the losses of routers; whoever keeps them for longer detaches them.
     """
 
     token_2: Tensor  # tokens of each pool
     count_2E: Tensor  # how many tokens chose each expert; a row sums to tokens * K
+    preferred_2E: Tensor  # the same for a choice by probability alone, as if there were no correction bias
     prob_2E: Tensor  # sum of softmax probabilities
     entropy_2: Tensor  # sum of the entropies of the softmax, in nats
-    logsumexp_2: Tensor  # sum of the logsumexp of the router's logits
+    square_2: Tensor  # sum of the squared logsumexp of the router's logits
+
+    def detach(self) -> "RouterStats":
+        return RouterStats(*(value.detach() for value in self))
+
+    def plus(self, other: "RouterStats") -> "RouterStats":
+        return RouterStats(*map(torch.add, self, other))
 
     @staticmethod
     def stack(layers: "list[RouterStats]") -> "RouterStats":
@@ -257,15 +265,27 @@ class MoE(nn.Module):
         weight_TK = prob_TE.gather(1, chosen_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
         routing = Routing(chosen_TK + offset, weight_TK, pools.num_vision)
-        return routing, self._stats(logit_TE.detach(), prob_TE.detach(), routing, pools)
+        preferred_TK = prob_TE.detach().topk(self.experts_per_token, dim=-1).indices + offset
+        return routing, self._stats(logit_TE, prob_TE, routing.expert_TK, preferred_TK, pools)
 
-    @torch.no_grad()
-    def _stats(self, logit_TE: Tensor, prob_TE: Tensor, routing: Routing, pools: Pools) -> RouterStats:
+    def _stats(
+        self, logit_TE: Tensor, prob_TE: Tensor, expert_TK: Tensor, preferred_TK: Tensor, pools: Pools
+    ) -> RouterStats:
         vision_T = pools.vision_T.to(logit_TE.dtype)
         member_2T = torch.stack((1 - vision_T, vision_T))
         logsumexp_T = logit_TE.logsumexp(-1)
-        # entropy = -sum p log p = logsumexp - sum p * logit
-        entropy_T = logsumexp_T - (prob_TE * logit_TE).sum(-1)
-        count_2E = torch.bincount(routing.expert_TK.flatten(), minlength=2 * self.num_experts).view(2, -1)
-        sums = (member_2T.sum(1), count_2E, member_2T @ prob_TE, member_2T @ entropy_T, member_2T @ logsumexp_T)
-        return RouterStats(*(x.float() for x in sums))
+
+        def counted(choice_TK: Tensor) -> Tensor:
+            return torch.bincount(choice_TK.flatten(), minlength=2 * self.num_experts).view(2, -1).to(logit_TE.dtype)
+
+        with torch.no_grad():
+            # entropy = -sum p log p = logsumexp - sum p * logit
+            entropy_T = logsumexp_T - (prob_TE * logit_TE).sum(-1)
+        return RouterStats(
+            token_2=member_2T.sum(1),
+            count_2E=counted(expert_TK),
+            preferred_2E=counted(preferred_TK),
+            prob_2E=member_2T @ prob_TE,
+            entropy_2=member_2T @ entropy_T,
+            square_2=member_2T @ logsumexp_T.square(),
+        )

@@ -185,9 +185,51 @@ class JsonlData(DataConfig):
 
 
 @dataclass
+class PoolWeights:
+    """A coefficient for each expert pool, since each has routers of its own."""
+
+    text: float = 0.0
+    vision: float = 0.0
+
+
+@dataclass
 class ObjectiveConfig:
+    """What is minimised. The losses of routers (train/router.py) are off, as in the released recipe for fine-tuning."""
+
     kind: ObjectiveKind = ObjectiveKind.sft
     """sft: mean negative log-likelihood of the tokens the assistant wrote."""
+    token_balanced: bool = False
+    """Divide the gradient by the positions an update has room for, not by its target tokens, so that a target weighs
+    the same beside few and many image tokens. The reported loss stays the mean; the gradient becomes smaller."""
+    balance: PoolWeights = field(default_factory=PoolWeights)
+    """Weight of the load-balance loss of each sparse layer. With data.accumulation > 1 it needs one more forward pass,
+    because experts are counted over the whole update."""
+    z_loss: PoolWeights = field(default_factory=PoolWeights)
+    """Weight of the mean squared logsumexp of the router's logits, of each sparse layer."""
+    orthogonal: PoolWeights = field(default_factory=PoolWeights)
+    """Weight of the loss that pulls the rows of each router's matrix apart."""
+    orthogonal_decoupled: bool = False
+    """Take the orthogonal loss's step after AdamW's, like weight decay, and not through AdamW and gradient clipping."""
+    bias_update: float = 0.0
+    """After each update, raise the correction bias of experts below the mean load by this much, and lower the others'.
+    Pre-training used 0.001."""
+
+    def __post_init__(self):
+        for name in ("balance", "z_loss", "orthogonal"):
+            for pool, weight in vars(getattr(self, name)).items():
+                check(
+                    0 <= weight < math.inf,
+                    f"objective.{name}.{pool} is {weight}; it must be 0 (off) or a positive number.",
+                )
+        check(
+            0 <= self.bias_update < math.inf,
+            f"objective.bias_update is {self.bias_update}; it must be 0 (off) or a positive number.",
+        )
+        check(
+            not self.orthogonal_decoupled or any(vars(self.orthogonal).values()),
+            "objective.orthogonal_decoupled is true, but objective.orthogonal is 0 for both pools. Give a weight, for "
+            "example objective.orthogonal.text=0.001.",
+        )
 
 
 @dataclass

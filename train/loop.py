@@ -4,10 +4,11 @@
     for each micro-batch:   policy(batch) → objective → backward          gradients add up, ranks meet on the last one
     clip → update → report → maybe evaluate → maybe save
 
-It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum) and a source
-(where batches come from), and nothing about any algorithm.
+It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum), a source
+(where batches come from) and what goes on beside the objective (`Beside`), and nothing about any algorithm.
 """
 
+import math
 import resource
 import sys
 import time
@@ -53,6 +54,30 @@ class Source(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Beside:
+    """What an update does beside its objective: losses of routers, a record of their choices. Here, nothing."""
+
+    def before(self, microbatches: Sequence[PackedBatch]) -> None:
+        """Before the first forward; `microbatches` are this rank's, on the host."""
+
+    def terms(self, router: RouterStats | None) -> Tensor | float:
+        """After each forward: this micro-batch's share of a loss over the whole update, with gradient."""
+        return 0.0
+
+    def after_backward(self) -> None:
+        """Gradients are complete and equal on all ranks, and not clipped yet."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Scalars to report, equal on all ranks."""
+        return {}
+
+    def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
+        """The optimizer has stepped; not called for an update that is left out.
+
+        `router`: of the whole update, summed over micro-batches and ranks, float64 on the host.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The numbers `fit` needs."""
@@ -88,6 +113,7 @@ def fit(
     accelerator: Accelerator,
     plan: Plan,
     hooks: Hooks,
+    beside: Sequence[Beside] = (),
 ) -> bool:
     """Train until `plan.steps` updates are done. Returns False when it was asked to stop before that.
 
@@ -104,7 +130,13 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         metrics = train_step(
-            policy, objective, optimizer, microbatches, accelerator=accelerator, max_grad_norm=plan.max_grad_norm
+            policy,
+            objective,
+            optimizer,
+            microbatches,
+            accelerator=accelerator,
+            max_grad_norm=plan.max_grad_norm,
+            beside=beside,
         )
         state.step += 1
         state.tokens_seen += int(metrics["tokens"])
@@ -136,31 +168,43 @@ def train_step(
     *,
     accelerator: Accelerator,
     max_grad_norm: float,
+    beside: Sequence[Beside] = (),
 ) -> dict[str, float]:
     """One update over `microbatches` of every rank. Returns global means and sums, on the host.
 
     The gradient is that of (sum of losses over all ranks and micro-batches) / (units over all ranks and micro-batches).
     An update whose loss or gradient is not finite, or that has nothing to learn, is left out: metrics["skipped"] is 1.
     """
-    device = accelerator.device
+    device, ranks = accelerator.device, accelerator.num_processes
     here = torch.stack([objective.count(batch).double() for batch in microbatches]).sum()
     count = all_sum(accelerator, here.to(device))
-    # Ranks *average* their gradients, so each one's share is multiplied by their number.
-    scale = accelerator.num_processes / count.clamp(min=1e-9)
+    divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
+    for part in beside:
+        part.before(microbatches)
     tally = Tally(device)
     for index, batch in enumerate(microbatches):
         batch, row_R = on_device(batch, device)
         with meeting_of_ranks(accelerator, policy, meet=index == len(microbatches) - 1):
             output = policy(batch, row_R)
             loss = objective.loss(output.logprob_T, batch)
-            accelerator.backward(loss.total * scale.to(loss.total.dtype))
+            terms = sum(part.terms(output.router) for part in beside)
+            # Ranks *average* their gradients, so each one's share is multiplied by their number.
+            accelerator.backward(loss.total * (ranks / divisor).to(loss.total.dtype) + ranks * terms)
         tally.add(batch, row_R, output.correct_T, loss.metrics, output.router)
+        del output, loss, terms  # or the next forward runs beside what is left of this graph
+    for part in beside:
+        part.after_backward()
     grad_norm = accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm)
     assert grad_norm is not None
+    equal = {"grad_norm": torch.as_tensor(grad_norm, device=device)}
+    for part in beside:
+        equal |= part.metrics()
     # The one wait for the device in a step: everything the host wants to know, in one transfer.
-    metrics = tally.reduce(accelerator, count, torch.as_tensor(grad_norm, device=device))
+    metrics, router = tally.reduce(accelerator, count, equal)
     if not metrics["skipped"]:
         optimizer.step()
+        for part in beside:
+            part.after_update(optimizer, router)
     optimizer.zero_grad(set_to_none=True)
     return metrics
 
@@ -214,32 +258,37 @@ class Tally:
             self.numbers[name] += number
         if router is not None:
             # RouterStats are sums over tokens, so micro-batches and ranks add up.
-            self.router = router if self.router is None else RouterStats(*map(torch.add, self.router, router))
+            self.router = router.detach() if self.router is None else self.router.plus(router.detach())
 
-    def reduce(self, accelerator: Accelerator, count: Tensor, grad_norm: Tensor) -> dict[str, float]:
+    def reduce(
+        self, accelerator: Accelerator, count: Tensor, equal: dict[str, Tensor]
+    ) -> tuple[dict[str, float], RouterStats | None]:
+        """Metrics, and the router's sums, over all ranks; `count` and `equal` are the same on all of them already."""
         parts = [torch.stack([*self.sums.values(), self.correct]).double()]
         parts.append(torch.tensor(list(self.numbers.values()), dtype=torch.float64, device=self.device))
         if self.router is not None:
             parts += [value.flatten().double() for value in self.router]
         summed = all_sum(accelerator, torch.cat(parts))
-        # Equal on all ranks already, so it must not be summed.
-        host = torch.cat([summed, count[None], grad_norm.double()[None]]).cpu()
-        *_, units, norm = host.tolist()
+        known = torch.stack([count, *(value.double() for value in equal.values())])
+        host = torch.cat([summed, known]).cpu()
+        units, *others = host[len(summed) :].tolist()
         metrics = {name: host[i].item() / max(units, 1e-9) for i, name in enumerate(self.sums)}
         at = len(self.sums)
         numbers = dict(zip(self.numbers, host[at + 1 : at + 1 + len(self.numbers)].tolist(), strict=True))
         metrics["accuracy"] = host[at].item() / max(numbers.pop("learned"), 1.0)
-        metrics |= numbers | {"units": units, "grad_norm": norm}
+        metrics |= numbers | {"units": units} | dict(zip(equal, others, strict=True))
+        router = None
         if self.router is not None:
             at += 1 + len(self.numbers)
             stats = []
             for value in self.router:
                 stats.append(host[at : at + value.numel()].view(value.shape))
                 at += value.numel()
-            metrics |= router_summary(RouterStats(*stats))
-        finite = all(torch.isfinite(host[: len(self.sums)])) and torch.isfinite(host[-1])
+            router = RouterStats(*stats)
+            metrics |= router_summary(router)
+        finite = all(torch.isfinite(host[: len(self.sums)])) and math.isfinite(metrics["grad_norm"])
         metrics["skipped"] = float(not finite or units == 0)
-        return metrics
+        return metrics, router
 
 
 def router_summary(stats: RouterStats) -> dict[str, float]:
@@ -249,6 +298,8 @@ def router_summary(stats: RouterStats) -> dict[str, float]:
         over layers.
     dead: experts that no token chose, in all layers together.
     entropy: of the router's softmax, in nats, mean over tokens and layers; log(E) is undecided, 0 is certain.
+    balance, z: the losses of train/router.py, mean over layers, whether they are minimised or not. An even load has
+        balance K.
     """
     out: dict[str, float] = {}
     for index, pool in enumerate(("text", "vision")):
@@ -259,6 +310,9 @@ def router_summary(stats: RouterStats) -> dict[str, float]:
         out[f"router_{pool}_imbalance"] = float((count_LE.max(1).values / count_LE.mean(1)).mean())
         out[f"router_{pool}_dead"] = float((count_LE == 0).sum())
         out[f"router_{pool}_entropy"] = float((stats.entropy_2[:, index] / token_L).mean())
+        product_LE = stats.prob_2E[:, index] * stats.preferred_2E[:, index]
+        out[f"router_{pool}_balance"] = float((count_LE.shape[1] * product_LE.sum(1) / token_L**2).mean())
+        out[f"router_{pool}_z"] = float((stats.square_2[:, index] / token_L).mean())
     return out
 
 

@@ -18,10 +18,11 @@ from train.build import build_accelerator, build_model
 from train.config import SFTConfig, check_steps, plain, register, to_typed
 from train.evaluate import draw_answers, measure
 from train.loop import Hooks, Plan, TrainState, fit
-from train.objectives.sft import SFT
+from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.policy import Policy
 from train.progress import Progress
+from train.router import RouterLosses
 from train.run import (
     StopSignal,
     check_not_past,
@@ -64,8 +65,10 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     check_steps(config, steps)
     model.to(accelerator.device)
     notes += freeze(model, config.optim)
-    policy = Policy(model, loss_is_linear=SFT.linear)
+    objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])
+    policy = Policy(model, loss_is_linear=objective.linear)
     optimizer = build_optimizer(model, config.optim)
+    beside = [RouterLosses(model, config.objective, accelerator)]
     state = TrainState()
     if run.resume_from is not None and saved is not None:
         checkpoint.load(run.resume_from, model=model, optimizer=optimizer, rank=rank)
@@ -136,7 +139,9 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
             evaluate(state)
         else:
             progress.note(report.resumed_line(run.resume_from, state, steps))
-        finished = fit(wrapped, SFT, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks)
+        finished = fit(
+            wrapped, objective, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
+        )
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
     elif on_main:

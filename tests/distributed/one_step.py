@@ -4,6 +4,7 @@ python -m tests.distributed.one_step OUT      with RANK, WORLD_SIZE, MASTER_ADDR
 """
 
 import sys
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -11,11 +12,12 @@ from torch import nn
 
 from tests.train import small
 from train.build import build_accelerator
-from train.config import ParallelConfig
+from train.config import ObjectiveConfig, ParallelConfig, PoolWeights
 from train.evaluate import exact
 from train.loop import all_sum, any_rank, train_step
 from train.objectives.sft import SFT
 from train.policy import Policy, on_device
+from train.router import RouterLosses
 
 SEGMENTS = {
     "image": small.example(0, 9, image=True),
@@ -23,12 +25,29 @@ SEGMENTS = {
     "short": small.example(2, 6, learned=1),
     "image2": small.example(3, 8, image=True, learned=2),
 }
-# The micro-batches of rank 0, of rank 1, and whether to recompute activations.
-CASES: dict[str, tuple[list[str], list[str], bool]] = {
-    "rank 0 has an image before the ranks meet": (["image", "long"], ["short", "long"], False),
-    "rank 1 has an image where the ranks meet": (["long", "short"], ["short", "image2"], False),
-    "with activation checkpointing": (["image", "short"], ["short", "long"], True),
-    "nobody has an image": (["long", "short"], ["short", "long"], False),
+PLAIN = ObjectiveConfig()
+ROUTERS = ObjectiveConfig(
+    balance=PoolWeights(0.3, 0.7), z_loss=PoolWeights(0.2, 0.05), orthogonal=PoolWeights(0.11, 0.13), bias_update=1e-3
+)
+
+
+class Case(NamedTuple):
+    first: list[str]
+    """The micro-batches of rank 0."""
+    second: list[str]
+    """And of rank 1."""
+    checkpointing: bool = False
+    objective: ObjectiveConfig = PLAIN
+
+
+CASES = {
+    "rank 0 has an image before the ranks meet": Case(["image", "long"], ["short", "long"]),
+    "rank 1 has an image where the ranks meet": Case(["long", "short"], ["short", "image2"]),
+    "with activation checkpointing": Case(["image", "short"], ["short", "long"], checkpointing=True),
+    "nobody has an image": Case(["long", "short"], ["short", "long"]),
+    "router losses, counted beforehand": Case(["image", "long"], ["short", "image2"], objective=ROUTERS),
+    "router losses, one micro-batch each": Case(["image"], ["long"], objective=ROUTERS),
+    "router losses, recomputed": Case(["image"], ["short"], checkpointing=True, objective=ROUTERS),
 }
 
 
@@ -39,20 +58,22 @@ class Catch(torch.optim.SGD):
         self.caught = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
-def one_step(accelerator: Accelerator, names: list[str], *, checkpointing: bool) -> dict:
+def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
     policy: Policy = small.policy(dtype=torch.float64)
-    policy.model.gradient_checkpointing = checkpointing
+    policy.model.gradient_checkpointing = case.checkpointing
     optimizer = Catch(policy.parameters(), lr=1.0)
     wrapped = accelerator.prepare_model(policy)
     assert isinstance(wrapped, nn.Module)
     wrapped.train()
     rows = [small.in_double(small.row(SEGMENTS[name])) for name in names]
-    metrics = train_step(wrapped, SFT, optimizer, rows, accelerator=accelerator, max_grad_norm=1e9)
+    routers = RouterLosses(policy.model, case.objective, accelerator)
+    metrics = train_step(wrapped, SFT, optimizer, rows, accelerator=accelerator, max_grad_norm=1e9, beside=[routers])
     row, row_R = on_device(rows[0], accelerator.device)
     right = exact(policy(row, row_R).correct_T, row).sum().double()
     return {
         "gradients": {name: g for (name, _), g in zip(policy.named_parameters(), optimizer.caught, strict=True)},
         "metrics": metrics,
+        "biases": {name: b.clone() for name, b in policy.named_buffers() if "correction_bias" in name},
         "right": all_sum(accelerator, right).item(),
         "flag": any_rank(accelerator, accelerator.process_index == 1),
     }
@@ -62,8 +83,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     accelerator = build_accelerator(ParallelConfig(cpu=True))
     results = {
-        case: one_step(accelerator, ranks[accelerator.process_index], checkpointing=checkpointing)
-        for case, (*ranks, checkpointing) in CASES.items()
+        name: one_step(accelerator, (case.first, case.second)[accelerator.process_index], case)
+        for name, case in CASES.items()
     }
     if accelerator.is_main_process:
         torch.save(results, sys.argv[1])

@@ -69,8 +69,8 @@ def two_ranks(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one(two_ranks, case):
-    first, second, checkpointing = CASES[case]
-    one = one_step(small.accelerator(), first + second, checkpointing=checkpointing)
+    first, second = CASES[case].first, CASES[case].second
+    one = one_step(small.accelerator(), first + second, CASES[case])
     two = two_ranks[case]
     scale = max(g.abs().max().item() for g in one["gradients"].values() if g is not None)
     for name, gradient in one["gradients"].items():
@@ -80,8 +80,10 @@ def test_two_ranks_equal_one(two_ranks, case):
             torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-12 * scale, msg=name)
     with_image = any(name.startswith("image") for name in first + second)
     assert (one["gradients"]["model.vision.patch_embed.weight"] is not None) == with_image
-    for key in ("loss", "accuracy", "units", "tokens", "grad_norm", "router_text_imbalance"):
+    for key in ("loss", "accuracy", "units", "tokens", "grad_norm", "router_text_imbalance", "router_text_balance"):
         assert math.isclose(one["metrics"][key], two["metrics"][key], rel_tol=1e-12), key
+    for name, bias in one["biases"].items():
+        assert torch.equal(bias, two["biases"][name]) and bias.any() == bool(CASES[case].objective.bias_update), name
     assert two["flag"] and not one["flag"]  # what one rank is asked, all do
 
 

@@ -1,5 +1,7 @@
 """Two pools of experts: the layout by hand, the layer by definition, statistics, and what must not matter."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -141,12 +143,26 @@ def test_statistics_by_hand():
     x = torch.zeros(3, 8, dtype=torch.float64)
     x[:, 0] = 1
     _, stats = moe.choose(x, pools(0, 0, 1))
-    log = lambda value: torch.tensor(float(value)).log().item()  # noqa: E731
-    torch.testing.assert_close(stats.prob_2E, torch.tensor([[1.5, 0.5], [0.5, 0.5]]))
-    torch.testing.assert_close(stats.entropy_2, torch.tensor([2 * (log(4) - 0.75 * log(3)), log(2)]))
-    torch.testing.assert_close(stats.logsumexp_2, torch.tensor([2 * log(4), log(2)]))
+    log = math.log
+
+    def equal(found, expected):
+        # the logarithm of 3 was rounded to float32
+        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+
+    equal(stats.prob_2E, [[1.5, 0.5], [0.5, 0.5]])
+    equal(stats.entropy_2, [2 * (log(4) - 0.75 * log(3)), log(2)])
+    equal(stats.square_2, [2 * log(4) ** 2, log(2) ** 2])
     assert stats.token_2.tolist() == [2, 1]
     assert stats.count_2E[0].tolist() == [2, 0]
+
+
+def test_the_bias_moves_choices_but_not_preferences():
+    moe, x = make_moe(top_k=1, shared=0), torch.randn(5, 8, dtype=torch.float64)
+    moe.text.router.correction_bias_E.copy_(torch.tensor([0.0, 0.0, 0.0, 10.0]))
+    _, stats = moe.choose(x, pools(0, 0, 0, 0, 0))
+    best_T = (x @ moe.text.router.weight_ED.T).argmax(1)
+    assert stats.count_2E[0].tolist() == [0, 0, 0, 5]
+    assert stats.preferred_2E[0].tolist() == torch.bincount(best_T, minlength=4).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,15 +9,16 @@ import torch
 from data.batch import PackedBatch
 from ernie_model.moe import RouterStats
 from tests.train import small
-from train.config import OptimConfig, Schedule, UserError
+from train.config import ObjectiveConfig, OptimConfig, Schedule, UserError
 from train.loop import Hooks, Plan, TrainState, fit, router_summary, train_step
+from train.objectives import Objective, sft
 from train.objectives.sft import SFT
 from train.optim import learning_rate
 
 E = [small.example(seed, length, image=seed % 2 == 0) for seed, length in enumerate((9, 7, 12, 6))]
 
 
-def gradients(rows: list[PackedBatch]) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(rows: list[PackedBatch], objective: Objective = SFT) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The gradient of one step in float64, caught where the optimizer would use it."""
     policy = small.policy(dtype=torch.float64)
     caught: dict[str, torch.Tensor] = {}
@@ -28,7 +29,7 @@ def gradients(rows: list[PackedBatch]) -> tuple[dict[str, torch.Tensor], dict[st
 
     metrics = train_step(
         policy,
-        SFT,
+        objective,
         Catch(policy.parameters(), lr=1.0),
         [small.in_double(row) for row in rows],
         accelerator=small.accelerator(),
@@ -44,10 +45,8 @@ def test_cutting_a_batch_into_microbatches_changes_nothing():
     scale = max(value.abs().max().item() for value in whole.values())
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-12 * scale, msg=name)
-    for key in ("loss", "accuracy", "tokens", "units", "router_text_imbalance"):
+    for key in ("loss", "accuracy", "tokens", "units", "router_text_imbalance", "router_vision_entropy"):
         assert math.isclose(parts_metrics[key], whole_metrics[key], rel_tol=1e-12), key
-    key = "router_vision_entropy"  # router statistics are float32 sums
-    assert math.isclose(parts_metrics[key], whole_metrics[key], rel_tol=1e-6)
 
 
 def test_loss_is_the_mean_over_target_tokens_of_the_whole_step():
@@ -68,6 +67,33 @@ def test_loss_is_the_mean_over_target_tokens_of_the_whole_step():
     )
     assert metrics["units"] == 4
     assert math.isclose(metrics["loss"], sum(nll) / 4, rel_tol=1e-6)
+
+
+def test_token_balanced_gradients_are_divided_by_the_room_of_the_update():
+    """6 targets, room for 16 tokens: the gradient is 6/16 = 0.375 of the plain one, the value is the same."""
+    rows = [small.row(E[0]), small.row(E[1])]  # 3 targets each, 16 positions
+    plain, plain_metrics = gradients(rows)
+    objective = sft.build(ObjectiveConfig(token_balanced=True), positions=16)
+    found, metrics = gradients(rows, objective)
+    scale = max(value.abs().max().item() for value in plain.values())
+    for name in plain:
+        torch.testing.assert_close(found[name], 0.375 * plain[name], rtol=0, atol=1e-12 * scale, msg=name)
+    assert metrics["loss"] == plain_metrics["loss"] and metrics["units"] == 6
+    # the same update in one row
+    whole, _ = gradients([small.row(E[0], E[1])], objective)
+    for name in plain:
+        torch.testing.assert_close(whole[name], found[name], rtol=0, atol=1e-12 * scale, msg=name)
+
+
+def test_a_target_weighs_the_same_whatever_else_is_in_a_token_balanced_update():
+    """Gradients of two updates add up to that of both together. Plain means do not: they divide by other counts."""
+    objective = sft.build(ObjectiveConfig(token_balanced=True), positions=40)
+    few, many = small.row(small.example(9, 8, learned=1)), small.row(small.example(8, 12, learned=9))
+    apart = [gradients([row], objective)[0] for row in (few, many)]
+    together, _ = gradients([few, many], objective)
+    scale = max(value.abs().max().item() for value in together.values())
+    for name, value in together.items():
+        torch.testing.assert_close(apart[0][name] + apart[1][name], value, rtol=0, atol=1e-12 * scale, msg=name)
 
 
 def test_policy_scores_only_learned_rows_and_matches_a_full_softmax():
@@ -92,18 +118,25 @@ def test_text_and_image_tokens_are_counted_apart():
 
 
 def test_router_summary_by_hand():
-    """One layer, E = 4. Text: 6 of 8 choices go to expert 0 (mean 2), expert 3 gets none. No vision token."""
+    """One layer, E = 4, K = 2. Text: 6 of 8 choices go to expert 0 (mean 2), expert 3 gets none. No vision token.
+
+    Balance: 4 * (1/2 * 6/4 + 1/4 * 1/4 + 1/4 * 1/4) = 3.5; z: 12 / 4.
+    """
+    chosen = torch.tensor([[[6.0, 1.0, 1.0, 0.0], [0.0] * 4]])
     stats = RouterStats(
         token_2=torch.tensor([[4.0, 0.0]]),
-        count_2E=torch.tensor([[[6.0, 1.0, 1.0, 0.0], [0.0] * 4]]),
-        prob_2E=torch.zeros(1, 2, 4),
+        count_2E=chosen,
+        preferred_2E=chosen,
+        prob_2E=torch.tensor([[[2.0, 1.0, 1.0, 0.0], [0.0] * 4]]),
         entropy_2=torch.tensor([[2.0, 0.0]]),
-        logsumexp_2=torch.zeros(1, 2),
+        square_2=torch.tensor([[12.0, 0.0]]),
     )
     assert router_summary(stats) == {
         "router_text_imbalance": 3.0,
         "router_text_dead": 1.0,
         "router_text_entropy": 0.5,
+        "router_text_balance": 3.5,
+        "router_text_z": 3.0,
     }
 
 

@@ -26,5 +26,7 @@ class Objective(NamedTuple):
     """Units in a batch, known before the forward pass."""
     loss: Callable[[Tensor, PackedBatch], LossSum]
     """(logprob_T, batch on the same device) → sums."""
+    divisor: float | None = None
+    """Divides the gradient in place of the count, which stays what reported means are divided by; None: the count."""
     linear: bool = False
     """The total is -sum(weight_T * logprob_T): its slope is known before the backward pass, which saves a product."""

@@ -1,0 +1,203 @@
+"""What keeps the experts of both pools in use: three losses for routers, and the update of their correction bias.
+
+    balance      E * sum_e P[e] * c[e]              P mean probability, c choices per token; K when even
+    z            mean_t logsumexp_t ^ 2             keeps the router's logits small
+    orthogonal   mean_ef ((W^ W^T - 1)[e, f]) ^ 2   W^ the router's rows at unit length; 0 at right angles
+    bias         b[e] += u * sign(mean n - n[e])    n choices in the update that was just done; no gradient
+
+Each exists once per sparse layer and pool, over that pool's tokens only: a sum over both pools would call two half-dead
+pools balanced. The losses of all layers are added, times their weight, to what is minimised, and reported beside it.
+
+Everything is over the tokens of the whole update, so micro-batches and ranks change nothing:
+
+    P, z         sums over tokens / tokens of the update, which the token ids give before the first forward
+    c            known only after every forward. One micro-batch: ranks add their counts between forward and backward.
+                 Several: a forward pass without gradients counts first.
+    orthogonal   no tokens in it: its gradient is added once, after the last backward
+
+Shape letters:  L sparse layers   E experts of a pool   2 pools, text then vision   D model width
+Source: reference 3.1 to 3.4, 3.6.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.batch import PackedBatch
+from ernie_model.context import Packed
+from ernie_model.model import ErnieModel
+from ernie_model.moe import MoE, Router, RouterStats
+from train.config import ObjectiveConfig, UserError
+from train.loop import Beside, all_sum
+
+POOLS = ("text", "vision")
+
+
+class RouterLosses(Beside):
+    """The losses of one model's routers, and the update of their bias.
+
+    Raises:
+        UserError: a weight is set for routers that do not exist, or that are frozen.
+    """
+
+    def __init__(self, model: ErnieModel, config: ObjectiveConfig, accelerator: Accelerator):
+        self.model, self.config, self.accelerator = model, config, accelerator
+        layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+        self.routers: dict[str, list[Router]] = {
+            "text": [mlp.text.router for mlp in layers],
+            "vision": [mlp.vision.router for mlp in layers if mlp.vision is not None],
+        }
+        self._check()
+        device = accelerator.device
+        self.balance_2, self.z_2 = (
+            torch.tensor([weight.text, weight.vision], dtype=torch.float64, device=device)
+            for weight in (config.balance, config.z_loss)
+        )
+        self.balances, self.has_terms = _any(config.balance), _any(config.balance) or _any(config.z_loss)
+        self.token_2: Tensor | None = None
+        self.preferred_L2E: Tensor | None = None
+
+    def _check(self) -> None:
+        config = self.config
+        for pool, routers in self.routers.items():
+            chosen = {
+                f"objective.{name}.{pool}": getattr(getattr(config, name), pool)
+                for name in ("balance", "z_loss", "orthogonal")
+            }
+            for key, weight in chosen.items():
+                if weight and not routers:
+                    raise UserError(f"{key} is {weight}, but the model has no {pool} router. Set {key}=0.")
+                if weight and not _trains(routers):
+                    raise UserError(
+                        f"{key} is {weight}, but the {pool} routers are frozen. Set {key}=0, or train them."
+                    )
+        if config.bias_update and not any(_trains(routers) for routers in self.routers.values()):
+            what = (
+                "the model has no router that is trained" if any(self.routers.values()) else "the model has no router"
+            )
+            raise UserError(f"objective.bias_update is {config.bias_update}, but {what}. Set objective.bias_update=0.")
+
+    # ------------------------------------------------------------------------------------------- around one update
+
+    def before(self, microbatches: Sequence[PackedBatch]) -> None:
+        """Find what the losses divide by: each pool's tokens in this update and, where it takes a pass, the choices."""
+        self.token_2 = self.preferred_L2E = None
+        if self.balances and len(microbatches) > 1:
+            self._remember(self._count(microbatches))
+        elif self.has_terms and not self.balances:
+            ids = torch.tensor(self.model.config.vision_pool_token_ids, dtype=torch.int64)
+            tokens = sum(batch.num_tokens for batch in microbatches)
+            vision = sum(int(torch.isin(batch.token_T, ids).sum()) for batch in microbatches)
+            here = torch.tensor([tokens - vision, vision], dtype=torch.float64, device=self.accelerator.device)
+            self.token_2 = all_sum(self.accelerator, here)
+
+    def terms(self, router: RouterStats | None) -> Tensor | float:
+        """This micro-batch's share of the balance and z losses: the shares of an update add up to them."""
+        if not self.has_terms:
+            return 0.0
+        assert router is not None  # without routers _check refuses
+        if self.token_2 is None:
+            self._remember(router)
+        assert self.token_2 is not None
+        dtype, experts = router.prob_2E.dtype, router.prob_2E.shape[-1]
+        token_2 = self.token_2.clamp(min=1)  # a pool without tokens has sums of 0
+        total = (router.square_2 * (self.z_2 / token_2).to(dtype)).sum()
+        if self.preferred_L2E is not None:
+            slope_L2E = (self.balance_2 * experts / token_2**2)[:, None] * self.preferred_L2E
+            total = total + (router.prob_2E * slope_L2E.to(dtype)).sum()
+        return total
+
+    def after_backward(self) -> None:
+        """Add the gradient of the orthogonal loss, once, to what every rank already agrees on."""
+        if not self.config.orthogonal_decoupled:
+            for router, gradient_ED in self._orthogonal_gradients():
+                router.weight_ED.grad = (
+                    gradient_ED if router.weight_ED.grad is None else router.weight_ED.grad + gradient_ED
+                )
+
+    @torch.no_grad()
+    def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
+        if self.config.orthogonal_decoupled:
+            rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+            for one, gradient_ED in self._orthogonal_gradients():
+                one.weight_ED.sub_(gradient_ED, alpha=rates[id(one.weight_ED)])
+        if self.config.bias_update and router is not None:
+            for pool, routers in enumerate(self.routers.values()):
+                if not _trains(routers):  # reference 3.6
+                    continue
+                for layer, one in enumerate(routers):
+                    count_E = router.count_2E[layer, pool]
+                    sign_E = (count_E.mean() - count_E).sign().to(one.correction_bias_E)
+                    one.correction_bias_E.add_(sign_E, alpha=self.config.bias_update)
+
+    def metrics(self) -> dict[str, Tensor]:
+        """The orthogonal loss of each pool that has a weight, mean over layers. `router_summary` has the others."""
+        weights = vars(self.config.orthogonal)
+        with torch.no_grad():
+            return {
+                f"router_{pool}_orthogonal": orthogonal(_stacked(routers)).mean()
+                for pool, routers in self.routers.items()
+                if weights[pool]
+            }
+
+    # ----------------------------------------------------------------------------------------------------- pieces
+
+    def _remember(self, stats: RouterStats) -> None:
+        """Tokens and choices of the update, from this rank's."""
+        token_2 = stats.token_2[0].double()  # equal in every layer
+        flat = all_sum(self.accelerator, torch.cat([token_2, stats.preferred_2E.double().flatten()]))
+        self.token_2, self.preferred_L2E = flat[:2], flat[2:].view_as(stats.preferred_2E)
+
+    @torch.no_grad()
+    def _count(self, microbatches: Sequence[PackedBatch]) -> RouterStats:
+        """Run the layers, without the head, only to see what the routers choose."""
+        device, total = self.accelerator.device, None
+        devices = [device] if device.type == "cuda" else []
+        # The real pass must draw the same random numbers (dropout of adapters), or other choices would be counted.
+        with torch.random.fork_rng(devices):
+            for batch in microbatches:
+                moved = batch.to(device)
+                output = self.model(
+                    moved.token_T,
+                    moved.position_3T,
+                    Packed(moved.lengths),
+                    patch_PX=moved.patch_PX,
+                    grids=moved.grids,
+                )
+                total = output.router if total is None else total.plus(output.router)
+        assert total is not None
+        return total
+
+    def _orthogonal_gradients(self) -> list[tuple[Router, Tensor]]:
+        """(router, weight of its pool times the gradient of its loss)."""
+        found = []
+        for pool, routers in self.routers.items():
+            weight = vars(self.config.orthogonal)[pool]
+            if weight:
+                with torch.enable_grad():
+                    weight_LED = _stacked(routers).requires_grad_()
+                    (gradient_LED,) = torch.autograd.grad(weight * orthogonal(weight_LED).sum(), weight_LED)
+                found += zip(routers, gradient_LED, strict=True)
+        return found
+
+
+def orthogonal(weight_LED: Tensor) -> Tensor:
+    """(L, E, D) -> (L,): mean squared entry of W^ W^T - 1. Two rows at 45 degrees: (2 * 0.5 + 2 * 0) / 4 = 0.25."""
+    unit_LED = F.normalize(weight_LED, dim=-1, eps=1e-12)
+    gram_LEE = unit_LED @ unit_LED.transpose(1, 2)
+    return (gram_LEE - torch.eye(gram_LEE.shape[-1]).to(gram_LEE)).square().mean((1, 2))
+
+
+def _stacked(routers: Sequence[Router]) -> Tensor:
+    return torch.stack([router.weight_ED.detach() for router in routers])
+
+
+def _trains(routers: Sequence[Router]) -> bool:
+    return any(router.weight_ED.requires_grad for router in routers)
+
+
+def _any(weights: object) -> bool:
+    return any(vars(weights).values())
