@@ -96,6 +96,8 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     """In a tool's message: the call it answers."""
+    name: str | None = None
+    """Which person or tool it is from. Converting keeps it; the chat format has no place for it."""
     train: bool | None = None
     """Learn to write this message? None means: yes if the assistant wrote it."""
     weight: float = 1.0
@@ -195,8 +197,8 @@ class Pair:
         if not self.prompt.is_prompt:
             raise DataError("the prompt of a pair ends with an assistant message; the answers belong in the pair.")
         for name, answer in (("chosen", self.chosen), ("rejected", self.rejected)):
-            if not answer or answer[-1].role != "assistant":
-                raise DataError(f"{name} does not end with an assistant message.")
+            if not answer or {answer[0].role, answer[-1].role} != {"assistant"}:
+                raise DataError(f"{name} does not begin and end with an assistant message.")
 
     @property
     def id(self) -> str:
@@ -210,6 +212,26 @@ class Pair:
             dataclasses.replace(self.prompt, messages=messages + self.chosen),
             dataclasses.replace(self.prompt, messages=messages + self.rejected),
         )
+
+
+def conversation_to_learn(item: Conversation | Pair) -> Conversation:
+    """What supervised fine-tuning can learn from: one conversation, whose answers are wanted.
+
+    Raises DataError for a pair, and for an answer that is labelled as not wanted.
+    """
+    way_out = (
+        "`ernie convert input=FILE output=FILE to=messages keep=wanted` makes conversations of the wanted answers."
+    )
+    if isinstance(item, Pair):
+        raise DataError(
+            f"{item.prompt.name} is a pair, a chosen and a rejected answer to one prompt, and fine-tuning learns from "
+            f"one answer. {way_out}"
+        )
+    if item.label is False:
+        raise DataError(
+            f"{item.name} is labelled false: its answer is not wanted, and fine-tuning would learn it. {way_out}"
+        )
+    return item
 
 
 def _chat_message(message: Message, open_media: Callable[[PartKind, Media], Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data.conversation import Conversation
+from data.conversation import Conversation, Pair, conversation_to_learn
 from data.errors import DataError
 from data.formats import messages
 from data.media import MediaFolder
@@ -88,7 +88,7 @@ class RecordDataset:
         records: Records,
         media: MediaFolder,
         indices: Sequence[int] | np.ndarray | None = None,
-        read: Callable[[Record], Conversation] = messages.read,
+        read: Callable[[Record], Conversation | Pair] = messages.read,
     ):
         self.name = str(records.path)
         self.media = media
@@ -104,7 +104,7 @@ class RecordDataset:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:
-        return self._read(self._records[int(self._indices[index])])
+        return conversation_to_learn(self._read(self._records[int(self._indices[index])]))
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[index] for index in range(len(self)))

@@ -146,9 +146,30 @@ def _decode_data_url(url: str, name: str) -> bytes:
 
 
 def data_url(content: bytes) -> str:
-    """The content of an encoded image file as a data: URL."""
-    kind = "jpeg" if content.startswith(b"\xff\xd8") else "webp" if content[8:12] == b"WEBP" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    """The content of an encoded image or video file as a data: URL."""
+    kind = next((kind for start, mark, kind in _KINDS if content[start : start + len(mark)] == mark), "image/png")
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+_KINDS = (
+    (0, b"\xff\xd8", "image/jpeg"),
+    (8, b"WEBP", "image/webp"),
+    (4, b"ftyp", "video/mp4"),
+    (8, b"AVI ", "video/x-msvideo"),
+    (0, b"\x1aE\xdf\xa3", "video/webm"),
+)
+"""Where a kind of file carries which mark. For whoever else reads the URL: `MediaFolder.open` looks at the content."""
+
+
+def from_data_url(url: str) -> bytes | None:
+    """The inverse of `data_url`. None for any other text, a broken URL too: opening that names what is wrong."""
+    match = _DATA_URL.match(url)
+    if match is None or not match["base64"]:
+        return None
+    try:
+        return base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        return None
 
 
 def save_media(folder: Path, name: str, content: bytes) -> str:

@@ -1,7 +1,11 @@
 """Formats: how other people write down what this suite calls a Conversation or a Pair. One file per format.
 
-    {"messages": [{"role": ...}]}           messages     -> Conversation
-    {"conversations": [{"from": ...}]}      recognise() looks at the shape of one record and names its format
+    {"messages": [{"role": ...}]}                             messages     read and written
+    {"src": [...], "tgt": [...]}, {"text_info": [...]}        erniekit     read and written
+    {"conversations": [{"from": ...}]}                        sharegpt
+    {"instruction": ..., "output": ...}                       alpaca
+    {"prompt": ..., "chosen": ..., "rejected": ...}           preference
+    {"prompt": ..., "answer": ...}                            prompt
 
 A format is a name, a way to read one record, a rule that knows its records, and for some a way to write them back.
 Columns that are only called differently are renamed first: `columns={"messages": "dialogue"}` says that what the format
@@ -15,7 +19,7 @@ from typing import Any
 
 from data.conversation import Conversation, Pair
 from data.errors import DataError
-from data.formats import messages
+from data.formats import alpaca, erniekit, messages, preference, prompt, sharegpt
 from data.records import Record
 
 MEDIA_COLUMNS = ("image", "images", "video", "videos")
@@ -37,7 +41,17 @@ class Format:
         return self.parse(renamed(record, columns))
 
 
-FORMATS = {known.name: known for known in (Format("messages", messages.read, messages.recognises),)}
+FORMATS = {
+    known.name: known
+    for known in (
+        Format("messages", messages.read, messages.recognises, messages.write),
+        Format("erniekit", erniekit.read, erniekit.recognises, erniekit.write),
+        Format("sharegpt", sharegpt.read, sharegpt.recognises),
+        Format("alpaca", alpaca.read, alpaca.recognises),
+        Format("preference", preference.read, preference.recognises),
+        Format("prompt", prompt.read, prompt.recognises),
+    )
+}
 
 
 def by_name(name: str) -> Format:

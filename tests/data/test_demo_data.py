@@ -1,17 +1,18 @@
 """Somebody else's real data: the demo sets of LLaMA-Factory, in a folder named by ERNIE_DEMO_DATA."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from data.conversation import Conversation, Message, Part
+from data import formats
+from data.conversation import Conversation, Message, Pair, Part, Source
 from data.dataset import jsonl_dataset
 from data.encoder import Encoder
-from data.errors import DataError
 from data.formats import messages
 from data.loader import PackedStream, eval_batches
-from data.records import write_jsonl
+from data.records import Record, write_jsonl
 
 FOLDER = Path(os.environ.get("ERNIE_DEMO_DATA", ""))
 pytestmark = pytest.mark.skipif(
@@ -56,10 +57,35 @@ def test_five_hundred_conversations_of_text(real_processor):
     assert stream.report.fill > 0.97
 
 
-def test_parts_we_do_not_know_are_refused_not_dropped():
-    """These write reasoning and tool calls as parts of the content."""
-    with pytest.raises(DataError, match=r"demo_50.jsonl:\d+: messages\[2\].content\[0\].type is 'reasoning'"):
-        _ = jsonl_dataset(FOLDER / "reason_tool_use_demo_50.jsonl").train[0]
+KINDS = {
+    "alpaca_en_demo.json": ("alpaca", 999, 0),
+    "dpo_en_demo.json": ("sharegpt", 300, 300),
+    "glaive_toolcall_en_demo.json": ("sharegpt", 300, 0),
+    "kto_en_demo.json": ("messages", 300, 0),
+    "mllm_demo.json": ("messages", 6, 0),
+    "mllm_video_demo.json": ("messages", 3, 0),
+    "reason_tool_use_demo_50.jsonl": ("messages", 50, 0),
+    "v1_dpo_demo.jsonl": ("preference", 10, 10),
+    "v1_multimodal_demo.jsonl": ("messages", 24, 0),
+    "v1_sft_demo.jsonl": ("messages", 500, 0),
+}
+"""Format, records, and how many of them are pairs."""
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_file_is_recognised_read_and_written(name):
+    text = (FOLDER / name).read_text("utf-8")
+    values = json.loads(text) if text.startswith("[") else [json.loads(line) for line in text.split("\n") if line]
+    items = []
+    for number, value in enumerate(values, start=1):
+        record = Record(value, Source(name, number))
+        known = formats.recognise(record)
+        assert known.name == KINDS[name][0]
+        items.append(known.read(record))
+        written = Record(json.loads(json.dumps(messages.write(items[-1]))), record.source)
+        assert formats.recognise(written).read(written) == items[-1]
+
+    assert (len(items), sum(isinstance(item, Pair) for item in items)) == KINDS[name][1:]
 
 
 def test_a_video_clip(real_processor, tmp_path):
