@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from ernie_model.attention import Attention, Context
 from ernie_model.config import ErnieConfig
 from ernie_model.layers import Linear, RMSNorm, SwiGLU
 from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats
+from ernie_model.recompute import Runner, keep_activations
 from ernie_model.resampler import Resampler
 from ernie_model.rope import Grid, Rotation, check_grid, num_media_tokens, text_rotation
 from ernie_model.vision import VisionTower
@@ -71,8 +71,7 @@ class ErnieModel(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.gradient_checkpointing = False
-        """Recompute every layer and every vision block in the backward pass instead of keeping its activations."""
+        self.run_layer: Runner = keep_activations  # the seam: what layers keep for the backward pass (recompute.py)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -140,12 +139,7 @@ class ErnieModel(nn.Module):
         rotation = text_rotation(position_3T, self.config, dtype=x_TD.dtype)
         stats: list[RouterStats] = []
         for layer in self.layers:
-            if self.gradient_checkpointing and self.training:
-                x_TD, layer_stats = torch.utils.checkpoint.checkpoint(
-                    layer, x_TD, rotation, context, pools, use_reentrant=False
-                )
-            else:
-                x_TD, layer_stats = layer(x_TD, rotation, context, pools)
+            x_TD, layer_stats = self.run_layer(layer, x_TD, rotation, context, pools)
             if layer_stats is not None:
                 stats.append(layer_stats)
         return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
@@ -179,7 +173,6 @@ class ErnieModel(nn.Module):
         if patch_PX is None or patch_PX.shape[0] != patches:
             found = 0 if patch_PX is None else patch_PX.shape[0]
             raise ValueError(f"the grids describe {patches} patches, but {found} were given.")
-        self.vision.gradient_checkpointing = self.gradient_checkpointing
         feature_MD = self.resampler(self.vision(patch_PX.to(x_TD.dtype), grids), grids)
         return x_TD.index_copy(0, media_T.nonzero()[:, 0], feature_MD)
 

@@ -9,13 +9,13 @@ Shape letters:  P patches   X numbers in a patch   C vision width   N heads   H 
 from collections.abc import Sequence
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ernie_model.config import VisionConfig
 from ernie_model.context import Packed
 from ernie_model.layers import LayerNorm, Linear
+from ernie_model.recompute import Runner, keep_activations
 from ernie_model.rope import Grid, Rotation, rotate_vision, vision_rotation
 
 
@@ -83,7 +83,7 @@ class VisionTower(nn.Module):
         self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.ln = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        self.run_block: Runner = keep_activations  # the seam: what blocks keep for the backward pass (recompute.py)
 
     def forward(self, patch_PX: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(P, X) pixels in merge-block order -> (P, C) features."""
@@ -91,8 +91,5 @@ class VisionTower(nn.Module):
         rotation = vision_rotation(grids, self.config.head_dim, dtype=x_PC.dtype, device=x_PC.device)
         frames = Packed([h * w for t, h, w in grids for _ in range(t)], causal=False)
         for block in self.blocks:
-            if self.gradient_checkpointing and self.training:
-                x_PC = torch.utils.checkpoint.checkpoint(block, x_PC, rotation, frames, use_reentrant=False)
-            else:
-                x_PC = block(x_PC, rotation, frames)
+            x_PC = self.run_block(block, x_PC, rotation, frames)
         return self.ln(x_PC)

@@ -132,6 +132,7 @@ def message(*overrides: str) -> str:
         ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
         ("run.steps=10 optim=adamw evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),
         ("model.config=null", "model.checkpoint and model.config are both null"),
+        ("model.offload_activations=true", "recomputed layers, but model.recompute is none."),
         ("model.processor=null", "model.processor is null and there is no model.checkpoint"),
         ("data=jsonl", "these settings have no default and were not given: data.path."),
         ("data=jsonl data.path=a data.eval_path=b data.eval_fraction=0.1", "Keep one."),

@@ -15,8 +15,9 @@ from ernie_model.counting import count_parameters
 from ernie_model.images import ImageSettings
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
+from ernie_model.recompute import recompute, recompute_offload
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.config import ModelConfig, ParallelConfig, Precision, UserError, flatten, suggestion
+from train.config import ModelConfig, ParallelConfig, Precision, Recompute, UserError, flatten, suggestion
 from train.logprobs import chunk_size
 from train.memory import keep_freed_memory
 from train.trained import MOMENT_BYTES
@@ -65,8 +66,17 @@ def build_model(config: ModelConfig, *, seed: int) -> Built:
         model = ErnieModel(read_architecture(config, rule))
     if config.precision is Precision.bf16:
         model.compute_dtype = torch.bfloat16
-    model.gradient_checkpointing = config.gradient_checkpointing
+    set_recompute(model, config)
     return Built(model, build_processor(config, model.config), notes)
+
+
+def set_recompute(model: ErnieModel, config: ModelConfig) -> None:
+    """Put what `model.recompute` and `model.offload_activations` ask for into the model's seams."""
+    run = recompute_offload if config.offload_activations else recompute
+    if config.recompute is not Recompute.none:
+        model.run_layer = run
+    if config.recompute is Recompute.layers_and_vision and model.vision is not None:
+        model.vision.run_block = run
 
 
 def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor:
@@ -184,7 +194,7 @@ def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: 
     if c.vision is not None:
         blocks = [4 * (7 * c.vision.hidden_size + 2 * c.vision.intermediate_size)] * c.vision.depth
         kept_per_block = 4 * c.vision.hidden_size
-    if model.gradient_checkpointing:
+    if model.recompute is not Recompute.none:
         per_token = c.hidden_size * len(layers) + kept_per_block * len(blocks) + max([*layers, *blocks])
     else:
         per_token = sum(layers) + sum(blocks)

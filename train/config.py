@@ -43,6 +43,12 @@ class PositionRule(Enum):
     last = "last"
 
 
+class Recompute(Enum):
+    none = "none"
+    layers = "layers"
+    layers_and_vision = "layers_and_vision"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -96,8 +102,11 @@ class ModelConfig:
     """The architecture as a config.json dictionary; null reads it from `checkpoint`."""
     precision: Precision = Precision.bf16
     """What the matrix products are computed in. Master weights, router, optimizer and loss are always float32."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass, not keeping its activations: a third more time, far less memory."""
+    recompute: Recompute = Recompute.none
+    """What is computed again in the backward pass, not kept: none; the layers of the language model; layers_and_vision,
+    the blocks of the vision tower too. A third more time for that part, far less memory."""
+    offload_activations: bool = False
+    """The input of every recomputed layer waits in host memory, not on the GPU. Needs recompute."""
     position_after_video: PositionRule | None = None
     """Where text continues after a long video; null keeps what the checkpoint says."""
 
@@ -111,6 +120,11 @@ class ModelConfig:
             self.checkpoint is not None or self.processor is not None,
             "model.processor is null and there is no model.checkpoint to take it from; set model.processor=tiny or a "
             "folder with a tokenizer.",
+        )
+        check(
+            not self.offload_activations or self.recompute is not Recompute.none,
+            "model.offload_activations=true moves the inputs of recomputed layers, but model.recompute is none. Set "
+            "model.recompute=layers or layers_and_vision.",
         )
 
 

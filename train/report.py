@@ -64,6 +64,8 @@ def opening(
     for name, text in lines.items():
         console.print(f"{name:<9} {text}")
     console.print(parts_table(trained_parts(model, config.optim), config.optim.weight_decay))
+    if config.model.offload_activations and device.type == "cpu":
+        notes = (*notes, "model.offload_activations changes nothing on a CPU: activations are in host memory anyway.")
     for note in notes:
         console.print(f"note      {note}")
 

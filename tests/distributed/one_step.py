@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ernie_model.recompute import recompute
 from tests.train import small
 from train.build import build_accelerator
 from train.config import ObjectiveConfig, ParallelConfig, PoolWeights
@@ -60,7 +61,10 @@ class Catch(torch.optim.SGD):
 
 def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
     policy: Policy = small.policy(dtype=torch.float64)
-    policy.model.gradient_checkpointing = case.checkpointing
+    if case.checkpointing:
+        policy.model.run_layer = recompute
+        assert policy.model.vision is not None
+        policy.model.vision.run_block = recompute
     optimizer = Catch(policy.parameters(), lr=1.0)
     wrapped = accelerator.prepare_model(policy)
     assert isinstance(wrapped, nn.Module)

@@ -12,6 +12,8 @@ from torch import nn
 from ernie_model.checkpoint import load_model
 from ernie_model.model import ErnieModel
 from ernie_model.moe import MoE, RouterStats
+from ernie_model.recompute import keep_activations
+from ernie_model.recompute import recompute as recompute_layer
 from tests.train import small
 from train import checkpoint
 from train.config import ObjectiveConfig, PoolWeights, UserError
@@ -34,7 +36,7 @@ def make_policy(seed: int = 0, *, bias: float = 0.0, recompute: bool = False) ->
     model = ErnieModel(CONFIG).set_dtype(torch.float64)
     for router in routers(model):
         router.correction_bias_E.normal_(std=bias) if bias else None
-    model.gradient_checkpointing = recompute
+    model.run_layer = recompute_layer if recompute else keep_activations
     return Policy(model).train()
 
 
