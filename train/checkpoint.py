@@ -5,13 +5,15 @@
         model.safetensors         float32 master weights, our names
         optimizer.safetensors     PARAMETER/exp_avg, PARAMETER/exp_avg_sq, PARAMETER/step
         random.safetensors        generators of every rank
-        state.json                everything else, and the size of the three files; written last
+        state.json                everything else, and size and checksum of every file, its own included; written last
       step-000200/
+      step-000300.damaged/        found damaged by a later start, and set aside
 
 This is for resuming only. Weights for others (transformers, vLLM) are another kind of folder: `ernie_model.checkpoint`.
 
-A checkpoint is written under another name, synced to the disk, and appears by one rename. `complete` also checks that
-every file has the size it should have, so a folder that was copied halfway is not picked up either.
+A checkpoint is written under another name, synced to the disk, and appears by one rename. `fault` compares the sizes,
+which is quick enough to do often; `damage` also reads every byte and compares checksums, once, before a checkpoint is
+loaded.
 """
 
 import errno
@@ -19,13 +21,15 @@ import json
 import random
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,10 +37,12 @@ from torch import Tensor, nn
 from ernie_model.atomic import atomic_folder, atomic_write
 from train.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+CHECKSUM = "xxh3_128"  # finds damage at the speed of the memory; it isn't meant against forgery
+BLOCK = 2**24
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -45,15 +51,11 @@ def folder_of(root: Path, step: int) -> Path:
 
 def complete(root: Path) -> list[Path]:
     """The checkpoints under `root` that can be resumed from, oldest first."""
-    return [path for path in _all(root) if is_complete(path)]
+    return [path for path in candidates(root) if is_complete(path)]
 
 
-def damaged(root: Path) -> list[Path]:
-    """Those that cannot, oldest first."""
-    return [path for path in _all(root) if not is_complete(path)]
-
-
-def _all(root: Path) -> list[Path]:
+def candidates(root: Path) -> list[Path]:
+    """Everything that has the name of a checkpoint, whole or not, oldest first."""
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := FOLDER_NAME.fullmatch(path.name))]
@@ -65,17 +67,94 @@ def is_complete(path: Path) -> bool:
 
 
 def fault(path: Path) -> str | None:
-    """Which file of a checkpoint is missing or has the wrong size; None when it is whole."""
+    """Which file of a checkpoint is missing or cut off, or that state.json is damaged; None when it looks whole.
+
+    Reads no file but state.json.
+    """
     try:
-        files = json.loads((path / STATE).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = _read_sealed(path)["files"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         return f"{STATE} cannot be read: {error}"
-    for name, size in files.items():
+    for name, expected in files.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if (found := (path / name).stat().st_size) != size:
-            return f"{name} has {found:,} bytes, not {size:,}"
+        if (found := (path / name).stat().st_size) != expected["bytes"]:
+            return f"{name} has {found:,} bytes, not {expected['bytes']:,}"
     return None
+
+
+def damage(path: Path) -> str | None:
+    """As `fault`, and reads every file to compare its checksum."""
+    if problem := fault(path):
+        return problem
+    for name, expected in _read_sealed(path)["files"].items():
+        try:
+            found = checksum(path / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
+        if found != expected[CHECKSUM]:
+            return f"{name} does not have the checksum it was written with"
+    return None
+
+
+def newest_undamaged(root: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is whole to the last bit, and what is wrong with those that are newer."""
+    problems: dict[Path, str] = {}
+    for path in reversed(candidates(root)):
+        problem = damage(path)
+        if problem is None:
+            return path, problems
+        problems[path] = problem
+    return None, problems
+
+
+def set_aside(path: Path) -> Path:
+    """Take a damaged checkpoint's name away, so that it counts as none and its step can be saved again."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
+
+
+def checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sealed(state: dict[str, Any]) -> str:
+    """state.json: the checksum of the rest comes first."""
+    return json.dumps({CHECKSUM: _seal(state), **state}, indent=1)
+
+
+def _seal(state: dict[str, Any]) -> str:
+    # Over the values and not over the text, so that a file that was only formatted anew is not damaged.
+    return xxhash.xxh3_128_hexdigest(json.dumps(state).encode())
+
+
+def _read_sealed(path: Path) -> dict[str, Any]:
+    """state.json without its checksum.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError: it is damaged.
+        UserError: it is whole, and of another version.
+    """
+    state = json.loads((path / STATE).read_bytes())
+    seal = state.pop(CHECKSUM, None)
+    whole = seal == _seal(state) or (seal is None and state["format"] == 1)  # format 1 had no checksums
+    if not whole:
+        raise ValueError("it does not have the checksum it was written with")
+    if state["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
+    return state
+
+
+class Saved(NamedTuple):
+    path: Path
+    num_bytes: int
+    seconds: float
 
 
 def save(
@@ -87,7 +166,7 @@ def save(
     generators: Sequence[Mapping[str, Tensor]],
     state: dict[str, Any],
     keep: int,
-) -> Path:
+) -> Saved:
     """Write the checkpoint of `step`, then delete all but the newest `keep`.
 
     Args:
@@ -97,6 +176,7 @@ def save(
     Raises:
         UserError: the disk is full. Nothing was changed; earlier checkpoints are as they were.
     """
+    begin = time.perf_counter()
     path = folder_of(root, step)
     tensors = {
         MODEL: {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
@@ -107,11 +187,11 @@ def save(
     with room_for(path, needed), atomic_folder(path, overwrite=True) as folder:
         for file, values in tensors.items():
             save_file(values, folder / file)
-        sizes = {file: (folder / file).stat().st_size for file in tensors}
-        atomic_write(folder / STATE, json.dumps({"format": FORMAT, "step": step, "files": sizes, **state}, indent=1))
+        files = {file: {"bytes": (folder / file).stat().st_size, CHECKSUM: checksum(folder / file)} for file in tensors}
+        atomic_write(folder / STATE, _sealed({"format": FORMAT, "step": step, "files": files, **state}))
     for old in complete(root)[:-keep]:
         delete(old)
-    return path
+    return Saved(path, sum(file["bytes"] for file in files.values()), time.perf_counter() - begin)
 
 
 @contextmanager
@@ -168,15 +248,9 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: this is no complete checkpoint, or one of another version.
     """
-    if not is_complete(path):
-        raise UserError(
-            f"{path} is not a complete checkpoint: it needs {STATE} and the files named there, in full size. Choose "
-            "another step-... folder."
-        )
-    state = json.loads((path / STATE).read_text())
-    if state["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
-    return state
+    if problem := fault(path):
+        raise UserError(f"{path} is not a complete checkpoint ({problem}). Choose another step-... folder.")
+    return _read_sealed(path)
 
 
 def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:

@@ -359,6 +359,11 @@ class RunConfig:
     """How many of the newest checkpoints stay."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl and the trackers."""
+    spike: float | None = None
+    """Report an update whose loss exceeds the median of the last 64 by this many median absolute deviations, and write
+    its records to spikes.jsonl; null doesn't look."""
+    grace_s: float = 60.0
+    """Seconds after SIGTERM within which the run has saved and ended, or else ends itself with exit code 1."""
     debug: bool = False
     """Print the whole traceback of user errors too."""
 
@@ -370,6 +375,8 @@ class RunConfig:
         check(self.save_every >= 0, f"run.save_every is {self.save_every}; it must be 0 or more.")
         check(self.keep >= 1, f"run.keep is {self.keep}; at least the newest checkpoint must stay.")
         check(self.log_every >= 1, f"run.log_every is {self.log_every}; it must be at least 1.")
+        check(self.spike is None or self.spike > 0, f"run.spike is {self.spike}; it must be more than 0, or null.")
+        check(0 < self.grace_s < 1e6, f"run.grace_s is {self.grace_s}; it must be more than 0 and less than a million.")
         check(bool(self.folder), "run.folder is empty; name the folder this run writes to.")
 
 
@@ -419,6 +426,8 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.keep",
     "run.log_every",
     "run.debug",
+    "run.spike",
+    "run.grace_s",
     "evaluate",
     "tracker",
     "parallel",

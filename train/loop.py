@@ -10,6 +10,7 @@ It knows a policy (packed batch in, log-probabilities out), an objective (log-pr
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from data.batch import PackedBatch
 from ernie_model.moe import RouterStats
 from ernie_model.rope import num_media_tokens
 from train.config import UserError
+from train.ledger import WINDOW, Evidence, is_spike
 from train.objectives import Objective
 from train.policy import on_device
 
@@ -40,6 +43,8 @@ class TrainState:
     """Updates left out because the loss or a gradient was not finite."""
     evaluations: list[dict[str, float]] = field(default_factory=list)
     """One entry per evaluation, oldest first: {"step": ..., "accuracy": ..., ...}."""
+    recent: list[float] = field(default_factory=list)
+    """The last losses, for what is called a spike."""
 
 
 class Source(Protocol):
@@ -87,6 +92,7 @@ class Plan:
     """Of update `step`, counted from 0."""
     max_grad_norm: float
     max_skipped: int
+    spike: float | None = None
     log_every: int = 1
     save_every: int = 0
     evaluate_every: int = 0
@@ -99,6 +105,12 @@ class Hooks:
     log: Callable[[int, dict[str, float]], None]
     save: Callable[[TrainState], None]
     evaluate: Callable[[TrainState], None]
+    saw: Callable[[int, Sequence[PackedBatch]], None] = lambda step, microbatches: None
+    """These are this rank's rows of the update."""
+    nonfinite: Callable[[int, dict[str, float], Evidence], None] = lambda step, metrics, evidence: None
+    """The update was left out because a loss or a gradient was not finite."""
+    spiked: Callable[[int, float, float, Evidence], None] = lambda step, loss, usual, evidence: None
+    """The loss lies far above `usual`, the median of the last ones."""
     stop: Callable[[], bool] = lambda: False
     """Has somebody asked this process to end (SIGTERM)?"""
 
@@ -115,13 +127,15 @@ def fit(
     hooks: Hooks,
     beside: Sequence[Beside] = (),
 ) -> bool:
-    """Train until `plan.steps` updates are done. Returns False when it was asked to stop before that.
+    """Train until `plan.steps` updates are done. Returns False when it was asked to stop: something is left to do.
 
     Raises:
         UserError: more than `plan.max_skipped` updates were not finite.
     """
     policy.train()
     clock = Clock(state.step, plan.steps)
+    if evaluation_is_due(state, plan):  # the run was stopped before it
+        hooks.evaluate(state)
     while state.step < plan.steps:
         clock.start()
         microbatches = source.next_step()
@@ -129,6 +143,7 @@ def fit(
         lr = plan.learning_rate(state.step)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        evidence = Evidence()
         metrics = train_step(
             policy,
             objective,
@@ -137,27 +152,56 @@ def fit(
             accelerator=accelerator,
             max_grad_norm=plan.max_grad_norm,
             beside=beside,
+            evidence=evidence,
         )
         state.step += 1
         state.tokens_seen += int(metrics["tokens"])
-        state.skipped += int(metrics["skipped"])
+        hooks.saw(state.step, microbatches)
         if state.step % plan.log_every == 0 or state.step in (1, plan.steps):
             hooks.log(state.step, {**metrics, "lr": lr, **clock.speed(state.step, metrics)})
+        watch(state, metrics, evidence, plan, hooks)
+        # Asked before the evaluation, which may take longer than a process that must end is given.
+        stopping = any_rank(accelerator, hooks.stop())
+        if not stopping and evaluation_is_due(state, plan):
+            hooks.evaluate(state)
+            stopping = any_rank(accelerator, hooks.stop())
+        last = state.step == plan.steps
+        if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
+            hooks.save(state)
+        if stopping:
+            return False
+    return True
+
+
+def evaluation_is_due(state: TrainState, plan: Plan) -> bool:
+    """At this step, and not done: an orderly stop leaves it to the start that goes on."""
+    if state.step == 0 or (state.evaluations and state.evaluations[-1]["step"] == state.step):
+        return False
+    return state.step == plan.steps or bool(plan.evaluate_every and state.step % plan.evaluate_every == 0)
+
+
+def watch(state: TrainState, metrics: dict[str, float], evidence: Evidence, plan: Plan, hooks: Hooks) -> None:
+    """Count and report what went wrong in an update.
+
+    Raises:
+        UserError: more than `plan.max_skipped` updates were not finite.
+    """
+    if metrics["skipped"]:
+        if metrics["units"] == 0:  # nothing to learn: left out too, and nobody's fault
+            return
+        state.skipped += 1
+        hooks.nonfinite(state.step, metrics, evidence)
         if state.skipped > plan.max_skipped:
             raise UserError(
                 f"step {state.step}: the loss or a gradient was not finite, for the {state.skipped}. time; "
-                f"optim.max_skipped allows {plan.max_skipped}. Lower optim.lr or optim.max_grad_norm, or look at the "
-                "data of these steps. The last checkpoint is untouched."
+                f"optim.max_skipped allows {plan.max_skipped}. nonfinite.jsonl in the run folder names the records and "
+                "the parts of the model. Mend or remove the records, or lower optim.lr or optim.max_grad_norm. The "
+                "last checkpoint is untouched."
             )
-        last = state.step == plan.steps
-        if last or (plan.evaluate_every and state.step % plan.evaluate_every == 0):
-            hooks.evaluate(state)
-        stopping = any_rank(accelerator, hooks.stop())
-        if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
-            hooks.save(state)
-        if stopping and not last:
-            return False
-    return True
+        return
+    if plan.spike is not None and is_spike(metrics["loss"], state.recent, plan.spike):
+        hooks.spiked(state.step, metrics["loss"], statistics.median(state.recent), evidence)
+    state.recent = [*state.recent, metrics["loss"]][-WINDOW:]
 
 
 def train_step(
@@ -169,11 +213,15 @@ def train_step(
     accelerator: Accelerator,
     max_grad_norm: float,
     beside: Sequence[Beside] = (),
+    evidence: Evidence | None = None,
 ) -> dict[str, float]:
     """One update over `microbatches` of every rank. Returns global means and sums, on the host.
 
     The gradient is that of (sum of losses over all ranks and micro-batches) / (units over all ranks and micro-batches).
     An update whose loss or gradient is not finite, or that has nothing to learn, is left out: metrics["skipped"] is 1.
+
+    Args:
+        evidence: takes in what tells which records and parameters made an update fail.
     """
     device, ranks = accelerator.device, accelerator.num_processes
     here = torch.stack([objective.count(batch).double() for batch in microbatches]).sum()
@@ -181,7 +229,7 @@ def train_step(
     divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
     for part in beside:
         part.before(microbatches)
-    tally = Tally(device)
+    tally, evidence = Tally(device), evidence or Evidence()
     for index, batch in enumerate(microbatches):
         batch, row_R = on_device(batch, device)
         with meeting_of_ranks(accelerator, policy, meet=index == len(microbatches) - 1):
@@ -191,17 +239,22 @@ def train_step(
             # Ranks *average* their gradients, so each one's share is multiplied by their number.
             accelerator.backward(loss.total * (ranks / divisor).to(loss.total.dtype) + ranks * terms)
         tally.add(batch, row_R, output.correct_T, loss.metrics, output.router)
+        evidence.add(batch, output.logprob_T)
         del output, loss, terms  # or the next forward runs beside what is left of this graph
     for part in beside:
         part.after_backward()
-    grad_norm = accelerator.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    assert grad_norm is not None
-    equal = {"grad_norm": torch.as_tensor(grad_norm, device=device)}
+    parameters = [p for p in policy.parameters() if p.grad is not None]
+    grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    equal = {"grad_norm": grad_norm.to(device)}
     for part in beside:
         equal |= part.metrics()
     # The one wait for the device in a step: everything the host wants to know, in one transfer.
     metrics, router = tally.reduce(accelerator, count, equal)
-    if not metrics["skipped"]:
+    if metrics["skipped"]:
+        evidence.blame(policy)
+    else:
+        # Only now: a norm that is not finite would make every gradient so, and hide where it came from.
+        clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
         optimizer.step()
         for part in beside:
             part.after_update(optimizer, router)

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ernie_model.model import ErnieModel
 from train.build import WEIGHT_BYTES, arithmetic, human
+from train.checkpoint import Saved
 from train.config import SFTConfig
 from train.evaluate import Score
 from train.loop import TrainState
@@ -98,6 +99,29 @@ def score_line(step: int, score: Score) -> str:
         f"step {step}: held out {score.correct}/{score.total} right = {score.accuracy:.1%} "
         f"(95 % interval {low:.1%} to {high:.1%}), loss {score.nll:.3f}"
     )
+
+
+def saved_line(saved: Saved) -> str:
+    return f"saved {saved.path}: {human(saved.num_bytes, 'B')} in {saved.seconds:.1f} s"
+
+
+def nonfinite_line(entry: dict) -> str:
+    """See train.ledger.nonfinite_entry."""
+    text = f"step {entry['step']}: left out, its loss or a gradient was not finite; "
+    if entry["records"]:
+        return text + f"loss of {_some(entry['records'])}"
+    return text + f"gradients of {', '.join(entry['gradients'])}; its records: {_some(entry['suspects'])}"
+
+
+def spike_line(entry: dict) -> str:
+    """See train.ledger.spike_entry."""
+    worst = _some([f"{record} ({loss:.3g})" for record, loss in entry["records"]])
+    return f"step {entry['step']}: the loss is {entry['loss']:.3g}, usually {entry['usual']:.3g}; highest in {worst}"
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:

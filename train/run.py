@@ -4,6 +4,8 @@
       config.yaml       every setting, resolved
       run.json          each start of this run: command, versions, git state, where it resumed from
       metrics.jsonl     the record (train/tracking.py)
+      trackers.json     where each tracker's record of this run begins
+      data/             which records each update saw (train/ledger.py)
       checkpoints/      training state (train/checkpoint.py)
       best/             weights of the best evaluation   }  safetensors + config + tokenizer: folders that transformers
       export/           weights at the end               }  and vLLM load
@@ -12,8 +14,10 @@
 Errors that only the user can put right end in a short message and exit code 1; anything else keeps its traceback.
 """
 
+import faulthandler
 import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -32,9 +36,13 @@ from typing import Any, NamedTuple, TextIO
 
 import hydra
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.distributed.distributed_c10d import _get_default_store
 
 from data.errors import DataError
 from ernie_model.atomic import atomic_folder, atomic_write
@@ -47,8 +55,7 @@ from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
 from train.config import RunConfig, SFTConfig, UserError, differences, plain
 from train.explain import explain
-from train.loop import TrainState
-from train.tracking import Tracker, TrackerError, make_trackers
+from train.tracking import Mark, Tracker, TrackerError, make_trackers
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
@@ -96,20 +103,41 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
                 if os.environ.get("ERNIE_DEBUG", "0") not in ("", "0"):
                     raise
                 message = explain(error, entry) if isinstance(error, HYDRA_ERRORS) else str(error)
-                print(f"error: {message}", file=sys.stderr, flush=True)
+                if first_to_say(message):
+                    print(f"error: {message}", file=sys.stderr, flush=True)
                 # Under `accelerate launch` other ranks may be waiting for this one; the exit code tells the launcher.
                 sys.exit(1)
+            finally:
+                faulthandler.cancel_dump_traceback_later()
 
         return wrapped
 
     return decorate
 
 
-class StopSignal:
-    """SIGTERM asks for an orderly end: finish the step, save, leave with exit code 0. A second one ends at once."""
+def first_to_say(message: str) -> bool:
+    """False where another rank has said the same: all ranks read the same data and meet the same bad record."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    try:
+        # The store through which the ranks found each other; no rank has to wait for another one there.
+        return _get_default_store().add(f"error {hashlib.blake2b(message.encode()).hexdigest()}", 1) == 1
+    except RuntimeError:  # the process that keeps it has ended
+        return True
 
-    def __init__(self, at_end: ExitStack):
+
+class StopSignal:
+    """SIGTERM asks for an orderly end: finish the step, save, leave with exit code 0. A second one ends at once.
+
+    Whoever sends it (a batch system, torchrun) kills soon after. So when `grace_s` seconds have passed the process ends
+    by itself, with exit code 1 and the stack of every thread on stderr, which tells what it was waiting for. The last
+    checkpoint is whole whatever it was doing. The watch is Python's own fault handler: a thread in C, that goes off
+    even while a library holds the interpreter.
+    """
+
+    def __init__(self, at_end: ExitStack, *, grace_s: float):
         self.asked = False
+        self.grace_s = grace_s
         previous = signal.signal(signal.SIGTERM, self._ask)
         at_end.callback(signal.signal, signal.SIGTERM, previous)
 
@@ -119,6 +147,11 @@ class StopSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.dump_traceback_later(self.grace_s, exit=True, file=2)
+        note = (
+            f"SIGTERM: saving after this step; run.grace_s={self.grace_s:g} seconds from now the process ends anyway.\n"
+        )
+        os.write(2, note.encode())
 
 
 # ------------------------------------------------------------------------------------------------------- the run folder
@@ -129,8 +162,6 @@ class Opened(NamedTuple):
 
     folder: Path
     resume_from: Path | None
-    found_metrics: bool
-    """An earlier start has written metrics.jsonl."""
 
     @property
     def checkpoints(self) -> Path:
@@ -150,26 +181,30 @@ def open_folder(run: RunConfig, at_end: ExitStack, *, main: bool) -> Opened:
     folder = Path(run.folder)
     if main:
         at_end.enter_context(_claim(folder))
-    chosen = _starting_point(run, folder)
+    chosen = _starting_point(run, folder, main=main)
     if main:
         checkpoint.sweep(folder / "checkpoints")
-    return Opened(folder, chosen, _holds_a_run(folder))
+    return Opened(folder, chosen)
 
 
-def _starting_point(run: RunConfig, folder: Path) -> Path | None:
-    own = checkpoint.complete(folder / "checkpoints")
+def _starting_point(run: RunConfig, folder: Path, *, main: bool) -> Path | None:
+    root = folder / "checkpoints"
     if run.resume == "auto":
-        # Checkpoints appear whole, so one with a part missing was damaged later: never go round it in silence.
-        damaged = [path for path in checkpoint.damaged(folder / "checkpoints") if not own or path.name > own[-1].name]
-        if damaged and not own:
+        # Checkpoints appear whole, so one that isn't was damaged later: never go round it in silence.
+        good, problems = checkpoint.newest_undamaged(root)
+        if problems and good is None:
+            path, problem = next(iter(problems.items()))
             raise UserError(
-                f"{damaged[-1]} is damaged ({checkpoint.fault(damaged[-1])}), and run.folder={run.folder} has no whole "
-                "checkpoint to go on from. Bring the file back, choose another run.folder, or delete the checkpoints "
-                "folder to start this run anew."
+                f"{path} is damaged ({problem}), and run.folder={run.folder} has no whole checkpoint to go on from. "
+                "Bring the file back, choose another run.folder, or delete the checkpoints folder to start this run "
+                "anew."
             )
-        for path in damaged:
-            logger.warning("%s is damaged (%s); going on from %s.", path, checkpoint.fault(path), own[-1].name)
-        return own[-1] if own else None
+        if main and good is not None:
+            for path, problem in problems.items():
+                kept = checkpoint.set_aside(path).name
+                logger.warning("%s is damaged (%s); going on from %s. Kept as %s.", path, problem, good.name, kept)
+        return good
+    own = checkpoint.complete(root)
     if run.resume == "never":
         if own or _holds_a_run(folder):
             what = f"the checkpoint {own[-1].name}" if own else "the metrics of an earlier run"
@@ -212,15 +247,20 @@ def _holds_a_run(folder: Path) -> bool:
 def _named(run: RunConfig) -> Path:
     """run.resume as a checkpoint folder, or a run folder whose newest checkpoint is meant."""
     path = Path(run.resume)
-    if checkpoint.is_complete(path):
-        return path
+    found = [path] if (path / checkpoint.STATE).exists() else []
     for root in (path / "checkpoints", path):
-        if found := checkpoint.complete(root):
-            return found[-1]
-    raise UserError(
-        f"run.resume={run.resume}: there is no complete checkpoint. Use auto, never, a run folder, or one of its "
-        "checkpoints/step-... folders."
-    )
+        found = found or checkpoint.candidates(root)[-1:]
+    if not found:
+        raise UserError(
+            f"run.resume={run.resume}: there is no checkpoint. Use auto, never, a run folder, or one of its "
+            "checkpoints/step-... folders."
+        )
+    if problem := checkpoint.damage(found[0]):
+        raise UserError(
+            f"run.resume={run.resume}: {found[0]} is damaged ({problem}). Bring the file back, or name another "
+            "step-... folder."
+        )
+    return found[0]
 
 
 def check_same_maths(path: Path | None, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -257,19 +297,40 @@ def check_not_past(steps: int, done: int, path: Path) -> None:
         )
 
 
-def start_trackers(
-    config: SFTConfig, run: Opened, state: TrainState, saved: dict[str, Any] | None, at_end: ExitStack
-) -> list[Tracker]:
-    """The chosen trackers, going on with the run they recorded when this start goes on in its own folder."""
+def start_trackers(config: SFTConfig, run: Opened, saved: dict[str, Any] | None, at_end: ExitStack) -> list[Tracker]:
+    """The chosen trackers, going on with the run they recorded when this start goes on in its own folder.
+
+    trackers.json holds the mark of each one's beginning: an attempt that died before its first checkpoint has begun
+    that run already.
+    """
+    record = run.folder / "trackers.json"
+    try:
+        beginnings: dict[str, Mark] = json.loads(record.read_text()) if record.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{record} is damaged ({error}). Bring it back, or choose another run.folder.") from error
     continues = run.resume_from is not None and run.resume_from.parent.resolve() == run.checkpoints.resolve()
-    ids = saved["trackers"] if saved is not None and continues else {}
-    # Numbers beyond the checkpoint will be logged again. Without a checkpoint, all of an earlier attempt's will.
-    resume_step = state.step if continues else -1 if run.found_metrics else None
+    marks = beginnings | (saved["trackers"] if saved is not None and continues else {})
     trackers = make_trackers(config.tracker.names, config.tracker.project)
     for tracker in trackers:
-        tracker.start(config.run.name, plain(config), run.folder, ids.get(tracker.name), resume_step=resume_step)
+        tracker.start(config.run.name, plain(config), run.folder, marks.get(tracker.name))
         at_end.callback(tracker.finish)
+        beginnings.setdefault(tracker.name, tracker.mark())
+    atomic_write(record, json.dumps(beginnings, indent=1))
     return trackers
+
+
+def check_same_start(accelerator: Accelerator, run: Opened) -> None:
+    """Every rank chose where to start from what it sees itself.
+
+    Raises:
+        UserError: they chose differently, on all ranks.
+    """
+    chosen = gather_object([None if run.resume_from is None else run.resume_from.name])
+    if len(set(chosen)) > 1:
+        raise UserError(
+            f"run.folder={run.folder}: the ranks would start from different checkpoints: "
+            f"{', '.join(map(str, chosen))}. Is it on a disk that all machines share?"
+        )
 
 
 def export(folder: Path, model: ErnieModel, processor: Processor) -> None:

@@ -17,6 +17,7 @@ from train import checkpoint, report
 from train.build import build_accelerator, build_model
 from train.config import SFTConfig, check_steps, plain, register, to_typed
 from train.evaluate import draw_answers, measure
+from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
@@ -27,6 +28,7 @@ from train.run import (
     StopSignal,
     check_not_past,
     check_same_maths,
+    check_same_start,
     export,
     open_folder,
     program,
@@ -54,6 +56,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
     run = open_folder(config.run, at_end, main=on_main)
+    check_same_start(accelerator, run)
     settings = plain(config) | {"rows_per_update": config.data.accumulation * ranks}
     saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
     if saved is not None:
@@ -82,7 +85,9 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     report.opening(console, config, model, data, steps=steps, ranks=ranks, device=accelerator.device, notes=notes)
     if on_main:
         write_start(run.folder, plain(config), run.resume_from)
-    trackers = start_trackers(config, run, state, saved, at_end) if on_main else []
+    trackers = start_trackers(config, run, saved, at_end) if on_main else []
+    ledger = Ledger(run.folder, step=state.step, rank=rank, ranks=ranks)
+    at_end.callback(ledger.close)
     progress = Progress(steps, start_step=state.step, console=console, enabled=on_main)
 
     # What happens around the updates.
@@ -102,10 +107,23 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         if state.step and score.accuracy > best and on_main:
             export(run.folder / "best", model, processor)
 
+    def nonfinite(step: int, metrics: dict[str, float], evidence: Evidence) -> None:
+        entry = nonfinite_entry(step, metrics, evidence, gather_object(evidence.segments()))
+        progress.note(report.nonfinite_line(entry))
+        if on_main:
+            ledger.write("nonfinite.jsonl", entry)
+
+    def spiked(step: int, loss: float, usual: float, evidence: Evidence) -> None:
+        entry = spike_entry(step, loss, usual, gather_object(evidence.segments()))
+        progress.note(report.spike_line(entry))
+        if on_main:
+            ledger.write("spikes.jsonl", entry)
+
     def save(state: TrainState) -> None:
+        ledger.sync()
         generators = gather_object([checkpoint.generator_state()])
         if on_main:
-            path = checkpoint.save(
+            done = checkpoint.save(
                 run.checkpoints,
                 state.step,
                 model=model,
@@ -115,11 +133,11 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
                     "settings": settings,
                     "loop": dataclasses.asdict(state),
                     "source": source.state_dict(),
-                    "trackers": {tracker.name: tracker.run_id for tracker in trackers},
+                    "trackers": {tracker.name: tracker.mark() for tracker in trackers},
                 },
                 keep=config.run.keep,
             )
-            progress.note(f"saved {path}")
+            progress.note(report.saved_line(done))
         accelerator.wait_for_everyone()
 
     plan = Plan(
@@ -127,11 +145,20 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         learning_rate=lambda step: learning_rate(step, steps, config.optim),
         max_grad_norm=config.optim.max_grad_norm,
         max_skipped=config.optim.max_skipped,
+        spike=config.run.spike,
         log_every=config.run.log_every,
         save_every=config.run.save_every,
         evaluate_every=config.evaluate.every,
     )
-    hooks = Hooks(log=log, save=save, evaluate=evaluate, stop=StopSignal(at_end))
+    hooks = Hooks(
+        log=log,
+        save=save,
+        evaluate=evaluate,
+        saw=ledger.saw,
+        nonfinite=nonfinite,
+        spiked=spiked,
+        stop=StopSignal(at_end, grace_s=config.run.grace_s),
+    )
 
     # The run.
     with progress:

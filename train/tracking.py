@@ -2,7 +2,7 @@
 
     trackers = make_trackers(["trackio", "wandb"], project="ernie")     # [jsonl, trackio, wandb]
     for tracker in trackers:
-        tracker.start(run_name, config, folder, resume_ids.get(tracker.name), resume_step=step)
+        tracker.start(run_name, config, folder, marks.get(tracker.name))
     ...
         tracker.log({"loss": 0.41}, step=120)
 
@@ -10,8 +10,8 @@ Two rules hold for every tracker. What is wrong *before* the first step (a missi
 refused key) is a `TrackerError` from `make_trackers` or `start`. What goes wrong *later* (a network that drops, a full
 disk) is said once and costs numbers, never the run.
 
-A run goes on under the same name after a resume: save `{tracker.name: tracker.run_id}` with the training state and hand
-each id back to `start`, with the step that was restored.
+A run goes on as the same one after a resume, and shows no step twice: save `{tracker.name: tracker.mark()}` with the
+training state and hand each mark back to `start`. What was recorded after the mark, by a process that died, is dropped.
 """
 
 import contextlib
@@ -22,15 +22,18 @@ import json
 import logging
 import math
 import os
+import sqlite3
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from ernie_model.atomic import atomic_write
-
 logger = logging.getLogger(__name__)
+
+
+Mark = dict[str, Any]
+"""What a tracker needs to go on with a run; anything JSON can hold."""
 
 
 class TrackerError(RuntimeError):
@@ -42,24 +45,12 @@ class Tracker(Protocol):
 
     name: str
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
-        """Open the run. `resume_id` is an earlier `run_id`, `resume_step` the step that was restored with it.
-
-        Numbers logged after `resume_step` by the process that died are dropped where the tracker can do that.
-        """
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
+        """Open a new run, or go on with one where `mark` was taken: what it recorded later is dropped."""
         ...
 
-    @property
-    def run_id(self) -> str:
-        """What `start` needs to go on with this run."""
+    def mark(self) -> Mark:
+        """Which run this is and how far it has come, for `start`. All that was logged so far is on the disk."""
         ...
 
     def log(self, metrics: dict[str, float], step: int) -> None: ...
@@ -92,20 +83,14 @@ class Guarded:
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
         self.name = tracker.name
+        self.last_mark: Mark = {}
         self.calls = 0
         self.failures = 0
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
         try:
-            self.tracker.start(run_name, config, folder, resume_id, resume_step=resume_step)
+            self.tracker.start(run_name, config, folder, mark)
+            self.last_mark = self.tracker.mark()
         except TrackerError:
             raise
         except Exception as error:
@@ -114,9 +99,12 @@ class Guarded:
                 f"Put it right or leave {self.name} out of tracker=..."
             ) from error
 
-    @property
-    def run_id(self) -> str:
-        return self.tracker.run_id
+    def mark(self) -> Mark:
+        def take() -> None:
+            self.last_mark = self.tracker.mark()
+
+        self._attempt(take)
+        return self.last_mark
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._attempt(lambda: self.tracker.log(metrics, step))
@@ -157,19 +145,11 @@ class JsonlTracker:
     def __init__(self):
         self.file: TextIO | None = None
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / self.file_name
-        if resume_step is not None:
-            keep_until(path, resume_step)
+        if mark is not None:
+            cut(path, mark["bytes"])
         elif path.exists() and path.stat().st_size:
             raise TrackerError(
                 f"{path} already holds a run's metrics. Resume that run (resume=auto) or choose another run folder."
@@ -177,9 +157,11 @@ class JsonlTracker:
         self.folder = folder
         self.file = path.open("a", encoding="utf-8")
 
-    @property
-    def run_id(self) -> str:
-        return self.file_name
+    def mark(self) -> Mark:
+        if self.file is None:
+            raise RuntimeError("mark before start, or after finish")
+        os.fsync(self.file.fileno())
+        return {"bytes": os.fstat(self.file.fileno()).st_size}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self._write({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in metrics.items()}})
@@ -202,22 +184,17 @@ class JsonlTracker:
         self.file.flush()
 
 
-def keep_until(path: Path, last_step: int) -> None:
-    """Drop the lines of a metrics.jsonl that lie beyond `last_step`, and a last line that a kill tore in two.
-
-    The steps after the checkpoint are trained again, so their old numbers would appear twice.
-    """
+def cut(path: Path, size: int) -> None:
+    """Shorten a file of lines to `size` bytes, and to whole lines."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= last_step:
-            kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
+    with path.open("r+b") as file:
+        file.truncate(min(size, os.fstat(file.fileno()).st_size))
+        end = 0
+        for line in file:
+            if line.endswith(b"\n"):
+                end += len(line)
+        file.truncate(end)
 
 
 def _check_writable(folder: Path) -> None:
@@ -237,7 +214,7 @@ class TrackioTracker:
 
     The files lie in trackio's own folder (environment variable TRACKIO_DIR, by default ~/.cache/huggingface/trackio),
     so one dashboard shows all of a user's runs. trackio finds a run by its name, so two runs that ask for the same name
-    get "name" and "name-2", and that name is the run id.
+    get "name" and "name-2".
     """
 
     name = "trackio"
@@ -247,31 +224,37 @@ class TrackioTracker:
         self.project = project
         self._name = ""
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
         _check_writable(Path(importlib.import_module("trackio.utils").TRACKIO_DIR))
-        taken = self._run_names()
-        self._name = resume_id or _unused(run_name, taken)
+        self._name = mark["name"] if mark else _unused(run_name, self._run_names())
         with contextlib.redirect_stdout(io.StringIO()):  # five lines of advice about its own command line
             self.run = self.trackio.init(
                 project=self.project,
                 name=self._name,
                 # Names that start with "_" are trackio's own.
                 config={key: value for key, value in config.items() if not key.startswith("_")},
-                resume="allow" if resume_id else "never",
+                resume="allow" if mark else "never",
                 embed=False,
             )
+        if mark and self.run._is_local:
+            with self._database() as database:  # trackio itself has no way to take a number back
+                database.execute("DELETE FROM metrics WHERE run_name = ? AND id > ?", (self._name, mark["row"]))
 
-    @property
-    def run_id(self) -> str:
-        return self._name
+    def mark(self) -> Mark:
+        if not self.run._is_local:  # TRACKIO_SPACE_ID or TRACKIO_SERVER_URL: a server takes nothing back
+            return {"name": self._name, "row": 0}
+        with self.run._client_lock:  # its own thread writes every half second; a kill would lose what waits
+            self.run._flush_queues_inline()
+        with self._database() as database:
+            ((row,),) = database.execute("SELECT coalesce(max(id), 0) FROM metrics WHERE run_name = ?", (self._name,))
+        return {"name": self._name, "row": row}
+
+    @contextlib.contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        storage = importlib.import_module("trackio.sqlite_storage").SQLiteStorage
+        path = storage.init_db(self.project)
+        with storage._get_process_lock(self.project), storage._get_connection(path) as connection:
+            yield connection
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log(charts(metrics), step=step)
@@ -299,27 +282,29 @@ class TensorBoardTracker:
     def __init__(self, project: str):
         _import("tensorboard", "'ernie-train[tensorboard]'")
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step makes TensorBoard forget what the killed process logged beyond the checkpoint.
-        purge_step = None if resume_step is None else resume_step + 1
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
-        self.writer.add_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```")
+        self.folder, self.step = folder / "tensorboard", -1
+        if mark:
+            for path in self.folder.glob("events.*"):
+                if path.name in mark["files"]:
+                    os.truncate(path, min(mark["files"][path.name], path.stat().st_size))
+                else:
+                    path.unlink()
+            self.step = mark["step"]
+        # A TensorBoard that is running has read what was cut off: purge_step makes it forget.
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.step + 1 if mark else None)
+        if not mark:
+            self.writer.add_text("config", "```json\n" + json.dumps(config, indent=2, default=str) + "\n```")
 
-    @property
-    def run_id(self) -> str:
-        return "tensorboard"
+    def mark(self) -> Mark:
+        self.writer.flush()
+        files = {path.name: path.stat().st_size for path in self.folder.glob("events.*")}
+        return {"files": files, "step": self.step}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
+        self.step = step
         for key, value in charts(metrics).items():
             self.writer.add_scalar(key, value, step)
 
@@ -338,6 +323,7 @@ class WandbTracker:
     """Weights & Biases. With no key (WANDB_API_KEY or `wandb login`) the run is kept offline in RUN_FOLDER/wandb.
 
     WANDB_MODE=offline keeps it there even with a key; `wandb sync RUN_FOLDER/wandb/offline-run-*` uploads it later.
+    A server takes nothing back, so steps trained again after a kill lie there twice, with equal values.
     """
 
     name = "wandb"
@@ -346,15 +332,7 @@ class WandbTracker:
         self.wandb = _import("wandb", "'ernie-train[wandb]'")
         self.project = project
 
-    def start(
-        self,
-        run_name: str,
-        config: dict[str, Any],
-        folder: Path,
-        resume_id: str | None = None,
-        *,
-        resume_step: int | None = None,
-    ) -> None:
+    def start(self, run_name: str, config: dict[str, Any], folder: Path, mark: Mark | None = None) -> None:
         # `login` asks the server whether the key is good, so a refused one is an error now and not a silent run later.
         mode = os.environ.get("WANDB_MODE") or ("online" if self.wandb.login(prompt=False) else "offline")
         folder.mkdir(parents=True, exist_ok=True)
@@ -363,8 +341,8 @@ class WandbTracker:
             name=run_name,
             config=config,
             dir=str(folder),
-            id=resume_id,
-            resume="allow" if resume_id else None,
+            id=mark["id"] if mark else None,
+            resume="allow" if mark else None,
             mode=mode,
             settings=self.wandb.Settings(console="off", silent=True),
         )
@@ -373,9 +351,8 @@ class WandbTracker:
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
-    @property
-    def run_id(self) -> str:
-        return self.run.id
+    def mark(self) -> Mark:
+        return {"id": self.run.id}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.run.log({**charts(metrics), "step": step})

@@ -224,7 +224,7 @@ def test_a_damaged_checkpoint_is_never_gone_round_in_silence(tmp_path, monkeypat
     assert ernie_sft(monkeypatch, here) == 0  # the one before it is whole, and leads to the same weights
     assert "step 4 of 6" in capfd.readouterr().out
     assert "step-000006 is damaged (optimizer.safetensors has 1,000 bytes, not" in caplog.text
-    assert "going on from step-000004." in caplog.text
+    assert "going on from step-000004. Kept as step-000006.damaged." in caplog.text
     assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == whole
 
     for path in root.glob("step-*"):

@@ -33,7 +33,7 @@ def save(root, step, policy, optimizer, keep=2, **state):
         generators=[checkpoint.generator_state()],
         state=state,
         keep=keep,
-    )
+    ).path
 
 
 @pytest.fixture
@@ -171,9 +171,63 @@ def test_state_is_kept_and_parameters_without_gradient_have_none(tmp_path, train
     assert checkpoint.optimizer_tensors(again).keys() == tensors.keys()
 
 
-def test_another_version_is_refused(tmp_path, trained):
+def test_another_version_is_refused_and_not_called_damaged(tmp_path, trained):
     path = save(tmp_path, 1, *trained)
     state = json.loads((path / checkpoint.STATE).read_text())
-    (path / checkpoint.STATE).write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(UserError, match="checkpoint format 99; this version reads 1"):
-        checkpoint.read_state(path)
+    del state[checkpoint.CHECKSUM]
+    for other in (state | {"format": 1}, json.loads(checkpoint._sealed(state | {"format": 99}))):
+        (path / checkpoint.STATE).write_text(json.dumps(other))
+        with pytest.raises(UserError, match=f"checkpoint format {other['format']}; this version reads 2"):
+            checkpoint.newest_undamaged(tmp_path)
+
+
+def flip(path, at: float = 0.5) -> None:
+    """Change one bit of one byte in the middle of a file, as a bad disk does."""
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.RANDOM, checkpoint.STATE])
+def test_one_bit_is_enough(tmp_path, trained, file):
+    good = save(tmp_path, 1, *trained)
+    bad = save(tmp_path, 2, *trained, source={"position": 12345})
+    assert checkpoint.newest_undamaged(tmp_path) == (bad, {})
+    flip(bad / file)
+    found, problems = checkpoint.newest_undamaged(tmp_path)
+    assert found == good and list(problems) == [bad] and file in problems[bad]
+
+
+def test_every_number_in_state_is_under_the_checksum(tmp_path, trained):
+    """Bits of a digit that leave valid JSON with another value."""
+    path = save(tmp_path, 1, *trained, source={"position": 12345})
+    text = (path / checkpoint.STATE).read_text()
+    (path / checkpoint.STATE).write_text(text.replace("12345", "12344"))
+    assert "state.json cannot be read" in (checkpoint.damage(path) or "")
+    (path / checkpoint.STATE).write_text(json.dumps(json.loads(text)))  # formatted anew, and the same
+    assert checkpoint.damage(path) is None
+
+
+def test_what_is_set_aside_counts_no_more(tmp_path, trained):
+    good, bad = save(tmp_path, 1, *trained), save(tmp_path, 2, *trained)
+    aside = checkpoint.set_aside(bad)
+    assert checkpoint.candidates(tmp_path) == [good] and aside.name == "step-000002.damaged"
+    for step in (2, 3, 4):
+        save(tmp_path, step, *trained)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-000003", "step-000004"]
+    assert aside.is_dir()
+
+
+def test_what_was_written_is_told(tmp_path, trained):
+    policy, optimizer = trained
+    done = checkpoint.save(
+        tmp_path,
+        1,
+        model=policy.model,
+        optimizer=optimizer,
+        generators=[checkpoint.generator_state()],
+        state={},
+        keep=1,
+    )
+    files = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.RANDOM)
+    assert done.num_bytes == sum((done.path / file).stat().st_size for file in files) and done.seconds > 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from PIL import Image
 
-from train.tracking import Guarded, JsonlTracker, TrackerError, charts, keep_until, make_trackers
+from train.tracking import Guarded, JsonlTracker, TrackerError, charts, cut, make_trackers
 
 CONFIG = {"optim": {"lr": 1e-3}, "model": {"layers": [1, 2]}, "note": None}
 
@@ -76,26 +76,35 @@ def test_jsonl_has_one_line_per_call_at_once(tmp_path, picture):
     ]
 
 
-def test_resume_drops_the_steps_that_will_be_trained_again_and_a_torn_line(tmp_path):
+def test_resume_drops_what_was_recorded_after_the_mark_and_a_torn_line(tmp_path):
     tracker = JsonlTracker()
     tracker.start("run", CONFIG, tmp_path)
     for step in range(1, 8):
         tracker.log({"loss": float(step)}, step)
-    run_id = tracker.run_id
+        if step == 5:
+            mark = tracker.mark()
+            tracker.log({"eval_nll": 1.0}, step)  # of the same step, and still after the mark
     tracker.finish()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # killed in the middle of a write
 
     again = JsonlTracker()
-    again.start("run", CONFIG, tmp_path, run_id, resume_step=5)
+    again.start("run", CONFIG, tmp_path, mark)
     again.log({"loss": 6.5}, 6)
     again.finish()
     assert [(r["step"], r["loss"]) for r in records(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6.5)]
 
 
 def test_resume_without_a_file_starts_one(tmp_path):
-    keep_until(tmp_path / "metrics.jsonl", 3)
+    cut(tmp_path / "metrics.jsonl", 3)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_file_that_lost_its_end_is_not_filled_with_zeros(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    cut(path, 1000)
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def test_a_new_run_never_writes_into_another_runs_file(tmp_path):
@@ -112,14 +121,16 @@ class Breaking:
     """A tracker whose network is gone."""
 
     name = "breaking"
-    run_id = "b"
 
     def __init__(self, *, at_start: bool = False):
         self.at_start = at_start
 
-    def start(self, run_name, config, folder, resume_id=None, *, resume_step=None):
+    def start(self, run_name, config, folder, mark=None):
         if self.at_start:
             raise ConnectionError("no route to host")
+
+    def mark(self):
+        return {"id": "b"}
 
     def log(self, metrics, step):
         raise ConnectionError("no route to host")
@@ -190,22 +201,43 @@ def test_trackio_without_a_folder_it_can_write_is_an_error_at_the_start(tmp_path
 
 
 def test_trackio_gives_two_runs_of_one_name_two_names_and_resumes_the_right_one(tmp_path):
-    ids = []
+    marks = []
     for loss in (1.0, 2.0):
         _, tracker = make_trackers(["trackio"], "names")
         tracker.start("run", CONFIG, tmp_path)
         tracker.log({"loss": loss}, step=1)
+        marks.append(tracker.mark())
         tracker.finish()
-        ids.append(tracker.run_id)
-    assert ids == ["run", "run-2"]
+    assert [mark["name"] for mark in marks] == ["run", "run-2"]
 
     _, tracker = make_trackers(["trackio"], "names")
-    tracker.start("run", CONFIG, tmp_path, ids[0], resume_step=1)
+    tracker.start("run", CONFIG, tmp_path, marks[0])
     tracker.log({"loss": 1.5}, step=2)
     tracker.finish()
-    assert tracker.run_id == "run"
+    assert tracker.failures == 0 and tracker.mark()["name"] == "run"
     assert [(log["step"], log["loss"]) for log in trackio_logs("names", "run")] == [(1, 1.0), (2, 1.5)]
     assert [(log["step"], log["loss"]) for log in trackio_logs("names", "run-2")] == [(1, 2.0)]
+
+
+def test_trackio_forgets_what_came_after_the_mark_and_loses_nothing_before_it(tmp_path, picture):
+    _, tracker = make_trackers(["trackio"], "forgets")
+    tracker.start("run", CONFIG, tmp_path)
+    for step in (1, 2):
+        tracker.log({"loss": float(step)}, step)
+    mark = tracker.mark()
+    # at once, and not when trackio's own thread gets to it: a kill may come now
+    assert [log["step"] for log in trackio_logs("forgets", "run")] == [1, 2]
+    tracker.log_image("answers", picture, 2)
+    for step in (3, 4):
+        tracker.log({"loss": float(step)}, step)
+    tracker.finish()
+
+    _, again = make_trackers(["trackio"], "forgets")
+    again.start("run", CONFIG, tmp_path, mark)
+    again.log({"loss": 3.5}, 3)
+    again.finish()
+    assert again.failures == 0
+    assert [(log["step"], log.get("loss")) for log in trackio_logs("forgets", "run")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------
@@ -217,17 +249,26 @@ def test_tensorboard_holds_the_numbers_and_forgets_the_steps_trained_again(pictu
     folder = picture.parent
     _, tracker = make_trackers(["tensorboard"], "p")
     tracker.start("run", CONFIG, folder)
-    for step in (1, 2, 3, 4):
+    for step in (1, 2):
         tracker.log({"loss": float(step)}, step)
     tracker.log_image("answers", picture, 2)
+    mark = tracker.mark()
+    tracker.log({"loss": 9.0}, 2)  # of the same step, and still after the mark
+    for step in (3, 4):
+        tracker.log({"loss": float(step)}, step)
     tracker.finish()
 
-    _, again = make_trackers(["tensorboard"], "p")
-    again.start("run", CONFIG, folder, tracker.run_id, resume_step=2)
-    again.log({"loss": 3.5}, 3)
-    again.finish()
-    assert tracker.failures == again.failures == 0
+    running = EventAccumulator(str(folder / "tensorboard"))  # a TensorBoard that looks on all the time
+    running.Reload()
+    for _ in range(2):  # killed twice, the second time before the next checkpoint
+        _, again = make_trackers(["tensorboard"], "p")
+        again.start("run", CONFIG, folder, mark)
+        again.log({"loss": 3.5}, 3)
+        again.finish()
+        assert tracker.failures == again.failures == 0
 
+    running.Reload()
+    assert [e.step for e in running.Scalars("loss") if e.step > 2] == [3]
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
@@ -284,16 +325,17 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     tracker.start("run", CONFIG, folder)
     tracker.log({"loss": 0.5}, step=3)
     tracker.log_image("answers", picture, step=3)
+    mark = tracker.mark()
     tracker.finish()
     assert tracker.failures == 0
     assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
 
     _, again = make_trackers(["wandb"], "p")
-    again.start("run", CONFIG, folder, tracker.run_id, resume_step=1)
+    again.start("run", CONFIG, folder, mark)
     again.log({"loss": 0.6}, step=2)  # smaller than a step that wandb has seen
     again.finish()
     assert again.failures == 0
-    assert again.run_id == tracker.run_id
+    assert again.mark() == mark
     history = wandb_history(folder, runs=2)
     assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(3, 0.5), (2, 0.6)]
     assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
@@ -330,4 +372,3 @@ def test_several_at_once(picture):
     for tracker in trackers:
         tracker.finish()
     assert [tracker.failures for tracker in trackers] == [0, 0, 0, 0]
-    assert len({tracker.run_id for tracker in trackers}) == 4
