@@ -360,7 +360,7 @@ def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
         generators=[checkpoint.generator_state()],
         state={},
         keep=1,
-    )
+    ).path
     restored = ErnieModel(CONFIG)
     checkpoint.load(path, model=restored, optimizer=small.optimizer(Policy(restored)), rank=0)
     from ernie_model.checkpoint import write_model
