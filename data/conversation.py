@@ -251,7 +251,8 @@ def _chat_content(parts: Sequence[Part], open_media: Callable[[PartKind, Media],
     content = []
     for part in parts:
         value = part.text if part.media is None else open_media(part.kind, part.media)
-        content.append({"type": part.kind.value, part.kind.value: value})
+        sampling = {} if part.sampling is None else {"sampling": dataclasses.asdict(part.sampling)}
+        content.append({"type": part.kind.value, part.kind.value: value, **sampling})
     return content
 
 

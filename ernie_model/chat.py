@@ -106,6 +106,8 @@ class Piece:
     starts_generation: bool = False
     """The assistant begins to write here: this piece's text is not tokenised together with what precedes it."""
     media: Any = None
+    sampling: Mapping[str, Any] | None = None
+    """Videos: which frames are asked for (`video.ClipChoice`)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def render(
 
     Args:
         messages: `{"role", "content", "reasoning_content"?, "tool_calls"?}`; content is a text or a list of
-            `{"type": "text" | "image" | "video", ...}`.
+            `{"type": "text" | "image" | "video", ...}`; a video may have `"sampling"`: fields of `video.ClipChoice`.
         tools: definitions in OpenAI's form, printed as JSON as they are.
         thinking: None follows the data, and means False for the generation prompt.
         add_generation_prompt: end where the assistant begins to write; those pieces have message = len(messages).
@@ -264,7 +266,7 @@ class _Writer:
     def answer(self, message: Message) -> bool:
         """Write the text; True if whatever follows starts on a new line already."""
         texts = []
-        for kind, value in _parts(message, self.index):
+        for kind, value, _ in _parts(message, self.index):
             if kind is not PieceKind.TEXT:
                 raise ChatError(
                     f"message {self.index}: an assistant message holds an {kind.value}; the model writes only text. "
@@ -310,20 +312,20 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------------- pieces
 
     def content(self, message: Message, span: SpanKind) -> None:
-        for kind, value in _parts(message, self.index):
+        for kind, value, sampling in _parts(message, self.index):
             if kind is PieceKind.TEXT:
                 self.text(value, span)
             else:
-                self.media(kind, value)
+                self.media(kind, value, sampling)
 
-    def media(self, kind: PieceKind, media: Any) -> None:
+    def media(self, kind: PieceKind, media: Any, sampling: Mapping[str, Any] | None) -> None:
         """Pictures and videos are numbered separately, over the whole conversation."""
         self.num_media[kind] += 1
         image = kind is PieceKind.IMAGE
         self.text(f"{'Picture' if image else 'Video'} {self.num_media[kind]}:")
         text = IMAGE_START + IMAGE + IMAGE_END if image else VIDEO_START + VIDEO + VIDEO_END
         span = SpanKind.IMAGE if image else SpanKind.VIDEO
-        self.pieces.append(Piece(kind, text, span, self.index, media=media))
+        self.pieces.append(Piece(kind, text, span, self.index, media=media, sampling=sampling))
 
     def text(self, text: str, span: SpanKind = SpanKind.TEMPLATE) -> None:
         if text:
@@ -333,12 +335,13 @@ class _Writer:
         self.pieces.append(Piece(PieceKind.SPECIAL, token, span, self.index))
 
 
-def _parts(message: Message, index: int) -> Iterator[tuple[PieceKind, Any]]:
+def _parts(message: Message, index: int) -> Iterator[tuple[PieceKind, Any, Mapping[str, Any] | None]]:
+    """Kind, value, and for videos the sampling."""
     content = message.get("content")
     if content is None:
         return
     if isinstance(content, str):
-        yield PieceKind.TEXT, content
+        yield PieceKind.TEXT, content, None
         return
     kinds = {"text": PieceKind.TEXT, "image": PieceKind.IMAGE, "video": PieceKind.VIDEO}
     if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
@@ -349,7 +352,10 @@ def _parts(message: Message, index: int) -> Iterator[tuple[PieceKind, Any]]:
             raise ChatError(f"message {index}: a part has type {kind!r}; it must be one of {', '.join(kinds)}.")
         if part.get(kind) is None:
             raise ChatError(f"message {index}: a part of type {kind!r} has no key {kind!r}: {part!r}.")
-        yield kinds[kind], part[kind]
+        sampling = part.get("sampling")
+        if sampling is not None and kind != "video":
+            raise ChatError(f"message {index}: a part of type {kind!r} has `sampling`, which only videos have.")
+        yield kinds[kind], part[kind], sampling
 
 
 def _to_json(value: Any, where: str) -> str:

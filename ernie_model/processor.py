@@ -32,7 +32,7 @@ from ernie_model.config import ErnieConfig
 from ernie_model.images import CLIP_MEAN, CLIP_STD, Grid, ImageSettings, image_patches, load_image
 from ernie_model.rope import num_media_tokens, position_ids
 from ernie_model.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, MEDIA_TOKENS, Tokenizer, TokenizerError
-from ernie_model.video import Frames, FrameSampling, VideoSettings, file_name, font_file, video_patches
+from ernie_model.video import ClipChoice, Frames, FrameSampling, VideoSettings, file_name, font_file, video_patches
 
 IMAGE_FILE = "preprocessor_config.json"
 VIDEO_FILE = "video_preprocessor_config.json"
@@ -110,7 +110,7 @@ class Processor:
         Args:
             messages: OpenAI-style dictionaries; a content is a text or a list of `{"type": "text", "text": str}`,
                 `{"type": "image", "image": PIL image, path or bytes}`,
-                `{"type": "video", "video": path, bytes or Frames}`.
+                `{"type": "video", "video": path, bytes or Frames, "sampling"?: fields of `ClipChoice`}`.
             tools, thinking, add_generation_prompt, every_turn: see `chat.render`.
 
         Raises:
@@ -209,7 +209,11 @@ class Processor:
             return image_patches(load_image(piece.media, name), self.image, name)
         media = piece.media
         name = media.name if isinstance(media, Frames) else file_name(media)
-        return video_patches(media, self.video, unnamed if name in ("video", "frames") else name)
+        try:
+            choice = ClipChoice(**piece.sampling or {})
+        except TypeError as error:
+            raise ChatError(f"message {piece.message}: `sampling` of a video: {error}.") from error
+        return video_patches(media, self.video, unnamed if name in ("video", "frames") else name, choice)
 
     def _media_ids(self, kind: PieceKind, grid: Grid) -> list[int]:
         """Start token, one placeholder for each feature the resampler makes of `grid`, end token."""

@@ -15,8 +15,9 @@ Shape letters:  N frames   P patches   X numbers in a patch
 """
 
 import io
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from pathlib import Path
@@ -101,7 +102,45 @@ class Frames:
             raise MediaError(self.name, f"has {len(self.images)} frames, but {len(self.seconds)} times.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClipChoice:
+    """What one conversation asks of one of its videos; None leaves it to the settings.
+
+    A rate or number that is asked for is kept below the settings' `min_frames` too. Above `max_frames`, a rate gives
+    `max_frames` spread evenly, as in any long clip, and a number is refused.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    start_s: float | None = None
+    """Seconds into the video where the clip begins."""
+    end_s: float | None = None
+    """Seconds into the video where it ends; up to a second behind the video's end, as people round."""
+
+
 # ----------------------------------------------------------------------------------------------------- frame sampling
+
+
+def choose_frames(num_frames: int, fps: float, settings: VideoSettings, choice: ClipChoice, name: str) -> list[int]:
+    """Which of a video's frames to use, of the stretch and as densely as `choice` says; see `frame_indices`.
+
+    Raises:
+        MediaError: the video does not have what is asked for.
+    """
+    if choice.num_frames is not None and choice.num_frames > settings.max_frames:
+        raise MediaError(name, f"num_frames is {choice.num_frames}, and at most {settings.max_frames} are used.")
+    duration = num_frames / fps
+    start, end = choice.start_s or 0.0, duration if choice.end_s is None else choice.end_s
+    if start >= duration or end >= duration + 1:
+        asked = f"start_s is {choice.start_s}" if start >= duration else f"end_s is {choice.end_s}"
+        raise MediaError(name, f"{asked}, but the video is {duration:.2f} s long.")
+    # Frame i is shown from second i / fps on. The stretch has its first frame even if it is shorter than one. (A
+    # millionth less, because 0.7 * 10 is a little more than 7.)
+    first = min(math.ceil(start * fps - 1e-6), num_frames - 1)
+    last = max(first + 1, min(math.ceil(end * fps - 1e-6), num_frames))
+    if choice.fps is not None or choice.num_frames is not None:
+        settings = replace(settings, fps=choice.fps, num_frames=choice.num_frames, min_frames=1)
+    return [first + index for index in frame_indices(last - first, fps, settings)]
 
 
 def frame_indices(num_frames: int, fps: float, settings: VideoSettings) -> list[int]:
@@ -277,37 +316,41 @@ def _upright(frame: av.VideoFrame) -> Image.Image:
 
 
 def video_patches(
-    source: Frames | VideoFile, settings: VideoSettings, name: str | None = None
+    source: Frames | VideoFile, settings: VideoSettings, name: str | None = None, choice: ClipChoice | None = None
 ) -> tuple[np.ndarray, Grid]:
-    """Patches of one video.
+    """Patches of one video, or of the stretch of it that `choice` names. Timestamps count from the video's beginning.
 
     Returns:
         patch_PX float32, frame after frame, each in merge-block order; and the grid (frames, rows, columns).
 
     Raises:
-        MediaError: missing, corrupt, without frames, or too long and thin.
+        MediaError: missing, corrupt, without frames, too long and thin, or without what `choice` asks for.
     """
+    choice = choice or ClipChoice()
     if isinstance(source, Frames):
         name = name or source.name
-        pictures, seconds = _choose_from(source, settings, name)
+        pictures, seconds = _choose_from(source, settings, name, choice)
         patch_PX, grid, _ = _cut_frames(pictures, seconds, settings, name)
         return patch_PX, grid
     name = name or file_name(source)
     try:
-        return _patches_of_file(source, settings, name)
+        return _patches_of_file(source, settings, name, choice)
     except MediaError as error:  # what opens the file cannot know that its bytes are, say, video 2 of message 3
         raise MediaError(name, error.problem) from error
 
 
-def _patches_of_file(source: VideoFile, settings: VideoSettings, name: str) -> tuple[np.ndarray, Grid]:
+def _patches_of_file(
+    source: VideoFile, settings: VideoSettings, name: str, choice: ClipChoice
+) -> tuple[np.ndarray, Grid]:
     clip = probe(source)
-    indices = frame_indices(clip.num_frames, clip.fps, settings)
+    indices = choose_frames(clip.num_frames, clip.fps, settings, choice, name)
     patches = _file_to_patches(source, indices, clip.fps, settings, name)
     if patches is None:  # some packets hold no picture: choose again, among the frames that exist
         count = _count_decodable(source)
         if count == 0:
             raise MediaError(name, "the video has no frames that can be decoded.")
-        patches = _file_to_patches(source, frame_indices(count, clip.fps, settings), clip.fps, settings, name)
+        indices = choose_frames(count, clip.fps, settings, choice, name)
+        patches = _file_to_patches(source, indices, clip.fps, settings, name)
         assert patches is not None
     return patches
 
@@ -351,13 +394,17 @@ def _count_decodable(file: VideoFile) -> int:
         raise _undecodable(file, error) from error
 
 
-def _choose_from(source: Frames, settings: VideoSettings, name: str) -> tuple[list[Image.Image], list[float]]:
+def _choose_from(
+    source: Frames, settings: VideoSettings, name: str, choice: ClipChoice
+) -> tuple[list[Image.Image], list[float]]:
     if not source.images:
         raise MediaError(name, "the video has no frames.")
     if source.seconds is not None:
+        if choice != ClipChoice():
+            raise MediaError(name, f"{choice} is asked for, but these frames have been chosen already.")
         chosen, seconds = list(source.images), list(source.seconds)
     else:
         fps = source.fps or FALLBACK_FPS
-        indices = frame_indices(len(source.images), fps, settings)
+        indices = choose_frames(len(source.images), fps, settings, choice, name)
         chosen, seconds = [source.images[i] for i in indices], [i / fps for i in indices]
     return [load_image(image, None if isinstance(image, str | Path) else name) for image in chosen], seconds

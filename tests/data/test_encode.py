@@ -1,10 +1,13 @@
 """Which tokens are learned."""
 
+import av
 import pytest
 
-from data.conversation import Conversation, Message, Part
+from data.conversation import Conversation, Message, Part, VideoSampling
 from data.encode import encode
 from data.errors import DataError, TooLongError
+from data.media import MediaFolder
+from ernie_model.images import MediaError
 
 
 def drawing(example):
@@ -92,3 +95,26 @@ def test_without_every_turn_only_the_last_is_learned(talk, processor):
 def test_asking_for_a_turn_that_is_history_is_an_error(talk, processor):
     with pytest.raises(DataError, match=r"messages\[1\].train is true, but with data.every_turn=false"):
         encode(talk("a", "hi", "yo", "ok", "bye", train=True), processor, every_turn=False)
+
+
+def test_a_video_is_sampled_as_its_part_says(real_processor, tmp_path):
+    """A record's wish reaches the frames; one that the video cannot grant names the file and the record."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for _ in range(40):
+            container.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+        container.mux(stream.encode())
+
+    def frames(sampling):
+        user = Message(role="user", parts=(Part.of_video("a.mp4", sampling),))
+        answer = Message(role="assistant", parts=(Part.of_text("yes"),))
+        conversation = Conversation(id="door", messages=(user, answer))
+        return encode(conversation, real_processor, media=MediaFolder(tmp_path)).grids[0][0]
+
+    assert frames(None) == 16
+    assert frames(VideoSampling(fps=2)) == 8
+    assert frames(VideoSampling(num_frames=4, start_s=1)) == 4
+    assert frames(VideoSampling(fps=2, start_s=2, end_s=3)) == 2
+    with pytest.raises(MediaError, match=r"a.mp4.*start_s is 9, but the video is 4.00 s long.*record 'door'"):
+        frames(VideoSampling(start_s=9))

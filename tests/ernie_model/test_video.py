@@ -20,6 +20,7 @@ from PIL import Image
 from ernie_model import video
 from ernie_model.images import CLIP_MEAN, CLIP_STD, MediaError, image_patches
 from ernie_model.video import (
+    ClipChoice,
     Frames,
     FrameSampling,
     VideoSettings,
@@ -232,6 +233,59 @@ def test_frames_are_stamped_with_their_time_before_resizing(tmp_path):
     by_hand = [image_patches(draw_timestamp(frame, i / 10), settings)[0] for i, frame in enumerate(frames)]
     assert grid[0] == 4
     assert np.array_equal(patch_PX, np.concatenate([*by_hand, by_hand[-1]]))
+
+
+def test_a_stretch_at_its_own_rate(tmp_path):
+    """40 frames at 10 fps; frame i begins at i / 10 s. From 0.7 s to 2 s are frames 7 to 19, and not frame 20."""
+    path = write_clip(tmp_path / "a.mov", [5 * i + 20 for i in range(40)])
+
+    def frames(**choice):
+        seen = brightness(*video_patches(path, UNSTAMPED, choice=ClipChoice(**choice)))
+        return [round(value - 20) // 5 for value in seen]
+
+    assert frames(start_s=0.7, end_s=2, fps=10) == [*range(7, 20), 19]  # 13 frames: the last one twice
+    assert frames(start_s=0.7, end_s=2) == [*range(7, 20), 19]  # fewer than 16: all there are
+    assert frames(fps=1) == [0, 10, 20, 30]  # below min_frames, because it is asked for
+    assert frames(num_frames=4, start_s=2) == [20, 25, 30, 35]
+    assert frames(start_s=3.95, end_s=3.97) == [39, 39]
+    assert frames(end_s=4.9, num_frames=2) == [0, 20]  # as people round
+    assert frames() == [int(2.5 * i) for i in range(16)]
+
+
+def test_a_stretch_shows_the_time_of_the_whole_video(tmp_path):
+    path = write_clip(tmp_path / "a.mov", [100] * 40, size=(320, 240))
+    settings = VideoSettings(min_pixels=112 * 140, max_pixels=112 * 140)
+    patch_PX, _ = video_patches(path, settings, choice=ClipChoice(start_s=3, num_frames=2))
+    first = draw_timestamp(Image.new("RGB", (320, 240), (100, 100, 100)), 3.0)
+    assert np.array_equal(patch_PX[: len(patch_PX) // 2], image_patches(first, settings)[0])
+
+
+@pytest.mark.parametrize(
+    "choice, problem",
+    [
+        (dict(start_s=4), "start_s is 4, but the video is 4.00 s long"),
+        (dict(start_s=1, end_s=5), "end_s is 5, but the video is 4.00 s long"),
+        (dict(num_frames=181), "num_frames is 181, and at most 180 are used"),
+    ],
+)
+def test_a_stretch_outside_the_video_is_named(choice, problem, tmp_path):
+    path = write_clip(tmp_path / "door.mov", [100] * 40)
+    with pytest.raises(MediaError, match=f"door.mov.*{problem}"):
+        video_patches(path, UNSTAMPED, choice=ClipChoice(**choice))
+    images = [Image.new("RGB", (64, 64))] * 40
+    with pytest.raises(MediaError, match=problem):
+        video_patches(Frames(images, fps=10), UNSTAMPED, choice=ClipChoice(**choice))
+
+
+def test_a_rate_above_the_limit_gives_the_limit_spread_evenly():
+    indices = video.choose_frames(1000, 10, UNSTAMPED, ClipChoice(fps=10, start_s=10), "a.mov")
+    assert (len(indices), indices[0], indices[-1]) == (180, 100, 995)
+
+
+def test_frames_that_were_chosen_cannot_be_chosen_again():
+    frames = Frames([Image.new("RGB", (64, 64))] * 2, seconds=[0, 1])
+    with pytest.raises(MediaError, match="have been chosen already"):
+        video_patches(frames, UNSTAMPED, choice=ClipChoice(fps=1))
 
 
 def test_bytes_are_a_clip_too(tmp_path):
