@@ -6,8 +6,11 @@ conversations.jsonl                       open_records("conversations.jsonl")
   {"id": "b", "messages": [...]}            [1] -> Record({"id": "b", ...}, line 3)
 
 base.py          what a reader gives          json_files.py    lines, or one array
-files.py         files of byte spans          many.py          folders and shards as one
-open.py          from `data.path` to a reader
+    open.py          from `data.path` to a reader tar_files.py     WebDataset shards
+    files.py         files of byte spans          tables.py        parquet, Hugging Face datasets
+                                                  many.py          folders and patterns as one
+
+A reader is flat in memory, whatever the size of the records. See tests/bench/streaming.py.
 """
 
 from data.records.base import Broken, Record, Records, RecordStream, Rows

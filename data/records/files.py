@@ -9,7 +9,6 @@
 JSON lines, a JSON array and a tar shard are three layouts (json_files.py, tar_files.py).
 """
 
-import hashlib
 import io
 import os
 from array import array
@@ -18,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import xxhash
 
 from data.conversation import Source
 from data.errors import DataError
@@ -46,7 +47,7 @@ class FileRecords:
         self.path = Path(path)
         self._parse = layout.parse
         self._offsets, self._sizes, self._lines = array("q"), array("q"), array("q")
-        digest = hashlib.blake2b(digest_size=16)
+        digest = xxhash.xxh3_128()
         with _readable(self.path):
             raw = _Hashed(self.path, digest.update)
             with io.BufferedReader(raw, CHUNK) as file:
@@ -146,7 +147,10 @@ def _readable(path: Path) -> Iterator[None]:
 def content_fingerprint(path: Path) -> str:
     """Of the whole content of a file."""
     with _readable(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        digest = xxhash.xxh3_128()
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 def sampled_fingerprint(path: Path) -> str:
@@ -156,4 +160,4 @@ def sampled_fingerprint(path: Path) -> str:
         size = os.fstat(file.fileno()).st_size
         head = file.read(end)
         file.seek(max(0, size - end))
-        return hashlib.blake2b(size.to_bytes(8, "big") + head + file.read(end), digest_size=16).hexdigest()
+        return xxhash.xxh3_128_hexdigest(size.to_bytes(8, "big") + head + file.read(end))

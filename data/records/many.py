@@ -4,11 +4,12 @@ shard-000.jsonl   3 records      0 1 2
 shard-001.jsonl   2 records            3 4
 """
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+
+import xxhash
 
 from data.records.base import Record, Records, RecordStream, Rows
 
@@ -57,7 +58,7 @@ class ManyStreams:
 
 
 def _joined(parts: Sequence[Records | RecordStream]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = xxhash.xxh3_128()
     for part in parts:
         digest.update(f"{part.path.name}\0{part.fingerprint}\0".encode())
     return digest.hexdigest()

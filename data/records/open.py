@@ -1,8 +1,12 @@
 """From what the user wrote as `data.path` to its records.
 
-chats.jsonl  chats.json           one file
-shard-{000..009}.jsonl            these files, all of which must exist
-chats/                            every file of the folder, in the order of their names; all of one kind
+    chats.jsonl  chats.json           one file
+    shard-{000..009}.tar              these files, all of which must exist
+    chats/                            every file of the folder, in the order of their names; all of one kind
+    saved/                            a dataset that `datasets` saved with save_to_disk
+    org/name                          where no such folder is: a dataset on the Hugging Face hub
+
+A file is read by the ending of its name (`KINDS`).
 """
 
 import os
@@ -17,6 +21,17 @@ from data.records.base import Records, RecordStream
 from data.records.files import FileRecords, FileStream
 from data.records.json_files import json_layout
 from data.records.many import ManyRecords, ManyStreams
+from data.records.tables import (
+    HUB_NAME,
+    ParquetRecords,
+    ParquetStream,
+    hub_records,
+    hub_stream,
+    is_saved_dataset,
+    saved_records,
+    saved_stream,
+)
+from data.records.tar_files import TAR
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,12 @@ class Kind:
 
 
 JSON = Kind(lambda path: FileRecords(path, json_layout(path)), lambda path: FileStream(path, json_layout(path)))
-KINDS: dict[str, Kind] = {".jsonl": JSON, ".json": JSON}
+KINDS: dict[str, Kind] = {
+    ".jsonl": JSON,
+    ".json": JSON,
+    ".parquet": Kind(ParquetRecords, ParquetStream),
+    ".tar": Kind(lambda path: FileRecords(path, TAR), lambda path: FileStream(path, TAR)),
+}
 """By the ending of the file's name."""
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -42,32 +62,38 @@ def open_records(
 
     `split`, `subset` and `revision` choose within a Hugging Face dataset; files have none.
     """
-    return _open(path, split, subset, revision, lambda kind: kind.records, ManyRecords)
+    path, files = _look(path, split=split, subset=subset, revision=revision)
+    if files:
+        return _one_or_many(path, [_kind(file).records(file) for file in files], ManyRecords)
+    return saved_records(path, split) if path.is_dir() else hub_records(path.as_posix(), split, subset, revision)
 
 
 def open_stream(
     path: str | os.PathLike[str], *, split: str | None = None, subset: str | None = None, revision: str | None = None
 ) -> RecordStream:
     """As `open_records`, front to back only. An empty file is a stream of nothing."""
-    return _open(path, split, subset, revision, lambda kind: kind.stream, ManyStreams)
+    path, files = _look(path, split=split, subset=subset, revision=revision)
+    if files:
+        return _one_or_many(path, [_kind(file).stream(file) for file in files], ManyStreams)
+    return saved_stream(path, split) if path.is_dir() else hub_stream(path.as_posix(), split, subset, revision)
 
 
-def _open(
-    path: str | os.PathLike[str],
-    split: str | None,
-    subset: str | None,
-    revision: str | None,
-    reader: Callable[[Kind], Callable[[Path], T]],
-    many: Callable[[Path, Sequence[T]], T],
-) -> T:
-    for key, value in (("split", split), ("subset", subset), ("revision", revision)):
-        if value is not None:
+def _look(path: str | os.PathLike[str], **choices: str | None) -> tuple[Path, list[Path]]:
+    """The files that `path` means; none if it is a dataset of the Hugging Face library, in a folder or on the hub."""
+    path = Path(path)
+    saved = path.is_dir() and is_saved_dataset(path)
+    on_hub = not path.exists() and path.suffix.lower() not in KINDS and HUB_NAME.fullmatch(path.as_posix())
+    for key, value in choices.items():
+        if value is not None and not on_hub and not (saved and key == "split"):
+            what = "a saved dataset, which has" if saved else "files, which have"
             raise DataError(
-                f"data.{key} is {value!r}, but data.path ({path}) names files, which have no {key}. Remove data.{key}."
+                f"data.{key} is {value!r}, but data.path ({path}) names {what} no {key}. Remove data.{key}."
             )
-    files = _files(Path(path))
-    parts = [reader(_kind(file))(file) for file in files]
-    return parts[0] if len(parts) == 1 and files[0] == Path(path) else many(Path(path), parts)
+    return path, [] if saved or on_hub else _files(path)
+
+
+def _one_or_many(path: Path, parts: list[T], many: Callable[[Path, Sequence[T]], T]) -> T:
+    return parts[0] if len(parts) == 1 and path.is_file() else many(path, parts)
 
 
 def _files(path: Path) -> list[Path]:
