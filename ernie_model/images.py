@@ -232,6 +232,22 @@ def _cut(pixel_HW3: np.ndarray, patch: int, merge: int) -> np.ndarray:
     return split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns * merge * merge, 3, patch * patch)
 
 
+def pictures(patch_PX: np.ndarray, grid: Grid, settings: PixelSettings) -> list[Image.Image]:
+    """The frames that patches were cut from, as the model sees them: the inverse of `picture_patches`, pixel by pixel.
+
+    Args:
+        patch_PX: the patches of one image or video, in merge-block order.
+        grid: its (frames, rows, columns) in patches.
+    """
+    frames, rows, columns = grid
+    patch, merge = settings.patch_size, settings.merge_size
+    unit_PX = patch_PX.reshape(-1, 3, patch * patch) * np.float32(settings.std)[:, None]
+    pixel_PX = np.clip(np.rint((unit_PX + np.float32(settings.mean)[:, None]) * 255), 0, 255).astype(np.uint8)
+    split = pixel_PX.reshape(frames, rows // merge, columns // merge, merge, merge, 3, patch, patch)
+    pixel_NHW3 = split.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(frames, rows * patch, columns * patch, 3)
+    return [Image.fromarray(pixel_HW3) for pixel_HW3 in pixel_NHW3]
+
+
 @lru_cache
 def _normalised(mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
     """(3, 256) float32: the normalised value of every pixel value, rounded exactly where transformers rounds."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
-from ernie_model.checkpoint import CheckpointError, load_model
+from ernie_model.checkpoint import CheckpointError, load_config, load_model
 from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
 from ernie_model.counting import count_parameters
 from ernie_model.images import ImageSettings
@@ -77,6 +77,18 @@ def set_recompute(model: ErnieModel, config: ModelConfig) -> None:
         model.run_layer = run
     if config.recompute is Recompute.layers_and_vision and model.vision is not None:
         model.vision.run_block = run
+
+
+def read_config(config: ModelConfig) -> ErnieConfig:
+    """The architecture alone: of the checkpoint, or of model.config. No weights are read."""
+    rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
+    if config.checkpoint is None:
+        return read_architecture(config, rule)
+    try:
+        loaded = load_config(config.checkpoint, config.revision)
+    except FileNotFoundError as error:
+        raise UserError(f"model.checkpoint={config.checkpoint}: {error}") from error
+    return loaded if rule is None else loaded.replace(position_after_video=rule)
 
 
 def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor:

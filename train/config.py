@@ -341,6 +341,22 @@ class EvaluateConfig:
 
 
 @dataclass
+class PreviewConfig:
+    """`ernie preview`; training reads none of it."""
+
+    examples: int = 12
+    """Conversations shown, the first ones that training would see."""
+    rows: int = 4
+    """Packed rows drawn, at least; more where `examples` lie in more."""
+    ranks: int = 1
+    """Processes that the rows are dealt to."""
+
+    def __post_init__(self):
+        for name in ("examples", "rows", "ranks"):
+            check(getattr(self, name) >= 1, f"preview.{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass
 class RunConfig:
     name: str = "sft"
     folder: str = "runs/${run.name}"
@@ -392,6 +408,7 @@ class SFTConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self):
         if self.run.steps is not None:
@@ -429,6 +446,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.spike",
     "run.grace_s",
     "evaluate",
+    "preview",
     "tracker",
     "parallel",
     "data.cache_gib",

@@ -46,20 +46,29 @@ class SheetItem:
     correct: bool
 
 
-def draw(items: Sequence[SheetItem], path: Path, title: str, *, columns: int = 10, max_items: int = 100) -> None:
+def draw(
+    items: Sequence[SheetItem],
+    path: Path,
+    title: str,
+    *,
+    summary: str | None = None,
+    columns: int = 10,
+    max_items: int = 100,
+) -> None:
     """Write the sheet of `items` to `path` (PNG). Of more than `max_items`, wrong ones are shown before right ones.
 
-    The count in the second line is over all items, shown or not. Raises ValueError when there are none.
+    The second line is `summary`, or a count of right and wrong. The count in the second line is over all items, shown or not. Raises ValueError when there are none.
     """
     if not items:
         raise ValueError("a contact sheet needs at least one item")
     shown = sorted(items, key=lambda item: item.correct)[:max_items]  # stable: otherwise in the order given
     right = sum(item.correct for item in items)
-    summary = f"{right} of {len(items)} correct ({100 * right / len(items):.1f} %)"
-    if right < len(items):
-        summary += f", {len(items) - right} wrong"
-    if len(shown) < len(items):
-        summary += f"; {len(shown)} shown"
+    if summary is None:
+        summary = f"{right} of {len(items)} correct ({100 * right / len(items):.1f} %)"
+        if right < len(items):
+            summary += f", {len(items) - right} wrong"
+        if len(shown) < len(items):
+            summary += f"; {len(shown)} shown"
 
     columns = min(columns, len(shown))
     rows = [shown[start : start + columns] for start in range(0, len(shown), columns)]

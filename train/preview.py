@@ -1,0 +1,137 @@
+"""What training would be shown, before it is: real encoded conversations as a page to look at.
+
+ernie preview experiment=digits                        runs/digits/preview.html
+ernie preview data=jsonl data.path=chats.jsonl ...     the settings of `ernie sft`, all of them
+ernie preview ... preview.examples=30 preview.ranks=8  more of it; rows dealt to eight processes
+
+The page has the pictures as the model sees them, every token with who wrote it and whether it is trained, and the
+packed rows. Nothing is trained and no weights are read.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from data.loader import StreamReport
+from ernie_model.atomic import atomic_write
+from ernie_model.chat import SpanKind
+from train import contact_sheet
+from train.build import build_processor, read_config
+from train.config import SFTConfig, plain, register, to_typed
+from train.preview_page import Page, write_page
+from train.run import program
+from train.samples import Row, Sample, Witness, samples_of, segments_of
+from train.sources import build_data
+from train.tracking import make_trackers
+
+register()
+
+
+@program("sft")
+def main(cfg: DictConfig) -> None:
+    config = to_typed(cfg, SFTConfig)
+    console = Console(highlight=False, soft_wrap=True)
+    began = time.perf_counter()
+    architecture = read_config(config.model)
+    processor = Witness(build_processor(config.model, architecture))
+    samples, rows, stream = collect(config, processor)
+
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(
+        title=f"What {config.run.name} is shown",
+        subtitle=f"The first conversations of {config.data.kind.value} data, as {config.model.name or 'the model'} "
+        "would be trained on them. Hover over tokens and pictures.",
+        samples=samples,
+        rows=rows,
+        max_tokens=config.data.max_tokens,
+        max_patches=config.data.max_patches,
+        patch_size=processor.image.patch_size,
+        settings=OmegaConf.to_yaml(OmegaConf.create(plain(config))),
+    )
+    atomic_write(folder / "preview.html", write_page(page))
+    tell(console, samples, rows, stream, config.data.max_tokens)
+    if track(config, folder, samples, processor):
+        console.print(f"pictures  {folder / 'preview.png'}")
+    console.print(f"page      {folder / 'preview.html'}   ({time.perf_counter() - began:.1f} s)")
+
+
+def collect(config: SFTConfig, processor: Witness) -> tuple[list[Sample], list[Row], StreamReport]:
+    """Rows as training packs and deals them, until there are enough of them and of the conversations in them."""
+    wanted, ranks = config.preview, config.preview.ranks
+    streams = [build_data(config.data, processor, rank=rank, world=ranks).train for rank in range(ranks)]
+    samples: list[Sample] = []
+    rows: list[Row] = []
+    known: set[tuple[str, str]] = set()
+    step = 0
+    while len(rows) < wanted.rows or len(samples) < wanted.examples:
+        if rows and streams[0].report.epoch >= 1:  # small data: it would come round again
+            break
+        for rank, stream in enumerate(streams):
+            for batch in stream.next_step():
+                shown: dict[int, int] = {}
+                for sample in samples_of(batch, processor, row=len(rows)):
+                    if len(samples) == wanted.examples:
+                        break
+                    if (sample.dataset, sample.id) not in known:  # in small data the next epoch begins in this row
+                        known.add((sample.dataset, sample.id))
+                        shown[sample.segment] = len(samples)
+                        samples.append(sample)
+                rows.append(Row(step, rank, segments_of(batch, processor, shown)))
+        step += 1
+    report = streams[0].report
+    for stream in streams:
+        stream.close()
+    return samples, rows, report
+
+
+def tell(
+    console: Console, samples: Sequence[Sample], rows: Sequence[Row], report: StreamReport, max_tokens: int
+) -> None:
+    """The page in four lines."""
+    tokens = sum(len(sample.ids) for sample in samples)
+    trained = sum(sample.num_trained for sample in samples)
+    media = sum(medium.num_tokens for sample in samples for medium in sample.media)
+    longest = max(samples, key=lambda sample: len(sample.ids))
+    console.print(f"shown     {len(samples)} conversations, {tokens:,} tokens: {trained:,} trained, {media:,} of media")
+    console.print(f"longest   {longest.id}: {len(longest.ids):,} tokens")
+    fill = sum(row.tokens for row in rows) / (len(rows) * max_tokens)
+    patches = max(row.patches for row in rows)
+    skipped = f"; {report.num_skipped} records left out, too long for a row" if report.num_skipped else ""
+    console.print(f"rows      {len(rows)}, {fill:.1%} filled, at most {patches:,} patches in one{skipped}")
+
+
+def track(config: SFTConfig, folder: Path, samples: Sequence[Sample], processor: Witness) -> bool:
+    """One picture of every sample with what it teaches, as a sheet in the run folder and in the trackers."""
+    items = [
+        contact_sheet.SheetItem(sample.media[0].frames[0], expected="", answer=taught(sample), correct=True)
+        for sample in samples
+        if sample.media
+    ]
+    if not items:
+        return False
+    sheet = folder / "preview.png"
+    contact_sheet.draw(items, sheet, f"{config.run.name}, before training", summary="under each image, what is trained")
+    for tracker in make_trackers(config.tracker.names, config.tracker.project):
+        if tracker.name == "jsonl":  # the record of the run that is yet to come
+            continue
+        tracker.start(f"{config.run.name} preview", plain(config), folder)
+        tracker.log_image("preview", sheet, step=0)
+        tracker.finish()
+    return True
+
+
+def taught(sample: Sample) -> str:
+    """The answers that are trained, as text."""
+    return "".join(
+        "".join(sample.texts[span.start : span.stop])
+        for span in sample.authors.spans
+        if span.generated and span.kind is not SpanKind.END and sample.weights[span.start]
+    )
+
+
+if __name__ == "__main__":
+    main()
