@@ -241,8 +241,10 @@ def pictures(patch_PX: np.ndarray, grid: Grid, settings: PixelSettings) -> list[
     """
     frames, rows, columns = grid
     patch, merge = settings.patch_size, settings.merge_size
-    unit_PX = patch_PX.reshape(-1, 3, patch * patch) * np.float32(settings.std)[:, None]
-    pixel_PX = np.clip(np.rint((unit_PX + np.float32(settings.mean)[:, None]) * 255), 0, 255).astype(np.uint8)
+    unit_PX = patch_PX.reshape(-1, 3, patch * patch) * np.asarray(settings.std, dtype=np.float32)[:, None]
+    pixel_PX = np.clip(np.rint((unit_PX + np.asarray(settings.mean, dtype=np.float32)[:, None]) * 255), 0, 255).astype(
+        np.uint8
+    )
     split = pixel_PX.reshape(frames, rows // merge, columns // merge, merge, merge, 3, patch, patch)
     pixel_NHW3 = split.transpose(0, 1, 3, 6, 2, 4, 7, 5).reshape(frames, rows * patch, columns * patch, 3)
     return [Image.fromarray(pixel_HW3) for pixel_HW3 in pixel_NHW3]

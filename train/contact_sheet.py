@@ -57,7 +57,8 @@ def draw(
 ) -> None:
     """Write the sheet of `items` to `path` (PNG). Of more than `max_items`, wrong ones are shown before right ones.
 
-    The second line is `summary`, or a count of right and wrong. The count in the second line is over all items, shown or not. Raises ValueError when there are none.
+    The second line is `summary`, or how many of all items are right, shown or not. Raises ValueError when
+    there are none.
     """
     if not items:
         raise ValueError("a contact sheet needs at least one item")

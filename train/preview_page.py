@@ -75,7 +75,8 @@ def write_page(page: Page) -> str:
         *_header(page),
         *_rows(page),
         *(part for number, sample in enumerate(page.samples) for part in _sample(number, sample, page)),
-        f"<details class=settings><summary>Settings that made this</summary><pre>{_text(page.settings)}</pre></details>",
+        "<details class=settings><summary>Settings that made this</summary>",
+        f"<pre>{_text(page.settings)}</pre></details>",
         "<div id=tip hidden></div>",
         f"<script>const DATA={_json([_data(sample) for sample in page.samples])};</script>",
         f"<script>{(ASSETS / 'preview.js').read_text('utf-8')}</script></body></html>",
@@ -137,7 +138,7 @@ def _rows(page: Page) -> Iterator[str]:
         for segment in row.segments:
             about = f"{segment.id}: {segment.tokens:,} tokens, {segment.trained:,} trained, "
             about += f"{segment.media_tokens:,} of images and videos, {segment.patches:,} patches"
-            link = "" if segment.sample is None else f' data-sample={segment.sample} tabindex=0 role=button'
+            link = "" if segment.sample is None else f" data-sample={segment.sample} tabindex=0 role=button"
             number = "" if segment.sample is None else f"<b>{segment.sample + 1}</b>"
             yield (
                 f'<div class=seg style="width:{100 * segment.tokens / page.max_tokens:.4f}%" data-tip="{_text(about)}"'
@@ -271,9 +272,9 @@ def _data(sample: Sample) -> dict[str, object]:
     return {
         "ids": sample.ids,
         "positions": [part for position in sample.positions for part in position],
-        "weights": sample.weights if any(weight not in (0, 1) for weight in sample.weights) else [
-            int(weight) for weight in sample.weights
-        ],
+        "weights": sample.weights
+        if any(weight not in (0, 1) for weight in sample.weights)
+        else [int(weight) for weight in sample.weights],
         "vision": [int(flag) for flag in sample.in_vision_pool],
         "texts": sample.texts,
     }
