@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ernie_model.atomic import atomic_folder, atomic_write
 from ernie_model.config import ErnieConfig, PositionAfterVideo
-from ernie_model.hub import Piece, assemble, hub_tensors, pieces_by_stored_name
+from ernie_model.hub import Piece, Read, assemble, hub_tensors, pieces_by_stored_name
 from ernie_model.model import ErnieModel
 
 log = logging.getLogger(__name__)
@@ -383,7 +383,19 @@ def write_model(
     model: ErnieModel, folder: Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int = 5_000_000_000
 ) -> None:
     """Write config.json and safetensors into an existing folder. Holds at most one shard beside the model."""
-    config, ours = model.config, model.state_dict()
+    write_tensors(model.config, model.state_dict(), folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def write_tensors(
+    config: ErnieConfig,
+    ours: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    read: Read | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """`write_model` for tensors under our names. With `read`, `ours` gives shapes and dtypes, and `read` the values."""
     tensors = hub_tensors(config)
     _refuse_strangers(config, ours, tensors)
     sizes = {name: _stored_bytes(pieces, ours, dtype) for name, pieces in tensors.items()}
@@ -392,7 +404,7 @@ def write_model(
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, names in zip(files, shards, strict=True):
-        shard = {n: assemble(tensors[n], ours, _stored_dtype(tensors[n], ours, dtype)).cpu() for n in names}
+        shard = {n: assemble(tensors[n], ours, _stored_dtype(tensors[n], ours, dtype), read).cpu() for n in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard  # before the next one is assembled
     if len(shards) > 1:

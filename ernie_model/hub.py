@@ -21,7 +21,7 @@ What differs between the public text and vision-language repositories (reference
 Shape letters:  D model width   E experts of a pool   F expert width
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +48,9 @@ class Piece:
 
     def view(self, ours: Tensor) -> Tensor:
         """The part of our tensor this piece is about, turned the way it is stored."""
-        part = ours[self.index] if self.index else ours
+        return self.turn(ours[self.index] if self.index else ours)
+
+    def turn(self, part: Tensor) -> Tensor:
         return part.t() if self.transpose else part
 
     def stored_shape(self, ours: Tensor) -> tuple[int, ...]:
@@ -118,6 +120,14 @@ def module_pieces(config: ErnieConfig) -> Iterator[Piece]:
         yield from _resampler("model.resampler_model.", first="fc1", second="fc2", norm="ln")
     if not config.tie_word_embeddings:
         yield Piece("lm_head.weight", "lm_head.weight")
+
+
+def module_names(config: ErnieConfig) -> dict[str, str]:
+    """Our name -> transformers' name in memory, of every tensor that has the same shape there. Adapters speak of these.
+
+    layers.1.mlp.vision.experts.down_EDF  ->  model.language_model.layers.1.mlp.vision_moe.experts.down_proj
+    """
+    return {piece.ours: piece.stored for piece in module_pieces(config) if piece.row is None}
 
 
 def pieces_by_stored_name(config: ErnieConfig) -> dict[str, list[Piece]]:
@@ -193,8 +203,20 @@ def hub_tensors(config: ErnieConfig) -> dict[str, list[Piece]]:
     return table
 
 
-def assemble(pieces: list[Piece], ours: dict[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """One stored tensor, contiguous; a view of our memory where nothing has to move."""
-    parts = [piece.view(ours[piece.ours]) for piece in pieces]
+Read = Callable[[str, Index], Tensor]
+"""Part of one of our tensors, by name."""
+
+
+def assemble(
+    pieces: list[Piece], ours: Mapping[str, Tensor], dtype: torch.dtype | None = None, read: Read | None = None
+) -> Tensor:
+    """One stored tensor, contiguous; a view of our memory where nothing has to move.
+
+    Args:
+        read: where the values come from, when they are not those in `ours` (a merged adapter).
+    """
+    parts = [
+        piece.view(ours[piece.ours]) if read is None else piece.turn(read(piece.ours, piece.index)) for piece in pieces
+    ]
     whole = parts[0] if pieces[0].row is None else torch.stack(parts)
     return (whole if dtype is None else whole.to(dtype)).contiguous()

@@ -99,6 +99,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden: int):
         super().__init__()
+        self.num_experts = num_experts
         self.gate_up_EFD = nn.Parameter(torch.empty(num_experts, 2 * hidden, width))  # gate rows, then up rows
         self.down_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
 
@@ -205,7 +206,7 @@ def _prefers_few_shapes(x_TD: Tensor) -> bool:
 
 def route_local(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None) -> Tensor:
     """Send every token through its experts; all experts of both pools live on this device."""
-    num_experts = text.gate_up_EFD.shape[0]
+    num_experts = text.num_experts
     rows = sort_by_expert(
         routing, num_experts * (1 if vision is None else 2), multiple=CPU_ROWS if _prefers_few_shapes(x_TD) else 1
     )

@@ -45,19 +45,18 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
     return Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[ddp])
 
 
-def build_model(config: ModelConfig, *, seed: int) -> Built:
-    """Master weights are float32 on the CPU.
+def build_model(config: ModelConfig, *, seed: int, frozen: bool = False) -> Built:
+    """Master weights are float32 on the CPU; weights that only adapters will train are loaded as they are computed in.
 
     Raises:
         UserError, ConfigError, CheckpointError, TokenizerError: with what is wrong and where.
     """
     notes: list[str] = []
+    dtype = torch.bfloat16 if frozen and config.precision is Precision.bf16 else torch.float32
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
     if config.checkpoint is not None:
         try:
-            model = load_model(
-                config.checkpoint, dtype=torch.float32, revision=config.revision, position_after_video=rule
-            )
+            model = load_model(config.checkpoint, dtype=dtype, revision=config.revision, position_after_video=rule)
         except FileNotFoundError as error:
             raise UserError(f"model.checkpoint={config.checkpoint}: {error}") from error
         notes += _differences(config, model.config)

@@ -25,14 +25,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernie_model.atomic import atomic_folder, atomic_write
 from train.config import UserError
@@ -43,6 +43,14 @@ FOLDER_NAME = re.compile(r"step-(\d{6,})")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 CHECKSUM = "xxh3_128"  # finds damage at the speed of the memory; it isn't meant against forgery
 BLOCK = 2**24
+
+
+class Stateful(Protocol):
+    """The weights of a run: a module, or the adapters of one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> Any: ...
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -161,7 +169,7 @@ def save(
     root: Path,
     step: int,
     *,
-    model: nn.Module,
+    model: Stateful,
     optimizer: torch.optim.Optimizer,
     generators: Sequence[Mapping[str, Tensor]],
     state: dict[str, Any],
@@ -253,7 +261,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_sealed(path)
 
 
-def load(path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> None:
+def load(path: Path, *, model: Stateful, optimizer: torch.optim.Optimizer, rank: int) -> None:
     """Put weights, optimizer state and this rank's random generators back.
 
     Raises:

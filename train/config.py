@@ -59,6 +59,11 @@ class ObjectiveKind(Enum):
     sft = "sft"
 
 
+class PeftKind(Enum):
+    none = "none"
+    lora = "lora"
+
+
 class ParallelKind(Enum):
     single = "single"
 
@@ -296,6 +301,57 @@ class OptimConfig:
             check(0 <= beta < 1, f"optim.{name} is {beta}; it must lie in 0..1, 1 excluded.")
 
 
+TARGETS = ("attention", "dense", "shared", "text_experts", "vision_experts", "resampler", "vision")
+"""The parts (ernie_model/parts.py) that can have adapters: those made of matrices."""
+
+
+@dataclass
+class PeftConfig:
+    """Low-rank adapters (train/lora/). With kind none every weight trains."""
+
+    kind: PeftKind = PeftKind.none
+    targets: list[str] | None = None
+    """Parts of the model that get adapters, of attention, dense, shared, text_experts, vision_experts, resampler,
+    vision; null: all parts of the language model that the model has."""
+    rank: int = 16
+    alpha: float = 32.0
+    """An adapter counts alpha / rank times, or alpha / sqrt(rank) with `rslora`."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Ranks of single parts: {vision_experts: 8}. Experts are fastest with multiples of 8."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    """Learn the length of every row of the weight as well. Not for experts: peft has none there."""
+    dropout: float = 0.0
+    """Of an adapter's input. Not for experts."""
+    name: str = "default"
+    """What the trained adapter is called beside others."""
+    init_from: str | None = None
+    """Folder of an adapter to go on from; null starts at the base model."""
+    frozen: dict[str, str] = field(default_factory=dict)
+    """More adapters, name to folder, that act beside the trained one and stay as they are."""
+    merge: bool = False
+    """Write W + BA as well, a folder like that of a full training."""
+
+    def __post_init__(self):
+        for key, names in (("targets", self.targets or []), ("ranks", self.ranks), ("alphas", self.alphas)):
+            for name in names:
+                check(name in TARGETS, f"peft.{key} names {name}; parts that can have adapters: {', '.join(TARGETS)}.")
+        check(self.targets is None or len(self.targets) > 0, "peft.targets is empty; name a part, or use null for all.")
+        for key, rank in (("rank", self.rank), *((f"ranks.{k}", v) for k, v in self.ranks.items())):
+            check(rank >= 1, f"peft.{key} is {rank}; it must be at least 1.")
+        for key, alpha in (("alpha", self.alpha), *((f"alphas.{k}", v) for k, v in self.alphas.items())):
+            check(math.isfinite(alpha) and alpha > 0, f"peft.{key} is {alpha}; it must be a positive number.")
+        check(0 <= self.dropout < 1, f"peft.dropout is {self.dropout}; it must be at least 0 and less than 1.")
+        for name in (self.name, *self.frozen):
+            check(name.isidentifier(), f"peft: an adapter cannot be called {name!r}; use letters, digits and _.")
+        check(self.name not in self.frozen, f"peft.name and peft.frozen both use {self.name!r}; names must differ.")
+        check(
+            not (self.dora and self.frozen),
+            "peft.dora cannot be used beside peft.frozen: the lengths that DoRA learns would depend on the order.",
+        )
+
+
 @dataclass
 class ParallelConfig:
     kind: ParallelKind = ParallelKind.single
@@ -405,6 +461,7 @@ class SFTConfig:
     data: DataConfig = MISSING
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -432,7 +489,7 @@ def check_steps(config: SFTConfig, steps: int) -> None:
 
 ENTRIES = {"sft": SFTConfig}
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "jsonl": JsonlData}
-GROUPS = ("model", "data", "objective", "optim", "parallel", "tracker", "experiment")
+GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "experiment")
 
 # What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
 FREE_TO_CHANGE: tuple[str, ...] = (
@@ -454,6 +511,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "data.prefetch",
     "optim.max_skipped",
     "model.name",
+    "peft.merge",
     "data.accumulation",  # rows_per_update is compared instead: accumulation times ranks
 )
 

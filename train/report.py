@@ -128,7 +128,7 @@ def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:
     return f"resuming from {path}: step {state.step} of {steps}, {state.tokens_seen:,} tokens seen"
 
 
-def closing(console: Console, state: TrainState, folder: Path) -> None:
+def closing(console: Console, state: TrainState, folders: Sequence[Path]) -> None:
     """Accuracy before and after, and where the weights are."""
     if state.evaluations:
         table = Table("held-out conversations", "right", "accuracy", "95 % interval", "loss per token")
@@ -145,4 +145,7 @@ def closing(console: Console, state: TrainState, folder: Path) -> None:
         console.print(table)
     if state.skipped:
         console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")
-    console.print(f"weights   {folder / 'export'}   (a folder for transformers, vLLM and model.checkpoint=...)")
+    kinds = {"adapter": "an adapter for peft and peft.init_from=..."}
+    for folder in folders:
+        kind = kinds.get(folder.name, "a folder for transformers, vLLM and model.checkpoint=...")
+        console.print(f"weights   {folder}   ({kind})")

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from train import checkpoint, report
 from train.build import build_accelerator, build_model
-from train.config import SFTConfig, check_steps, plain, register, to_typed
+from train.config import PeftKind, SFTConfig, check_steps, plain, register, to_typed
 from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
@@ -29,7 +29,6 @@ from train.run import (
     check_not_past,
     check_same_maths,
     check_same_start,
-    export,
     open_folder,
     program,
     start_trackers,
@@ -37,6 +36,7 @@ from train.run import (
 )
 from train.sources import ahead, build_data
 from train.trained import freeze
+from train.weights import trained_weights
 
 register()
 
@@ -62,7 +62,9 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     if saved is not None:
         check_same_maths(run.resume_from, saved["settings"], settings)
 
-    model, processor, notes = build_model(config.model, seed=config.run.seed)
+    frozen = config.peft.kind is not PeftKind.none
+    model, processor, notes = build_model(config.model, seed=config.run.seed, frozen=frozen)
+    weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
     data = build_data(config.data, processor, rank=rank, world=ranks, max_heldout=config.evaluate.max_examples)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
@@ -74,7 +76,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     beside = [RouterLosses(model, config.objective, accelerator)]
     state = TrainState()
     if run.resume_from is not None and saved is not None:
-        checkpoint.load(run.resume_from, model=model, optimizer=optimizer, rank=rank)
+        checkpoint.load(run.resume_from, model=weights, optimizer=optimizer, rank=rank)
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
         check_not_past(steps, state.step, run.resume_from)
@@ -83,6 +85,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     at_end.callback(source.close)
 
     report.opening(console, config, model, data, steps=steps, ranks=ranks, device=accelerator.device, notes=notes)
+    if table := weights.table():
+        console.print(table)
     if on_main:
         write_start(run.folder, plain(config), run.resume_from)
     trackers = start_trackers(config, run, saved, at_end) if on_main else []
@@ -105,7 +109,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         log(state.step, score.metrics())
         progress.note(report.score_line(state.step, score))
         if state.step and score.accuracy > best and on_main:
-            export(run.folder / "best", model, processor)
+            weights.publish(run.folder, "best", processor)
 
     def nonfinite(step: int, metrics: dict[str, float], evidence: Evidence) -> None:
         entry = nonfinite_entry(step, metrics, evidence, gather_object(evidence.segments()))
@@ -126,7 +130,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
             done = checkpoint.save(
                 run.checkpoints,
                 state.step,
-                model=model,
+                model=weights,
                 optimizer=optimizer,
                 generators=generators,
                 state={
@@ -172,8 +176,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
     elif on_main:
-        export(run.folder / "export", model, processor)
-        report.closing(console, state, run.folder)
+        folders = weights.publish(run.folder, "export", processor)
+        report.closing(console, state, folders)
         sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
         if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
             console.print(f"answers   {sheet}")

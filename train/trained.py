@@ -47,7 +47,7 @@ def freeze(model: nn.Module, config: OptimConfig) -> list[str]:
             notes.append(f"{setting} names {', '.join(lacking)}, which this model does not have.")
     for key in config.freeze:
         for name in _match("optim.freeze", key, named):
-            if ADAPTER in name:
+            if ADAPTER in name and named[name].requires_grad:
                 raise UserError(
                     f"optim.freeze has {key}, but an adapter trains there ({name}). Drop {key} from optim.freeze, or "
                     "from peft.targets."

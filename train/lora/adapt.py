@@ -1,0 +1,339 @@
+"""Put adapters into a model, and everything that is different about a model with adapters.
+
+    adapt(model, config, seed)     freeze, adapt the chosen parts, read the adapters that are loaded   ->  Adapters
+    adapters.state_dict()          what a checkpoint holds: the trained adapter, and whose weights it belongs to
+    adapters.merged_rows(...)      W + scale * B A, in pieces, so that a merged export never holds a second model
+
+Adapters live inside the model: after `adapt`, training, evaluation and generation run as they are.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from rich.table import Table
+from torch import Tensor, nn
+
+from ernie_model.atomic import atomic_folder
+from ernie_model.checkpoint import write_tensors
+from ernie_model.hub import Index
+from ernie_model.layers import Linear
+from ernie_model.model import ErnieModel
+from ernie_model.moe import Experts
+from ernie_model.parts import Part, part_of
+from ernie_model.processor import Processor
+from train.adapter_gate import check_adapter, check_merged
+from train.build import human
+from train.checkpoint import room_for
+from train.config import TARGETS, PeftConfig, UserError
+from train.lora.files import Stored, keys_by_tensor, read_adapter, write_adapter
+from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
+
+LANGUAGE = (Part.ATTENTION, Part.DENSE, Part.SHARED, Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
+EXPERTS = (Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
+BASE = "base_fingerprint"
+
+
+class Site(NamedTuple):
+    """One module that gets an adapter."""
+
+    module: str
+    part: Part
+    rank: int
+    alpha: float
+
+
+class Covered(NamedTuple):
+    """One line of the table that a run prints before it starts."""
+
+    part: Part
+    modules: int
+    rank: int
+    alpha: float
+    parameters: int
+
+
+def adapt(model: ErnieModel, config: PeftConfig, *, seed: int, base: str | None = None) -> "Adapters":
+    """Freeze the model and give it adapters. Values of the new one come from `seed` or from `config.init_from`.
+
+    Args:
+        base: what the frozen weights are called, for adapter_config.json: model.checkpoint.
+
+    Raises:
+        UserError: a part without modules; an adapter folder that does not fit the model or the settings.
+    """
+    model.requires_grad_(False)
+    sites = find_sites(model, config)
+    frozen = {name: read_adapter(Path(folder), model, f"peft.frozen.{name}") for name, folder in config.frozen.items()}
+    for name, stored in frozen.items():
+        if stored.dora:
+            raise UserError(
+                f"peft.frozen.{name}={config.frozen[name]} is DoRA, which cannot act beside another adapter."
+            )
+        _inject(model, name, _sites_of(stored), rslora=stored.rslora, dora=stored.dora, dropout=0.0)
+    with torch.random.fork_rng(devices=[]):  # every rank draws the same values, and nobody else's numbers move
+        torch.manual_seed(seed)
+        _inject(model, config.name, sites, rslora=config.rslora, dora=config.dora, dropout=config.dropout)
+    _keep_frozen_weights_narrow(model)
+    places = {name: _sites_of(stored) for name, stored in frozen.items()} | {config.name: sites}
+    adapters = Adapters(model, config, places, base)
+    for name, stored in frozen.items():
+        adapters.put(name, stored, f"peft.frozen.{name}={config.frozen[name]}")
+        check_adapter(Path(config.frozen[name]), adapters, name)
+    if config.init_from is not None:
+        stored = read_adapter(Path(config.init_from), model, "peft.init_from")
+        adapters.put(config.name, stored, f"peft.init_from={config.init_from}")
+        check_adapter(Path(config.init_from), adapters)
+    return adapters
+
+
+def find_sites(model: ErnieModel, config: PeftConfig) -> list[Site]:
+    """Every Linear and every stack of experts of the chosen parts, in the model's order.
+
+    Raises:
+        UserError: a part that this model does not have.
+    """
+    by_part: dict[Part, list[str]] = {Part(name): [] for name in TARGETS}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear | Experts) and (part := part_of(f"{name}.weight")) in by_part:
+            by_part[part].append(name)
+    here = [part.value for part, modules in by_part.items() if modules]
+    chosen = [Part(name) for name in config.targets or [p.value for p in LANGUAGE if by_part[p]]]
+    for key, named in (("targets", config.targets or []), ("ranks", config.ranks), ("alphas", config.alphas)):
+        for name in named:
+            if not by_part[Part(name)]:
+                raise UserError(
+                    f"peft.{key} names {name}, but this model has no such modules. It has: {', '.join(here)}."
+                )
+            if Part(name) not in chosen:
+                raise UserError(
+                    f"peft.{key} names {name}, which is not among peft.targets. Add it there, or leave it out."
+                )
+    keys = keys_by_tensor(model.config)
+    for key, value in (("dora", config.dora), ("dropout", config.dropout)):
+        # In peft's file they are parameters, and for parameters peft has neither.
+        refused = [p for p in chosen if p in EXPERTS or any(keys[f"{n}.weight"].is_parameter for n in by_part[p])]
+        if value and refused:
+            raise UserError(
+                f"peft.{key}={value} cannot be used on {', '.join(part.value for part in refused)}: peft has it for "
+                f"single modules only, so nobody could load the adapter. Leave these parts out of peft.targets, or do "
+                f"not set peft.{key}."
+            )
+    return [
+        Site(name, part, config.ranks.get(part.value, config.rank), config.alphas.get(part.value, config.alpha))
+        for part in chosen
+        for name in by_part[part]
+    ]
+
+
+def _sites_of(stored: Stored) -> list[Site]:
+    sites = {}
+    for tensor, factors in stored.factors.items():
+        module = tensor.rpartition(".")[0]
+        sites[module] = Site(module, part_of(tensor), factors.A.shape[-2], stored.alphas[tensor])
+    return list(sites.values())
+
+
+def _inject(model: ErnieModel, name: str, sites: list[Site], *, rslora: bool, dora: bool, dropout: float) -> None:
+    """Let peft replace the modules; the two kinds of layers are registered with it."""
+    # peft takes a model with a config for one of transformers' and would rename targets; a bare module has none.
+    holder = nn.Module()
+    holder.model = model
+    config = LoraConfig(
+        target_modules="|".join(re.escape(f"model.{site.module}") for site in sites),
+        rank_pattern={re.escape(site.module): site.rank for site in sites},
+        alpha_pattern={re.escape(site.module): site.alpha for site in sites},
+        use_rslora=rslora,
+        use_dora=dora,
+        lora_dropout=dropout,
+    )
+    config._register_custom_module({Linear: LoraLinear, Experts: LoraExperts})
+    inject_adapter_in_model(config, holder, name)
+
+
+def _keep_frozen_weights_narrow(model: ErnieModel) -> None:
+    """A frozen weight is only read in the dtype it is computed in, so that is how it is kept. Routers stay wide."""
+    if (dtype := model.compute_dtype) is None:
+        return
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and part_of(name) is not Part.ROUTER:
+            parameter.data = parameter.data.to(dtype)
+
+
+class Adapters:
+    """The adapters of one model: which layers have them, their values, and the weights they amount to."""
+
+    def __init__(self, model: ErnieModel, config: PeftConfig, sites: dict[str, list[Site]], base: str | None):
+        """`sites` of every adapter, by its name."""
+        self.model, self.config, self.sites, self.base = model, config, sites, base
+        self.layers: dict[str, LoraLinear | LoraExperts] = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLinear | LoraExperts)
+        }
+        active = [*config.frozen, config.name]
+        for layer in self.layers.values():
+            layer.set_adapter(active)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(_belongs_to(name, self.config.name))
+
+    def coverage(self) -> list[Covered]:
+        """What is adapted, part by part."""
+        rows: dict[Part, Covered] = {}
+        for site in self.sites[self.config.name]:
+            count = sum(
+                p.numel() for n, p in self.layers[site.module].named_parameters() if _belongs_to(n, self.config.name)
+            )
+            before = rows.get(site.part, Covered(site.part, 0, site.rank, site.alpha, 0))
+            rows[site.part] = before._replace(modules=before.modules + 1, parameters=before.parameters + count)
+        return list(rows.values())
+
+    def table(self) -> Table:
+        """`coverage` for the terminal."""
+        table = Table("adapters of", "modules", "rank", "alpha", "parameters")
+        for part, modules, rank, alpha, parameters in self.coverage():
+            table.add_row(part.value, str(modules), str(rank), f"{alpha:g}", human(parameters))
+        return table
+
+    def untouched(self) -> list[Part]:
+        """Parts whose every B is still zero: no token of this run reached them, or nothing was trained yet."""
+        sites = self.sites[self.config.name]
+        moved = {site.part for site in sites for one in self.own(site.module).values() if one.B.any()}
+        return [covered.part for covered in self.coverage() if covered.part not in moved]
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def own(self, module: str, name: str | None = None) -> dict[str, Factors]:
+        """One adapter's factors of one module (the trained one's), by the full name of the tensor they change."""
+        layer, name = self.layers[module], name or self.config.name
+        found = {f"{module}.{tensor}": layer.factors(tensor) for tensor in layer.TENSORS}
+        return {tensor: _detached(factors[name]) for tensor, factors in found.items() if name in factors}
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        """The frozen model under its own names, as if it had never been adapted."""
+        found = self.model.state_dict()
+        return {name.replace(".base_layer.", "."): value for name, value in found.items() if ".lora_" not in name}
+
+    def merged(self, tensor: str, index: Index = ()) -> Tensor:
+        """The part `index` of W plus what all adapters add, in at least float32."""
+        weight = self.base_tensor(tensor)
+        factors = self.factors(tensor)
+        if not factors:
+            return weight[index] if index else weight
+        return effective_rows(weight, factors, index, dtype=torch.promote_types(weight.dtype, factors[0].A.dtype))
+
+    def factors(self, tensor: str) -> list[Factors]:
+        """What the active adapters add to a tensor; nothing for most."""
+        module, _, attribute = tensor.rpartition(".")
+        layer = self.layers.get(module)
+        return [] if layer is None else [_detached(one) for one in layer.factors(attribute).values()]
+
+    def base_tensor(self, tensor: str) -> Tensor:
+        module, _, attribute = tensor.rpartition(".")
+        owner = self.layers[module].get_base_layer() if module in self.layers else self.model.get_submodule(module)
+        return getattr(owner, attribute).detach()
+
+    def put(self, name: str, stored: Stored, where: str) -> None:
+        """Copy an adapter from a folder into the layers of the adapter `name`.
+
+        Raises:
+            UserError: the folder adapts other tensors, or in another way, than the settings say.
+        """
+        mine = {tensor: one for site in self.sites[name] for tensor, one in self.own(site.module, name).items()}
+        if differing := sorted(mine.keys() ^ stored.factors.keys()):
+            raise UserError(
+                f"{where} adapts {len(stored.factors)} tensors and the settings ask for {len(mine)}; one that only one "
+                f"of them has: {differing[0]}. Set peft.targets to what the folder has."
+            )
+        for tensor, new in stored.factors.items():
+            old = mine[tensor]
+            pairs = [("rank", old.A.shape[-2], new.A.shape[-2]), ("scale (alpha, rank, rslora)", old.scale, new.scale)]
+            pairs.append(("DoRA", old.magnitude_O is not None, new.magnitude_O is not None))
+            for what, here, there in pairs:
+                if here != there:
+                    raise UserError(
+                        f"{where} has {what} {there} at {tensor}, and the settings make it {here}. Set peft.rank, "
+                        "peft.alpha, peft.rslora and peft.dora to what the folder's adapter_config.json says."
+                    )
+            with torch.no_grad():
+                old.A.copy_(new.A)
+                old.B.copy_(new.B)
+                if old.magnitude_O is not None and new.magnitude_O is not None:
+                    old.magnitude_O.copy_(new.magnitude_O)
+
+    # --------------------------------------------------------------------------------------------------------- files
+
+    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
+        """The adapter as `adapter` or `NAME_adapter`, and with peft.merge the merged weights as NAME.
+
+        Each folder appears only after the gate has passed what is in it.
+
+        Raises:
+            AdapterError: what was written is not what was trained.
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        folder = run_folder / ("adapter" if name == "export" else f"{name}_adapter")
+        needed = sum(value.nbytes for value in self.state_dict().values())
+        with room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
+            write_adapter(temporary, self)
+            check_adapter(temporary, self)
+        if not self.config.merge:
+            return [folder]
+        base, merged = self.base_tensors(), run_folder / name
+        needed = sum(value.nbytes for value in base.values())
+        with room_for(merged, needed), atomic_folder(merged, overwrite=True) as temporary:
+            write_tensors(self.model.config, base, temporary, read=self.merged)
+            processor.save(temporary)
+            check_merged(temporary, self)
+        return [folder, merged]
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained adapter under the model's names, and the fingerprint of the frozen weights."""
+        own = {name: p.detach() for name, p in self.model.named_parameters() if _belongs_to(name, self.config.name)}
+        return {**own, BASE: self.fingerprint()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises:
+        UserError: the checkpoint continues an adapter of other frozen weights.
+        RuntimeError: it holds other tensors.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            raise RuntimeError(f"adapter tensors differ: {sorted(own.keys() ^ state.keys())[:3]}")
+        if not torch.equal(own[BASE], state[BASE]):
+            raise UserError(
+                "the frozen weights under this adapter are not those it was trained on: model.checkpoint (or "
+                "model.config and run.seed), or a folder of peft.frozen, has other contents now. Bring them back, or "
+                "choose another run.folder and start there with peft.init_from=."
+            )
+        with torch.no_grad():
+            for name in own.keys() - {BASE}:
+                own[name].copy_(state[name])
+
+    def fingerprint(self) -> Tensor:
+        """32 bytes that change when a frozen weight changes, wherever its values came from: shards do not matter.
+
+        Every value counts through a sum over its bits; a sum forgets the order, so evenly spaced values are hashed too.
+        """
+        digest = hashlib.blake2b(digest_size=32)
+        for name, value in sorted(self.model.state_dict().items()):
+            if f".{self.config.name}" in name and _belongs_to(name, self.config.name):
+                continue
+            bits = value.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
+            picked = bits[:: max(1, bits.numel() // 1024)].cpu().numpy().tobytes()
+            digest.update(f"{name} {tuple(value.shape)} {int(bits.sum(dtype=torch.int64))}".encode() + picked)
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _detached(factors: Factors) -> Factors:
+    magnitude = None if factors.magnitude_O is None else factors.magnitude_O.detach()
+    return Factors(factors.A.detach(), factors.B.detach(), factors.scale, magnitude)
+
+
+def _belongs_to(parameter: str, adapter: str) -> bool:
+    """Is this parameter of that adapter? `...q_proj.lora_A.default.weight`, `...experts.lora_down_B_EDL.default`."""
+    return re.search(rf"\.?lora_\w+\.{re.escape(adapter)}(\.weight)?$", parameter) is not None

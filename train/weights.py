@@ -1,0 +1,67 @@
+"""What a run trains, keeps in its checkpoints and publishes: all weights, or adapters beside a frozen model.
+
+trained_weights(model, peft)  ──  peft=none   AllWeights        checkpoints: the model      best/, export/
+                              └─  peft=lora   lora.Adapters     checkpoints: the adapter    adapter/ (+ merged export/)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.table import Table
+from torch import Tensor
+
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from train.config import PeftConfig, PeftKind
+from train.run import export
+
+
+class Weights(Protocol):
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be saved to go on."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+
+    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
+        """Write what others load, as `export` (the end) or `best`; the folders that were written."""
+        ...
+
+    def table(self) -> Table | None:
+        """What is adapted, for the terminal."""
+        ...
+
+
+class AllWeights:
+    """The model itself."""
+
+    def __init__(self, model: ErnieModel):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict(state)
+
+    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
+        export(run_folder / name, self.model, processor)
+        return [run_folder / name]
+
+    def table(self) -> Table | None:
+        return None
+
+
+def trained_weights(model: ErnieModel, config: PeftConfig, *, seed: int, base: str | None) -> Weights:
+    """Freeze and adapt `model` if the settings say so.
+
+    Args:
+        seed: of a new adapter's values.
+        base: the frozen weights' name: model.checkpoint.
+    """
+    if config.kind is PeftKind.none:
+        return AllWeights(model)
+    from train.lora.adapt import adapt  # peft takes seconds to import
+
+    return adapt(model, config, seed=seed, base=base)
