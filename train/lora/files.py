@@ -10,7 +10,7 @@ peft wraps the two tensors of one expert module one inside the other, gate_up fi
 Note the order inside the merged dimension: expert by expert in A, rank by rank in B.
 
 Shape letters:  L rank   I inputs   O outputs   E experts   D model width   F expert width
-Source: reference, "Adapters".
+Source: reference 5.4.
 """
 
 import json

@@ -11,7 +11,7 @@ A weight that is frozen gets no gradient: the backward pass multiplies by W once
 
 Shape letters:  T tokens   I inputs   O outputs   L rank   E experts   U rows of one pool   D model width
                 F expert width (gate and up together in gate_up)
-Source: reference, "Adapters".
+Source: reference 5.4.
 """
 
 import math
