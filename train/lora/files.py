@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
 from ernie_model.hub import module_names
 from ernie_model.model import ErnieModel
@@ -114,7 +115,8 @@ def write_adapter(folder: Path, adapters: "Adapters") -> None:
                 tensors[keys[tensor].magnitude] = factors.magnitude_O
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
-    peft_config(adapters).save_pretrained(str(folder))
+    said = peft_config(adapters).to_dict()  # peft keeps targets as sets, whose order changes from run to run
+    atomic_write(folder / CONFIG, json.dumps(said, indent=2, sort_keys=True, default=sorted) + "\n")
 
 
 def to_peft(factors: Factors) -> tuple[Tensor, Tensor]:
