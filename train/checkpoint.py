@@ -261,26 +261,38 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_sealed(path)
 
 
-def load(path: Path, *, model: Stateful, optimizer: torch.optim.Optimizer, rank: int) -> None:
-    """Put weights, optimizer state and this rank's random generators back.
+def load(path: Path, *, model: Stateful, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and optimizer state back.
 
     Raises:
         UserError: the checkpoint is damaged or belongs to another model.
     """
-    try:
-        weights, moments, generators = (load_file(path / file) for file in (MODEL, OPTIMIZER, RANDOM))
+    with _readable(path):
+        weights, moments = (load_file(path / file) for file in (MODEL, OPTIMIZER))
         model.load_state_dict(weights)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"{path} cannot be loaded: {error}. If the file is damaged, delete this folder: the same command then goes "
-            "on from the checkpoint before it."
-        ) from error
     load_optimizer_tensors(optimizer, moments)
+
+
+def load_generators(path: Path, *, rank: int) -> None:
+    """Put this rank's random generators back. Do it last: whatever else starts may draw from them."""
+    with _readable(path):
+        generators = load_file(path / RANDOM)
     ranks = 1 + max(int(name.partition("/")[0]) for name in generators)
     prefix = f"{rank % ranks}/"
     set_generator_state(
         {name.removeprefix(prefix): value for name, value in generators.items() if name.startswith(prefix)}
     )
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{path} cannot be loaded: {error}. If the file is damaged, delete this folder: the same command then goes "
+            "on from the checkpoint before it."
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------- optimizer
@@ -331,6 +343,13 @@ def generator_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         out["cuda"] = torch.cuda.get_rng_state()
     return out
+
+
+def seed_generators(seed: int, *, rank: int) -> None:
+    """Start the global generators of a new run, differently on every rank."""
+    torch.manual_seed((seed + rank) % 2**64)
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)  # all that NumPy's old generator takes
 
 
 def set_generator_state(state: Mapping[str, Tensor]) -> None:

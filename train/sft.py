@@ -76,7 +76,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     beside = [RouterLosses(model, config.objective, accelerator)]
     state = TrainState()
     if run.resume_from is not None and saved is not None:
-        checkpoint.load(run.resume_from, model=weights, optimizer=optimizer, rank=rank)
+        checkpoint.load(run.resume_from, model=weights, optimizer=optimizer)
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
         check_not_past(steps, state.step, run.resume_from)
@@ -165,6 +165,10 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     )
 
     # The run.
+    if run.resume_from is None:
+        checkpoint.seed_generators(config.run.seed, rank=rank)
+    else:
+        checkpoint.load_generators(run.resume_from, rank=rank)
     with progress:
         if state.step == 0:
             evaluate(state)

@@ -53,7 +53,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
     other = small.policy(seed=1)  # other weights: everything must come from the checkpoint
     other_optimizer = small.optimizer(other, lr=1e-2)
-    checkpoint.load(path, model=other.model, optimizer=other_optimizer, rank=0)
+    checkpoint.load(path, model=other.model, optimizer=other_optimizer)
     assert steps(other, other_optimizer, ROWS[3:]) == losses[3:]
     for name, value in policy.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -68,7 +68,7 @@ def test_random_generators_continue(tmp_path, trained):
 
     expected = draw()
     torch.manual_seed(99), random.seed(99), np.random.seed(99)
-    checkpoint.load(path, model=trained[0].model, optimizer=trained[1], rank=0)
+    checkpoint.load_generators(path, rank=0)
     assert draw() == expected
 
 
@@ -167,7 +167,7 @@ def test_state_is_kept_and_parameters_without_gradient_have_none(tmp_path, train
     tensors = checkpoint.optimizer_tensors(optimizer)
     assert "norm.weight/exp_avg" in tensors and not any(name.startswith("vision.") for name in tensors)
     again = small.optimizer(policy, lr=1e-2)
-    checkpoint.load(path, model=policy.model, optimizer=again, rank=0)
+    checkpoint.load(path, model=policy.model, optimizer=again)
     assert checkpoint.optimizer_tensors(again).keys() == tensors.keys()
 
 

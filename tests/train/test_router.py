@@ -362,7 +362,7 @@ def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
         keep=1,
     ).path
     restored = ErnieModel(CONFIG)
-    checkpoint.load(path, model=restored, optimizer=small.optimizer(Policy(restored)), rank=0)
+    checkpoint.load(path, model=restored, optimizer=small.optimizer(Policy(restored)))
     from ernie_model.checkpoint import write_model
 
     (tmp_path / "export").mkdir()

@@ -1,7 +1,10 @@
 """The run folder: who may write into it, and where a run starts from."""
 
 import json
+import subprocess
+import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import torch
 from tests.train import small
 from train import checkpoint
 from train.config import RunConfig, UserError
-from train.run import check_same_maths, command, open_folder, write_start
+from train.run import Opened, check_same_maths, check_same_start, command, open_folder, start_trackers, write_start
 
 
 def saved(folder, step):
@@ -76,6 +79,53 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run.folder=.*file/run cannot be written"):
         opened(tmp_path / "file" / "run")
+
+
+def test_ranks_that_see_different_disks_are_told(tmp_path, monkeypatch):
+    mine = Opened(tmp_path, tmp_path / "checkpoints" / "step-000005")
+    check_same_start(small.accelerator(), mine)
+    monkeypatch.setattr("train.run.gather_object", lambda chosen: [*chosen, None])
+    with pytest.raises(UserError, match=r"different checkpoints: step-000005, None\. Is it on a disk"):
+        check_same_start(small.accelerator(), mine)
+
+
+def test_a_damaged_checkpoint_is_set_aside_by_the_main_rank_alone(tmp_path, caplog):
+    good, bad = saved(tmp_path, 5), saved(tmp_path, 10)
+    data = bytearray((bad / checkpoint.OPTIMIZER).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bad / checkpoint.OPTIMIZER).write_bytes(data)
+    with ExitStack() as at_end:
+        assert open_folder(RunConfig(folder=str(tmp_path)), at_end, main=False).resume_from == good
+    assert bad.exists() and not caplog.text
+    with pytest.raises(UserError, match=r"step-000010 is damaged \(optimizer.safetensors does not have the checksum"):
+        opened(tmp_path / "other", str(tmp_path))  # whoever names it must decide
+    assert opened(tmp_path).resume_from == good
+    assert "step-000010 is damaged (optimizer.safetensors does not have the checksum" in caplog.text
+    assert "going on from step-000005. Kept as step-000010.damaged." in caplog.text
+    assert not bad.exists()
+
+
+def test_a_damaged_record_of_trackers_is_named(tmp_path):
+    (tmp_path / "trackers.json").write_text("{")
+    with ExitStack() as at_end, pytest.raises(UserError, match=r"trackers\.json is damaged"):
+        start_trackers(SimpleNamespace(), Opened(tmp_path, None), None, at_end)
+
+
+def test_a_run_that_ends_too_late_ends_itself():
+    """SIGTERM, and a step that never ends, in C and holding the interpreter: exit code 1, with the stack."""
+    program = """
+import os, re, signal
+from contextlib import ExitStack
+from train.run import StopSignal
+with ExitStack() as at_end:
+    StopSignal(at_end, grace_s=0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    re.match("(a*)*b", "a" * 40)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1
+    assert "SIGTERM: saving after this step; run.grace_s=0.5 seconds from now the process ends anyway." in done.stderr
+    assert "most recent call first" in done.stderr
 
 
 def test_other_settings_are_refused_by_name(tmp_path):
