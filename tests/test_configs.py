@@ -112,6 +112,7 @@ def message(*overrides: str) -> str:
         ("run.steps=0", "run.steps is 0; it must be at least 1."),
         ("optim.lr_scale.router=0", "optim.lr_scale has router: 0.0; a scale must be positive and finite."),
         ("optim.vision_layer_decay=1.5", "optim.vision_layer_decay is 1.5; it must be more than 0 and at most 1."),
+        ("objective.neftune_alpha=-1", "objective.neftune_alpha is -1.0; it must be 0 (off) or a positive number"),
         ("optim.eps=0", "optim.eps is 0.0; it must be positive."),
         ("optim.lr=inf", "optim.lr is inf; it must be a finite number."),
         ("run.epochs=inf", "run.epochs is inf; it must be a finite number."),

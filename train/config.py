@@ -232,8 +232,14 @@ class ObjectiveConfig:
     bias_update: float = 0.0
     """After each update, raise the correction bias of experts below the mean load by this much, and lower the others'.
     Pre-training used 0.001."""
+    neftune_alpha: float = 0.0
+    """Noise on text embeddings while training, at most alpha / sqrt(tokens of a segment x width) (train/neftune.py)."""
 
     def __post_init__(self):
+        check(
+            0 <= self.neftune_alpha < math.inf,
+            f"objective.neftune_alpha is {self.neftune_alpha}; it must be 0 (off) or a positive number, usually 5.",
+        )
         for name in ("balance", "z_loss", "orthogonal"):
             for pool, weight in vars(getattr(self, name)).items():
                 check(

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
-from train import checkpoint, report
+from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
 from train.config import PeftKind, SFTConfig, check_steps, plain, register, to_typed
 from train.evaluate import draw_answers, measure
@@ -80,6 +80,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
         check_not_past(steps, state.step, run.resume_from)
+    if config.objective.neftune_alpha:
+        neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
     wrapped, prepared = accelerator.prepare(policy, optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
