@@ -168,6 +168,7 @@ def arithmetic(
     model: ModelConfig,
     *,
     max_tokens: int,
+    max_patches: int | None,
     accumulation: int,
     ranks: int,
     device: torch.device,
@@ -180,36 +181,53 @@ def arithmetic(
         active_text=count.active_text,
         active_vision=count.active_vision,
         state_bytes=WEIGHT_BYTES * (count.total + trained) + MOMENT_BYTES * trained,
-        activation_bytes=activation_bytes(architecture, model, max_tokens) + 2 * chunk_size(device),
+        activation_bytes=activation_bytes(architecture, model, max_tokens, max_patches) + 2 * chunk_size(device),
         largest_update_tokens=max_tokens * accumulation * ranks,
     )
 
 
-def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: int) -> int:
-    """An estimate of what the backward pass keeps of one full row (not a promise: operators differ in what they keep).
+def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: int, max_patches: int | None) -> int:
+    """An estimate of what the backward pass keeps of one full row and works in; measured in docs/speed.md.
 
-    Numbers per token and layer: attention keeps its normed input, q, k, v and output; an MLP its normed input, gate, up
-    and their product; a sparse layer that for each of its K experts. With checkpointing only each layer's input stays,
-    and one layer at a time. The vision tower is counted as if every token were an image token with its 4 patches.
+    Numbers per token that operators keep, D being the model width:
+
+        attention       its input and that of its norm, q, k, v and the output before the projection
+        MLP             the same two, gate, up and their product
+        experts         for each of a token's K: its row of the input, gate, up, their product, its row of the result
+        vision block    per patch of width C: 10 C and twice the hidden width
+        resampler       per token: ten times the width 4 C of the merged patches, and 2 D
+
+    The backward pass works on the gradients of one layer at a time, counted as much again as the largest layer keeps.
+    In bfloat16 the weights' rounded copies are kept with the activations, and the routers' inputs in float32.
     """
     c = architecture
     size = 2 if model.precision is Precision.bf16 else 4
-    attention = 3 * c.hidden_size + (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    dense = c.hidden_size + 3 * c.intermediate_size
-    widest_expert = max(c.text_expert_width, c.vision_expert_width)
-    sparse = c.hidden_size + c.experts_per_token * (2 * c.hidden_size + 3 * widest_expert)
-    sparse += 3 * c.num_shared_experts * c.text_expert_width
-    layers = [attention + (sparse if i in c.sparse_layers else dense) for i in range(c.num_hidden_layers)]
-    blocks: list[int] = []
-    kept_per_block = 0
+    low = size == 2
+    patches = 0
     if c.vision is not None:
-        blocks = [4 * (7 * c.vision.hidden_size + 2 * c.vision.intermediate_size)] * c.vision.depth
-        kept_per_block = 4 * c.vision.hidden_size
-    if model.recompute is not Recompute.none:
-        per_token = c.hidden_size * len(layers) + kept_per_block * len(blocks) + max([*layers, *blocks])
-    else:
-        per_token = sum(layers) + sum(blocks)
-    return max_tokens * per_token * size
+        patches = 4 * max_tokens if max_patches is None else min(max_patches, 4 * max_tokens)
+    media = patches // 4
+    attention = 4 * c.hidden_size + (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
+    dense = max_tokens * (attention + 3 * c.intermediate_size)
+    rows = c.experts_per_token * (max_tokens * 2 * c.hidden_size + 3 * (max_tokens - media) * c.text_expert_width)
+    rows += c.experts_per_token * 3 * media * c.vision_expert_width
+    shared = 3 * c.num_shared_experts * c.text_expert_width
+    sparse = max_tokens * (attention + shared + (2 * c.hidden_size if low else 0)) + rows
+    layers = [sparse if i in c.sparse_layers else dense for i in range(c.num_hidden_layers)]
+    inputs = max_tokens * c.hidden_size
+    blocks: list[int] = []
+    others = 4 * inputs  # embeddings, the final norm, and the head's input and its gradient
+    block_input = 0
+    if c.vision is not None:
+        blocks = [patches * (10 * c.vision.hidden_size + 2 * c.vision.intermediate_size)] * c.vision.depth
+        block_input = patches * c.vision.hidden_size
+        others += media * (10 * 4 * c.vision.hidden_size + 2 * c.hidden_size) + patches * c.vision.patch_dim
+    largest = max([*layers, *blocks])
+    kept = sum(layers) if model.recompute is Recompute.none else inputs * len(layers)
+    kept += block_input * len(blocks) if model.recompute is Recompute.layers_and_vision else sum(blocks)
+    working = largest if model.recompute is Recompute.none else 2 * largest
+    copies = count_parameters(c).total if low and model.recompute is Recompute.none else 0
+    return size * (others + kept + working + copies)
 
 
 def human(number: float, unit: str = "") -> str:

@@ -34,6 +34,7 @@ def opening(
         model.config,
         config.model,
         max_tokens=config.data.max_tokens,
+        max_patches=config.data.max_patches,
         accumulation=config.data.accumulation,
         ranks=ranks,
         device=device,
