@@ -37,6 +37,7 @@ format: $(VENV)/.dev
 bench: $(VENV)/.test
 	$(VENV)/bin/python -m tests.bench.train_step
 	$(VENV)/bin/python -m tests.bench.memory
+	$(VENV)/bin/python -m tests.bench.recompute
 	$(VENV)/bin/python -m tests.bench.scaling
 
 dashboard: $(VENV)/.test
