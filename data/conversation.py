@@ -166,7 +166,9 @@ class Conversation:
     @property
     def name(self) -> str:
         """What an error message calls this conversation."""
-        return f"record {self.id!r}" if self.source is None else f"record {self.id!r} ({self.source})"
+        if self.source is None or self.id == str(self.source):
+            return f"record {self.id!r}"
+        return f"record {self.id!r} ({self.source})"
 
     def prompt(self) -> "Conversation":
         """The same conversation without its last message, which must be the assistant's: the question alone."""

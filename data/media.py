@@ -147,18 +147,34 @@ def _decode_data_url(url: str, name: str) -> bytes:
 
 def data_url(content: bytes) -> str:
     """The content of an encoded image or video file as a data: URL."""
-    kind = next((kind for start, mark, kind in _KINDS if content[start : start + len(mark)] == mark), "image/png")
-    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
+    return f"data:{_kind(content)[0]};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def file_ending(content: bytes) -> str:
+    """The ending that a file of this content would have."""
+    return _kind(content)[1]
+
+
+def is_address(media: Media) -> bool:
+    """Is it neither bytes nor a path? `https://...`, `data:...`"""
+    return isinstance(media, str) and _SCHEME.match(media) is not None
 
 
 _KINDS = (
-    (0, b"\xff\xd8", "image/jpeg"),
-    (8, b"WEBP", "image/webp"),
-    (4, b"ftyp", "video/mp4"),
-    (8, b"AVI ", "video/x-msvideo"),
-    (0, b"\x1aE\xdf\xa3", "video/webm"),
+    (0, b"\xff\xd8", "image/jpeg", ".jpg"),
+    (8, b"WEBP", "image/webp", ".webp"),
+    (4, b"ftyp", "video/mp4", ".mp4"),
+    (8, b"AVI ", "video/x-msvideo", ".avi"),
+    (0, b"\x1aE\xdf\xa3", "video/webm", ".webm"),
 )
-"""Where a kind of file carries which mark. For whoever else reads the URL: `MediaFolder.open` looks at the content."""
+"""Where a kind of file carries which mark. For other readers: `MediaFolder.open` looks at the content alone."""
+
+
+def _kind(content: bytes) -> tuple[str, str]:
+    for start, mark, kind, ending in _KINDS:
+        if content[start : start + len(mark)] == mark:
+            return kind, ending
+    return "image/png", ".png"
 
 
 def from_data_url(url: str) -> bytes | None:

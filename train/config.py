@@ -493,7 +493,46 @@ def check_steps(config: SFTConfig, steps: int) -> None:
     )
 
 
-ENTRIES = {"sft": SFTConfig}
+class ConvertMedia(Enum):
+    path = "path"
+    copy = "copy"
+
+
+class Keep(Enum):
+    all = "all"
+    wanted = "wanted"
+
+
+@dataclass
+class ConvertConfig:
+    """`ernie convert`: see train/convert.py."""
+
+    input: str = MISSING
+    """What data.path may be: a file, a folder, shards."""
+    output: str = MISSING
+    """A .jsonl file that does not exist yet."""
+    to: str = MISSING
+    """The format to write: messages or erniekit."""
+    format: str | None = None
+    """The format of the input; null recognises it by the first record."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Which column is which: {the format's name: the record's name}."""
+    split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    media: ConvertMedia = ConvertMedia.path
+    """path keeps references as they are; copy puts the files into OUTPUT_media beside the output."""
+    media_root: str | None = None
+    """The folder that paths of media are relative to; null is the input's."""
+    keep: Keep = Keep.all
+    """wanted: of a pair only the chosen answer, and of labelled answers only the wanted ones."""
+
+    def __post_init__(self):
+        check(self.output.endswith(".jsonl"), f"output is {self.output}; it must end in .jsonl, one record per line.")
+        check(self.to in ("messages", "erniekit"), f"to is {self.to}; it must be messages or erniekit.")
+
+
+ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig}
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "jsonl": JsonlData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "experiment")
 
