@@ -248,6 +248,7 @@ def test_a_stretch_at_its_own_rate(tmp_path):
     assert frames(fps=1) == [0, 10, 20, 30]  # below min_frames, because it is asked for
     assert frames(num_frames=4, start_s=2) == [20, 25, 30, 35]
     assert frames(start_s=3.95, end_s=3.97) == [39, 39]
+    assert frames(start_s=1.1, end_s=1.2) == [11, 11]  # though 1.1 * 10 is a little more than 11
     assert frames(end_s=4.9, num_frames=2) == [0, 20]  # as people round
     assert frames() == [int(2.5 * i) for i in range(16)]
 
