@@ -135,7 +135,7 @@ def choose_frames(num_frames: int, fps: float, settings: VideoSettings, choice: 
         asked = f"start_s is {choice.start_s}" if start >= duration else f"end_s is {choice.end_s}"
         raise MediaError(name, f"{asked}, but the video is {duration:.2f} s long.")
     # Frame i is shown from second i / fps on. The stretch has its first frame even if it is shorter than one. (A
-    # millionth less, because 1.1 * 10 is a little more than 11.)
+    # millionth less, because 0.28 * 25 is a little more than 7.)
     first = min(math.ceil(start * fps - 1e-6), num_frames - 1)
     last = max(first + 1, min(math.ceil(end * fps - 1e-6), num_frames))
     if choice.fps is not None or choice.num_frames is not None:

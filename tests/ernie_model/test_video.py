@@ -248,7 +248,6 @@ def test_a_stretch_at_its_own_rate(tmp_path):
     assert frames(fps=1) == [0, 10, 20, 30]  # below min_frames, because it is asked for
     assert frames(num_frames=4, start_s=2) == [20, 25, 30, 35]
     assert frames(start_s=3.95, end_s=3.97) == [39, 39]
-    assert frames(start_s=1.1, end_s=1.2) == [11, 11]  # though 1.1 * 10 is a little more than 11
     assert frames(end_s=4.9, num_frames=2) == [0, 20]  # as people round
     assert frames() == [int(2.5 * i) for i in range(16)]
 
@@ -281,6 +280,11 @@ def test_a_stretch_outside_the_video_is_named(choice, problem, tmp_path):
 def test_a_rate_above_the_limit_gives_the_limit_spread_evenly():
     indices = video.choose_frames(1000, 10, UNSTAMPED, ClipChoice(fps=10, start_s=10), "a.mov")
     assert (len(indices), indices[0], indices[-1]) == (180, 100, 995)
+
+
+def test_a_stretch_begins_with_its_frame_in_spite_of_rounding():
+    assert 0.28 * 25 > 7
+    assert video.choose_frames(100, 25, UNSTAMPED, ClipChoice(start_s=0.28, end_s=0.56), "a.mov") == [*range(7, 14)]
 
 
 def test_frames_that_were_chosen_cannot_be_chosen_again():
