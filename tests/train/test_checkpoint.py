@@ -3,7 +3,9 @@
 import errno
 import json
 import random
+import resource
 import shutil
+import subprocess
 from collections import namedtuple
 
 import numpy as np
@@ -123,6 +125,47 @@ def test_a_full_disk_halfway_leaves_the_last_checkpoint(tmp_path, trained, monke
     with pytest.raises(UserError, match=r"the disk is full: .*step-000002 needs .* GB .*earlier checkpoints are whole"):
         save(tmp_path, 2, *trained)
     assert checkpoint.complete(tmp_path) == [good]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MB, with a checkpoint of step 1's room to spare or not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root may mount")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_that_really_fills_up_while_it_is_written(small_disk, trained, monkeypatch):
+    good = save(small_disk / "run", 1, *trained)
+    needed = sum(path.stat().st_size for path in good.iterdir())
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - needed // 2))
+    with pytest.raises(UserError, match="the disk is full"):  # seen beforehand
+        save(small_disk / "run", 2, *trained)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))  # somebody else was quicker
+    with pytest.raises(UserError, match="the disk is full"):
+        save(small_disk / "run", 2, *trained)
+    assert checkpoint.newest_undamaged(small_disk / "run") == (good, {})
+    assert [path.name for path in (small_disk / "run").iterdir()] == ["step-000001"]
+    filler.unlink()
+    assert checkpoint.damage(save(small_disk / "run", 2, *trained)) is None
+
+
+def test_a_file_longer_than_the_system_allows(tmp_path, trained):
+    good = save(tmp_path, 1, *trained)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))  # ulimit -f; the model is longer
+    try:
+        with pytest.raises(UserError, match=r"step-000002 cannot be written \(.*earlier checkpoints are whole"):
+            save(tmp_path, 2, *trained)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert checkpoint.newest_undamaged(tmp_path) == (good, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
