@@ -154,7 +154,7 @@ def jsonl_dataset(
                 f"data.eval_path and data.path are the same file ({path}): accuracy would be measured on what was "
                 "trained. Use data.eval_fraction to hold out a part of it."
             )
-        heldout = RecordDataset(open_records(eval_path), folder(eval_path))
+        heldout = RecordDataset(open_records(eval_path, key="data.eval_path"), folder(eval_path))
         return Splits(RecordDataset(records, folder(path)), heldout)
     if not eval_fraction:
         return Splits(RecordDataset(records, folder(path)), None)

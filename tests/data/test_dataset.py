@@ -69,6 +69,16 @@ def test_contradictions_are_named(write, tmp_path):
         ListDataset("none", [])
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_held_out_file_without_records_names_its_own_key(write, tmp_path, content):
+    empty = tmp_path / "empty.jsonl"
+    if content is not None:
+        empty.write_text(content)
+    with pytest.raises(DataError, match="data.eval_path") as caught:
+        jsonl_dataset(write(3), eval_path=empty)
+    assert "empty.jsonl" in str(caught.value) and "data.path" not in str(caught.value)
+
+
 def test_media_are_looked_for_beside_the_file_or_in_media_root(tmp_path, png, processor):
     for place in ("data", "elsewhere"):
         (tmp_path / place).mkdir()
