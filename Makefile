@@ -39,6 +39,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python -m tests.bench.memory
 	$(VENV)/bin/python -m tests.bench.recompute
 	$(VENV)/bin/python -m tests.bench.scaling
+	$(VENV)/bin/python -m tests.bench.lora
 
 dashboard: $(VENV)/.test
 	$(VENV)/bin/ernie dashboard

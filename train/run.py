@@ -9,6 +9,7 @@
       checkpoints/      training state (train/checkpoint.py)
       best/             weights of the best evaluation   }  safetensors + config + tokenizer: folders that transformers
       export/           weights at the end               }  and vLLM load
+      adapter/          with peft=lora, in peft's format; best_adapter/ likewise
       answers.png       held-out images with the model's answers
 
 Errors that only the user can put right end in a short message and exit code 1; anything else keeps its traceback.
