@@ -1,27 +1,41 @@
 """Datasets: conversations by number, and the folder their media lie in.
 
-    digits_dataset(...)                     -> Splits(train, heldout)     made in memory
-    jsonl_dataset("train.jsonl", ...)       -> Splits(train, heldout)     read from disk, one record at a time
+    SetSpec(task="digits")                  -> Splits(train, heldout)     made in memory
+    SetSpec(path="train.jsonl")             -> Splits(train, heldout)     read from disk, one record at a time
+    SetSpec(path="big.jsonl", streaming)    -> Splits(train, None)        read front to back, block by block
 
-A dataset is fixed: it has a length, `dataset[i]` is the same conversation every time, and its `fingerprint` tells it
-from any other. Order, epochs and packing are the loader's business.
+A dataset is fixed: it has a length (a stream has none), `dataset[i]` is the same conversation every time, and its
+`fingerprint` tells it from any other. Order, epochs and packing are the loader's business.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from data.conversation import Conversation, Pair, conversation_to_learn
-from data.errors import DataError
-from data.formats import messages
+from data import formats
+from data.conversation import Conversation, conversation_to_learn
+from data.errors import DataError, Stage, refusing
+from data.formats import Format, messages
 from data.media import MediaFolder
-from data.records import Record, Records, open_records
+from data.records import Broken, Record, Records, RecordStream, open_records, open_stream
 from data.tasks import digits
+
+TASKS = ("digits",)
+
+TRIES = 10
+"""Records from the beginning of a dataset that are looked at for its format and modality; the first readable counts."""
+
+BLOCKS_KEPT = 4
+"""Blocks of a stream held in memory: the one that is drawn from, the next, and two that workers may still read."""
 
 
 class Dataset(Protocol):
@@ -46,7 +60,7 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    train: Dataset
+    train: "Dataset | StreamDataset"
     heldout: Dataset | None
 
 
@@ -80,17 +94,18 @@ class ListDataset:
 class RecordDataset:
     """Conversations read from a file when they are asked for.
 
-    `indices` chooses some of its records; `read` is the format they are in (data/formats).
+    `indices` chooses some of its records; `read` turns one into a conversation.
     """
 
     def __init__(
         self,
+        name: str,
         records: Records,
         media: MediaFolder,
+        read: Callable[[Record], Conversation],
         indices: Sequence[int] | np.ndarray | None = None,
-        read: Callable[[Record], Conversation | Pair] = messages.read,
     ):
-        self.name = str(records.path)
+        self.name = name
         self.media = media
         self._records = records
         self._read = read
@@ -104,67 +119,186 @@ class RecordDataset:
         return len(self._indices)
 
     def __getitem__(self, index: int) -> Conversation:
-        return conversation_to_learn(self._read(self._records[int(self._indices[index])]))
+        """Raises RefusedError for a record that cannot be read, or is not in its format."""
+        with refusing(Stage.READ, dataset=self.name, file=str(self._records.path)):
+            record = self._records[int(self._indices[index])]
+        return understood(record, self._read, self.name)
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[index] for index in range(len(self)))
 
 
-def digits_dataset(seed: int = 0) -> Splits:
-    """`data=digits`: the handwritten digits of data/tasks/digits.py; the seed fixes what is held out."""
-    train = digits.conversations("train", seed)
-    heldout = digits.conversations("heldout", seed)
-    shared = {conversation.id for conversation in train} & {conversation.id for conversation in heldout}
-    assert not shared, f"digits {sorted(shared)} are both trained on and held out"
-    return Splits(ListDataset("digits (train)", train), ListDataset("digits (held out)", heldout))
+class StreamDataset:
+    """Conversations of a source that is read front to back, in blocks of `block_size` records.
 
-
-def jsonl_dataset(
-    path: str | Path,
-    *,
-    eval_path: str | Path | None = None,
-    eval_fraction: float = 0.0,
-    media_root: str | Path | None = None,
-    seed: int = 0,
-    max_image_pixels: int = MediaFolder.max_image_pixels,
-) -> Splits:
-    """`data=jsonl data.path=...`: a file of `messages` records (see data/formats/messages.py).
-
-    Held out are the records of `eval_path`, or a share of `path` chosen by the seed (at least one record when
-    `eval_fraction` is above 0), or none. Paths of media are relative to `media_root`; without one, to the folder their
-    JSONL file is in. Raises DataError for a missing or empty file and for settings that contradict each other.
+    A few blocks are held in memory, so that a block may be read in any order. Asking for one that has been dropped
+    reads the source again from its beginning: right, and slow.
     """
-    if eval_path is not None and eval_fraction:
-        raise DataError(
-            f"both data.eval_path ({eval_path}) and data.eval_fraction ({eval_fraction}) are set. Keep one."
-        )
-    if not 0 <= eval_fraction < 1:
-        raise DataError(f"data.eval_fraction is {eval_fraction}; it must be at least 0 and less than 1, e.g. 0.1.")
 
-    def folder(file: str | Path) -> MediaFolder:
-        root = Path(file).parent if media_root is None else Path(media_root)
-        if not root.is_dir():
-            raise DataError(f"data.media_root ({root}) is not a folder.")
-        return MediaFolder(root, max_image_pixels=max_image_pixels)
+    def __init__(
+        self,
+        name: str,
+        stream: RecordStream,
+        media: MediaFolder,
+        read: Callable[[Record], Conversation],
+        *,
+        block_size: int,
+    ):
+        self.name = name
+        self.media = media
+        self.block_size = block_size
+        self._stream = stream
+        self._read = read
+        self._blocks: OrderedDict[int, list[Record | Broken]] = OrderedDict()
+        self._rows: Iterator[Record | Broken] | None = None  # stands before record `_next`
+        self._next = 0
+        self._lock = threading.Lock()  # workers and the packing thread ask for records of the same blocks
 
-    records = open_records(path)
-    if eval_path is not None:
-        if Path(eval_path).resolve() == Path(path).resolve():
+    @property
+    def fingerprint(self) -> str:
+        return f"{self._stream.fingerprint}/{self.block_size}"
+
+    def block_length(self, block: int) -> int:
+        """Records in a block; 0 behind the end."""
+        return len(self._block(block))
+
+    def __getitem__(self, number: int) -> Conversation:
+        """Raises RefusedError as `RecordDataset` does, IndexError behind the end."""
+        block, offset = divmod(number, self.block_size)
+        row = self._block(block)[offset]
+        if isinstance(row, Broken):
+            with refusing(Stage.READ, dataset=self.name, file=row.source.file, line=row.source.line):
+                raise row.error
+        return understood(row, self._read, self.name)
+
+    def _block(self, block: int) -> list[Record | Broken]:
+        with self._lock:
+            if block in self._blocks:
+                self._blocks.move_to_end(block)
+                return self._blocks[block]
+            start = block * self.block_size
+            if self._rows is None or self._next != start:
+                self._rows = iter(self._stream.read_from(start))
+            rows = list(itertools.islice(self._rows, self.block_size))
+            self._next = start + self.block_size
+            self._blocks[block] = rows
+            if len(self._blocks) > BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+            return rows
+
+
+def understood(record: Record, read: Callable[[Record], Conversation], dataset: str) -> Conversation:
+    """Raises RefusedError for a record that is not in its format."""
+    source = record.source
+    given = record.value.get("id")
+    id = str(source) if given is None else str(given)
+    with refusing(Stage.FORMAT, id=id, dataset=dataset, file=source.file, line=source.line):
+        return read(record)
+
+
+def to_conversation(record: Record, *, format: Format, columns: Mapping[str, str] | None) -> Conversation:
+    """What supervised fine-tuning learns from a record. Raises DataError for a pair of answers."""
+    return conversation_to_learn(format.read(record, columns))
+
+
+# ------------------------------------------------------------------------------------------------- from a description
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetSpec:
+    """Where a dataset is, and what it is; the fields are those of `data` in the settings."""
+
+    path: str | None = None
+    key: str = "data.path"
+    """The setting that `path` comes from, for errors."""
+    task: str | None = None
+    """One of `TASKS`, made in memory, instead of a path."""
+    format: str | None = None
+    columns: Mapping[str, str] | None = None
+    split: str | None = None
+    subset: str | None = None
+    streaming: bool = False
+    media_root: str | None = None
+    fetch: bool = False
+
+
+def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int = 0, block_size: int = 1024) -> Splits:
+    """One dataset, and its held-out part.
+
+    Held out is a share of the records chosen by the seed (at least one when `eval_fraction` is above 0); a task brings
+    its own. Paths of media are relative to `media_root`; without one, to the folder their file is in. Raises DataError
+    for a missing or empty file, and for settings that contradict each other or do not fit the first record.
+    """
+    if spec.task is not None:
+        return open_task(name, spec.task, seed)
+    assert spec.path is not None
+    media = _media_folder(spec)
+    if spec.streaming:
+        if eval_fraction:
             raise DataError(
-                f"data.eval_path and data.path are the same file ({path}): accuracy would be measured on what was "
-                "trained. Use data.eval_fraction to hold out a part of it."
+                f"data.eval_fraction is {eval_fraction}, but {name} is streaming: its length is not known, so no share "
+                "of it can be held out. Use data.eval_path, or streaming: false."
             )
-        heldout = RecordDataset(open_records(eval_path, key="data.eval_path"), folder(eval_path))
-        return Splits(RecordDataset(records, folder(path)), heldout)
+        stream = open_stream(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
+        first = next((row for row in itertools.islice(stream.read_from(0), TRIES) if isinstance(row, Record)), None)
+        return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
+    records = open_records(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
+    read = _reader(spec, _first(records))
     if not eval_fraction:
-        return Splits(RecordDataset(records, folder(path)), None)
+        return Splits(RecordDataset(name, records, media, read), None)
     if len(records) < 2:
         raise DataError(
-            f"data.eval_fraction is {eval_fraction}, but {path} has a single record, which cannot be split. "
+            f"data.eval_fraction is {eval_fraction}, but {spec.path} has a single record, which cannot be split. "
             "Set data.eval_fraction=0, or add records."
         )
     count = min(max(1, round(len(records) * eval_fraction)), len(records) - 1)
     order = np.random.default_rng(seed).permutation(len(records))
     train, heldout = np.sort(order[count:]), np.sort(order[:count])
-    media = folder(path)
-    return Splits(RecordDataset(records, media, train), RecordDataset(records, media, heldout))
+    return Splits(RecordDataset(name, records, media, read, train), RecordDataset(name, records, media, read, heldout))
+
+
+def open_task(name: str, task: str, seed: int = 0) -> Splits:
+    """`digits`: the handwritten digits of data/tasks/digits.py; the seed fixes what is held out."""
+    if task not in TASKS:
+        raise DataError(f"the task of {name} is {task!r}; it must be one of {', '.join(TASKS)}.")
+    train = digits.conversations("train", seed)
+    heldout = digits.conversations("heldout", seed)
+    shared = {conversation.id for conversation in train} & {conversation.id for conversation in heldout}
+    assert not shared, f"digits {sorted(shared)} are both trained on and held out"
+    return Splits(ListDataset(name, train), ListDataset(name, heldout))
+
+
+def _first(records: Records) -> Record | None:
+    """The first record that can be read."""
+    for index in range(min(len(records), TRIES)):
+        try:
+            return records[index]
+        except DataError:
+            continue
+    return None
+
+
+def _reader(spec: SetSpec, first: Record | None) -> Callable[[Record], Conversation]:
+    """How the records are read, by the named format or by the shape of the first one that is readable."""
+    if spec.format is not None:
+        format = formats.by_name(spec.format)
+    elif first is not None:
+        format = formats.recognise(first, spec.columns)
+    else:
+        # Nothing to go by. Every record will be refused where it cannot be read; the name only matters for the others.
+        format = formats.by_name("messages")
+    return partial(to_conversation, format=format, columns=spec.columns)
+
+
+def _media_folder(spec: SetSpec) -> MediaFolder:
+    assert spec.path is not None
+    path = Path(spec.path)
+    if spec.media_root is not None:
+        root: Path | None = Path(spec.media_root)
+        if not Path(spec.media_root).is_dir():
+            raise DataError(f"data.media_root ({root}) is not a folder.")
+    elif path.is_dir():
+        root = path
+    else:  # "org/name" on the hub has no folder; a brace pattern names files that exist under other names
+        root = path.parent if path.exists() or "{" in path.name else None
+    return MediaFolder(root, fetch=spec.fetch)

@@ -10,16 +10,19 @@ The processor says who wrote what (its spans); a token whose author is unknown i
 Shape letters:  T tokens   P patches   X numbers in a patch
 """
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.conversation import Conversation
+from data.conversation import Conversation, Media, PartKind
 from data.errors import DataError, TooLongError
-from data.media import MediaFolder
-from ernie_model.images import MediaError
+from data.media import MediaFolder, media_name
+from ernie_model.images import ImageSize, MediaError
 from ernie_model.processor import Processor, Span
 
 
@@ -43,7 +46,7 @@ class Example:
 
     @property
     def num_patches(self) -> int:
-        return 0 if self.patch_PX is None else self.patch_PX.shape[0]
+        return sum(frames * rows * columns for frames, rows, columns in self.grids)
 
     @property
     def num_bytes(self) -> int:
@@ -60,17 +63,29 @@ def encode(
     max_patches: int | None = None,
     thinking: bool | None = None,
     every_turn: bool = True,
+    max_image_pixels: int | None = None,
+    pixels: bool = True,
 ) -> Example:
     """Tokens, targets, weights, positions and pixels of one conversation.
 
     `thinking` and `every_turn` are those of the chat format (ernie_model/chat.py). With `every_turn`, all of the
     assistant's turns are learned in one pass. Without, a turn is learned only where it stands as it would at inference:
-    the last one, and those with reasoning; the others are history.
+    the last one, and those with reasoning; the others are history. `max_image_pixels` is the area that a picture may
+    have instead of the processor's own limit. Without `pixels`, only the headers of pictures are read: everything is
+    right but `patch_PX`, which lacks them.
 
     Raises DataError when nothing in the conversation is trained, TooLongError when it does not fit in a row, and
     MediaError for an image or video that cannot be read; each names the record.
     """
-    open_media = (media or MediaFolder(None)).open
+    folder = media or MediaFolder(None)
+
+    def open_media(kind: PartKind, reference: Media) -> Any:
+        if kind is PartKind.IMAGE and not pixels:
+            return ImageSize(*folder.image_size(reference), filename=media_name(reference))
+        return folder.open(kind, reference)
+
+    if max_image_pixels is not None:
+        processor = with_image_limit(processor, max_image_pixels)
     try:
         encoded = processor.encode(
             conversation.to_chat(open_media),
@@ -98,6 +113,14 @@ def encode(
             "is not false and whose `weight` is not 0."
         )
     return example
+
+
+def with_image_limit(processor: Processor, max_pixels: int) -> Processor:
+    """The same processor for smaller pictures."""
+    other = copy.copy(processor)
+    smallest = min(processor.image.min_pixels, max_pixels)
+    other.image = dataclasses.replace(processor.image, min_pixels=smallest, max_pixels=max_pixels)
+    return other
 
 
 def shift(value_T: Tensor) -> Tensor:
@@ -132,5 +155,5 @@ def _check_size(conversation: Conversation, example: Example, max_tokens: int | 
         if limit is not None and size > limit:
             raise TooLongError(
                 f"{conversation.name}: {size} {what}, more than a row holds ({key}={limit}). Raise {key}, shorten the "
-                "conversation, or set data.too_long=skip to leave such records out."
+                "conversation, or see data.too_long for what may be done about it."
             )

@@ -1,15 +1,15 @@
 """The stream of packed batches that training reads, the same on any number of ranks and after any interruption.
 
-    records      order.py           encoder.py     pack.py            dealt to ranks
-    0..n-1  ──►  7 2 9 4 0 ...  ──►  examples  ──►  row 0, row 1, ...  ──►  rank 0: rows 0, 2 | 4, 6 | ...
-                                                                          rank 1: rows 1, 3 | 5, 7 | ...
+    records      order.py           encoder.py     pack.py            dealt to ranks by cost
+    0..n-1  ──►  7 2 9 4 0 ...  ──►  sizes     ──►  row 0, row 1, ...  ──►  rank 0: rows 0, 3 | 5, 6 | ...  ──►  pixels
+                                                                          rank 1: rows 1, 2 | 4, 7 | ...
 
 Every rank computes the same endless sequence of rows and keeps its share. One optimizer step takes accumulation x ranks
-rows, so each rank has the same number of micro-batches in every step and none ever waits alone; and two ranks with
-accumulation 2 see, step by step, the rows of one rank with accumulation 4. The stream has no end: rows run across
-the borders of epochs, and no row is left half empty.
+rows, so each rank has the same number of micro-batches in every step and none ever waits alone; they are dealt so that
+no rank has much more to compute than another. Two ranks with accumulation 2 see, step by step, the rows of one rank
+with accumulation 4. The stream has no end: rows run across the borders of epochs, and no row is left half empty.
 
-The state (order, packer's buffer) is a few hundred integers and does not know about ranks, so a run may continue on
+The state (order, packer's buffer, refused records) is small and does not know about ranks, so a run may continue on
 another number of them.
 """
 
@@ -19,33 +19,37 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from data.batch import PackedBatch
 from data.encoder import Encoder
 from data.errors import DataError
-from data.order import ShuffledOrder
-from data.pack import Packer, Sized, collate
+from data.order import Key
+from data.pack import Packer, Sized, collate, deal, filler
 
-PREFETCH_PER_WORKER = 4
+AHEAD_PER_WORKER = 4
 """Records handed to each worker ahead of their use; enough to ride over a large image among small ones."""
+PATCH_COST = 0.25
+"""What a patch costs to train on, in tokens; see tests/bench/balance.py."""
 
 
 class StreamReport(NamedTuple):
     """How far a stream has come, over all ranks."""
 
     epoch: float
-    """How often the data has been gone through: packed or skipped records per record."""
+    """How often the data has been gone through: packed or refused records per record."""
     fill: float
     """Tokens per place for a token, over all rows so far."""
     num_rows: int
-    num_skipped: int
-    """Draws left out because the record was too long."""
+    num_refused: int
+    """Draws left out because the record is in the quarantine."""
+    imbalance: float
+    """Cost of the dearest rank over the mean of all, over all steps so far; 1 is even."""
 
 
 class PackedStream:
-    """This rank's micro-batches, step after step."""
+    """This rank's micro-batches, step after step. `patch_cost`: tokens that a patch is worth when rows are dealt."""
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class PackedStream:
         world: int = 1,
         lookahead: int = 64,
         shuffle: bool = True,
+        patch_cost: float = PATCH_COST,
     ):
         if accumulation < 1:
             raise DataError(f"accumulation is {accumulation}; it must be at least 1.")
@@ -64,12 +69,14 @@ class PackedStream:
             raise DataError(f"rank is {rank}; with {world} ranks it must be between 0 and {world - 1}.")
         self.encoder = encoder
         self.accumulation, self.rank, self.world = accumulation, rank, world
-        self._order = ShuffledOrder(len(encoder), seed=seed, shuffle=shuffle)
-        self._ahead = self._order.copy()  # the same order, walked earlier by the prefetch
-        self._packer: Packer[int] = Packer(
+        self.patch_cost = patch_cost
+        self._order = encoder.dataset.order(seed=seed, shuffle=shuffle)
+        self._ahead = self._order.copy()  # the same order, walked earlier by the workers
+        self._packer: Packer[Key] = Packer(
             self._draw, max_tokens=encoder.max_tokens, max_patches=encoder.max_patches, lookahead=lookahead
         )
-        self._num_rows = self._num_tokens = self._num_skipped = 0
+        self._num_rows = self._num_tokens = self._num_refused = 0
+        self._dearest = self._mean = 0.0  # cost of the dearest rank, and of all by their number, over all steps
         # What must be the same for a saved state to mean the same stream.
         self._identity = {
             "data.seed": seed,
@@ -77,60 +84,82 @@ class PackedStream:
             "data.max_tokens": encoder.max_tokens,
             "data.max_patches": encoder.max_patches,
             "data.lookahead": lookahead,
-            "data.too_long": encoder.too_long.value,
+            "data.too_long": encoder.rules.too_long.value,
             "data (content of the records)": encoder.dataset.fingerprint,
         }
 
     def next_step(self) -> list[PackedBatch]:
-        """The `accumulation` micro-batches of this rank for the next optimizer step. Raises what encoding raises."""
+        """The `accumulation` micro-batches of this rank for the next optimizer step.
+
+        Raises TooManyBadError when more records are refused than data.max_bad allows.
+        """
         rows = [self._packer.next_row() for _ in range(self.accumulation * self.world)]
+        shares = self._deal(rows)
+        mine = [[sized.item for sized in rows[place]] for place in shares[self.rank]]
+        for share in (*shares[: self.rank], *shares[self.rank + 1 :]):
+            self.encoder.forget(sized.item for place in share for sized in rows[place])
+        self.encoder.decode_ahead(key for row in mine for key in row)
+        return [self._batch(row) for row in mine]
+
+    def _deal(self, rows: Sequence[Sequence[Sized[Key]]]) -> list[list[int]]:
+        """The rows of each rank, by place."""
+        costs = [sum(sized.tokens + self.patch_cost * sized.patches for sized in row) for row in rows]
+        shares = deal(costs, self.world)
         self._num_rows += len(rows)
         self._num_tokens += sum(sized.tokens for row in rows for sized in row)
-        mine = [[sized.item for sized in row] for row in rows[self.rank :: self.world]]
-        self.encoder.prefetch(index for row in mine for index in row)
-        return [collate([self.encoder.example(index) for index in row]) for row in mine]
+        self._dearest += max(sum(costs[place] for place in share) for share in shares)
+        self._mean += sum(costs) / self.world
+        return shares
 
-    def _draw(self) -> Sized[int]:
-        for _ in range(len(self.encoder)):
-            index = self._order.draw()
-            self._prefetch()
-            size = self.encoder.size(index)
+    def _batch(self, row: Sequence[Key]) -> PackedBatch:
+        examples = [example for key in row if (example := self.encoder.example(key)) is not None]
+        return collate(examples) if examples else filler(self.encoder.processor.begin_id)
+
+    def _draw(self) -> Sized[Key]:
+        while True:
+            key = self._order.draw()
+            self._measure_ahead()
+            size = self.encoder.size(key)
             if size is not None:
-                return Sized(index, size.tokens, size.patches)
-            self._num_skipped += 1
-        raise DataError(
-            f"every record of {self.encoder.dataset.name} is longer than a row of data.max_tokens="
-            f"{self.encoder.max_tokens}, data.max_patches={self.encoder.max_patches}. Raise the limit."
-        )
+                return Sized(key, size.tokens, size.patches)
+            self._num_refused += 1
 
-    def _prefetch(self) -> None:
-        until = self._order.num_drawn + PREFETCH_PER_WORKER * self.encoder.workers
+    def _measure_ahead(self) -> None:
+        until = self._order.num_drawn + AHEAD_PER_WORKER * self.encoder.workers
         while self._ahead.num_drawn < until:
-            index = self._ahead.draw()
-            # Once measured, a record is encoded only by the rank that gets it, which is known when its row is.
-            if not self.encoder.is_measured(index):
-                self.encoder.prefetch([index])
+            self.encoder.measure_ahead([self._ahead.draw()])
 
     @property
     def report(self) -> "StreamReport":
-        drawn = self._order.num_drawn - len(self._packer.buffer)
+        waiting = [sized.item for sized in self._packer.buffer]
         return StreamReport(
-            epoch=drawn / len(self.encoder),
+            epoch=self._order.epochs(waiting),
             fill=self._num_tokens / max(1, self._num_rows * self.encoder.max_tokens),
             num_rows=self._num_rows,
-            num_skipped=self._num_skipped,
+            num_refused=self._num_refused,
+            imbalance=self._dearest / self._mean if self._mean else 1.0,
         )
 
     def count_steps(self, epochs: float) -> int:
         """Optimizer steps, from the start of the stream, after which `epochs` times all records have been packed.
 
-        Measures every record, which encodes those not seen yet. Call it before the first step.
+        Measures every record. Call it before the first step. Raises DataError for a stream, which has no length.
         """
-        order = ShuffledOrder(len(self.encoder), seed=self._order.seed, shuffle=self._order.shuffle)
-        drawn = (order.draw() for _ in range(math.ceil(epochs * len(self.encoder))))
-        sized = measured(self.encoder, drawn)
+        if self.encoder.dataset.streaming:
+            raise DataError(
+                f"the length of {self.encoder.dataset.name} is not known, because it is streaming, so run.epochs "
+                "cannot be counted in updates. Set run.steps."
+            )
+        dataset, seed, shuffle = self.encoder.dataset, self._identity["data.seed"], self._identity["data.shuffle"]
+        order = dataset.order(seed=seed, shuffle=shuffle)
+
+        def drawn() -> Iterator[Key]:
+            while order.epochs() < epochs:
+                yield order.draw()
+
+        sized = measured(self.encoder, drawn())
         packer = self._packer
-        counter: Packer[int] = Packer(
+        counter: Packer[Key] = Packer(
             lambda: next(sized, None),
             max_tokens=packer.max_tokens,
             max_patches=packer.max_patches,
@@ -151,7 +180,9 @@ class PackedStream:
             "buffer": self._packer.state_dict(),
             "rows": self._num_rows,
             "tokens": self._num_tokens,
-            "skipped": self._num_skipped,
+            "refused": self._num_refused,
+            "cost": [self._dearest, self._mean],
+            "quarantine": self.encoder.quarantine.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,47 +195,50 @@ class PackedStream:
                 )
         self._order.load_state_dict(state["order"])
         self._ahead = self._order.copy()
-        self._packer.load_state_dict(state["buffer"])
-        self._num_rows, self._num_tokens, self._num_skipped = state["rows"], state["tokens"], state["skipped"]
+        self._packer.load_state_dict([[Key(*item), *size] for item, *size in state["buffer"]])
+        self._num_rows, self._num_tokens, self._num_refused = state["rows"], state["tokens"], state["refused"]
+        self._dearest, self._mean = state["cost"]
+        self.encoder.quarantine.load_state_dict(state["quarantine"])
 
     def close(self) -> None:
         self.encoder.close()
 
 
-def measured(encoder: Encoder, indices: Iterable[int]) -> Iterator[Sized[int]]:
-    """The records of `indices` with their sizes, in order, less those that are too long; encoded ahead by workers."""
-    upcoming = iter(indices)
-    window: deque[int] = deque()
+def measured(encoder: Encoder, keys: Iterable[Key]) -> Iterator[Sized[Key]]:
+    """These records with their sizes, in order, less those that cannot be used; measured ahead by workers."""
+    upcoming = iter(keys)
+    window: deque[Key] = deque()
     while True:
-        for index in itertools.islice(upcoming, 1 + PREFETCH_PER_WORKER * encoder.workers - len(window)):
-            window.append(index)
-            if not encoder.is_measured(index):
-                encoder.prefetch([index])
+        for key in itertools.islice(upcoming, 1 + AHEAD_PER_WORKER * encoder.workers - len(window)):
+            window.append(key)
+            encoder.measure_ahead([key])
         if not window:
             return
-        index = window.popleft()
-        size = encoder.size(index)
+        key = window.popleft()
+        size = encoder.size(key)
         if size is not None:
-            yield Sized(index, size.tokens, size.patches)
+            yield Sized(key, size.tokens, size.patches)
 
 
 def eval_batches(
     encoder: Encoder, *, rank: int = 0, world: int = 1, lookahead: int = 64
 ) -> Iterator[PackedBatch | None]:
-    """One pass over a dataset, packed: every record once, over all ranks together.
+    """One pass over a mixture, packed: every record once, over all ranks together.
 
     Each rank gets the same number of items, so that collectives between them meet; where the last round has too few
-    rows, the ranks left over get None.
+    rows, or nothing of a row can be decoded, a rank gets None.
     """
-    sized = measured(encoder, range(len(encoder)))
-    packer: Packer[int] = Packer(
+    sized = measured(encoder, encoder.keys())
+    packer: Packer[Key] = Packer(
         lambda: next(sized, None), max_tokens=encoder.max_tokens, max_patches=encoder.max_patches, lookahead=lookahead
     )
     while row := packer.next_row():
         round_ = [row, *(packer.next_row() for _ in range(world - 1))]
         mine = [sized.item for sized in round_[rank]]
-        encoder.prefetch(mine)
-        yield collate([encoder.example(index) for index in mine]) if mine else None
+        encoder.forget(sized.item for row in (*round_[:rank], *round_[rank + 1 :]) for sized in row)
+        encoder.decode_ahead(mine)
+        examples = [example for key in mine if (example := encoder.example(key)) is not None]
+        yield collate(examples) if examples else None
 
 
 class _Step(NamedTuple):

@@ -131,6 +131,37 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     )
 
 
+def filler(token: int) -> PackedBatch:
+    """A row that teaches nothing: two tokens of no conversation. It keeps ranks and micro-batches in step."""
+    token_T = torch.tensor([token, token])
+    return PackedBatch(
+        token_T=token_T,
+        target_T=torch.tensor([token, 0]),
+        weight_T=torch.zeros(2),
+        position_3T=torch.arange(2).expand(3, -1).contiguous(),
+        lengths=(2,),
+        ids=("",),
+        datasets=("",),
+    )
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which rows each rank takes, equally many, so that the dearest rank has as little to do as can be.
+
+        costs 9 1 8 2, two ranks    ->  [0, 1], [2, 3]        10 each; in turn it would be 17 and 3
+
+    The dearest row left goes to the rank with the least so far that still needs one. Rows keep their order in a rank.
+    """
+    places = len(costs) // ranks
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
+        rank = min((rank for rank in range(ranks) if len(dealt[rank]) < places), key=lambda rank: load[rank])
+        dealt[rank].append(row)
+        load[rank] += costs[row]
+    return [sorted(rows) for rows in dealt]
+
+
 def pack(
     examples: Sequence[Example], *, max_tokens: int, max_patches: int | None = None, lookahead: int = 64
 ) -> list[PackedBatch]:

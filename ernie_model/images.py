@@ -88,6 +88,16 @@ class ImageSettings(PixelSettings):
     max_pixels: int = 6177 * 28 * 28
 
 
+@dataclass(frozen=True)
+class ImageSize:
+    """Stands for a picture where only its size matters: it takes as many tokens, and has no pixels."""
+
+    width: int
+    height: int
+    filename: str = ""
+    """What errors call the picture."""
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
@@ -180,7 +190,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return new_height, new_width
 
 
-def resized_size(image: Image.Image, settings: PixelSettings, name: str) -> tuple[int, int]:
+def resized_size(image: Image.Image | ImageSize, settings: PixelSettings, name: str) -> tuple[int, int]:
     """(height, width) of `image` after resizing.
 
     Raises:

@@ -29,7 +29,16 @@ from ernie_model.atomic import atomic_write
 from ernie_model.chat import ChatError, ChatFormat, Piece, PieceKind, SpanKind, jinja_template, render, to_text
 from ernie_model.checkpoint import local_folder
 from ernie_model.config import ErnieConfig
-from ernie_model.images import CLIP_MEAN, CLIP_STD, Grid, ImageSettings, image_patches, load_image
+from ernie_model.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Grid,
+    ImageSettings,
+    ImageSize,
+    image_patches,
+    load_image,
+    resized_size,
+)
 from ernie_model.rope import num_media_tokens, position_ids
 from ernie_model.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, MEDIA_TOKENS, Tokenizer, TokenizerError
 from ernie_model.video import ClipChoice, Frames, FrameSampling, VideoSettings, file_name, font_file, video_patches
@@ -109,7 +118,7 @@ class Processor:
 
         Args:
             messages: OpenAI-style dictionaries; a content is a text or a list of `{"type": "text", "text": str}`,
-                `{"type": "image", "image": PIL image, path or bytes}`,
+                `{"type": "image", "image": PIL image, path, bytes or ImageSize}`,
                 `{"type": "video", "video": path, bytes or Frames, "sampling"?: fields of `ClipChoice`}`.
             tools, thinking, add_generation_prompt, every_turn: see `chat.render`.
 
@@ -206,6 +215,10 @@ class Processor:
         if piece.kind is PieceKind.IMAGE:
             name = str(piece.media) if isinstance(piece.media, str | Path) else None
             name = name or getattr(piece.media, "filename", "") or unnamed
+            if isinstance(piece.media, ImageSize):
+                height, width = resized_size(piece.media, self.image, name)
+                patch = self.image.patch_size
+                return np.empty((0, 3 * patch * patch), np.float32), (1, height // patch, width // patch)
             return image_patches(load_image(piece.media, name), self.image, name)
         media = piece.media
         name = media.name if isinstance(media, Frames) else file_name(media)

@@ -9,7 +9,7 @@ from train.build import read_architecture
 from train.config import (
     GROUPS,
     DigitsData,
-    JsonlData,
+    FilesData,
     Precision,
     Schedule,
     SFTConfig,
@@ -36,12 +36,12 @@ def load(*overrides: str) -> SFTConfig:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice):
-    needed = ["data.path=chats.jsonl"] if choice == "data=jsonl" else []
+    needed = ["data.path=chats.jsonl"] if choice == "data=files" else []
     assert isinstance(load(choice, *needed), SFTConfig)
 
 
 def test_there_is_something_to_compose():
-    assert len(CHOICES) >= 15 and "experiment=digits" in CHOICES and "data=jsonl" in CHOICES
+    assert len(CHOICES) >= 15 and "experiment=digits" in CHOICES and "data=files" in CHOICES
 
 
 def test_command_line_beats_experiment_beats_group_beats_schema():
@@ -53,9 +53,9 @@ def test_command_line_beats_experiment_beats_group_beats_schema():
     assert isinstance(config.data, DigitsData)
 
 
-def test_jsonl_has_settings_of_its_own():
-    config = load("data=jsonl", "data.path=a.jsonl", "data.eval_fraction=0.1")
-    assert isinstance(config.data, JsonlData) and config.data.eval_fraction == 0.1
+def test_files_have_settings_of_its_own():
+    config = load("data=files", "data.path=a.jsonl", "data.eval_fraction=0.1")
+    assert isinstance(config.data, FilesData) and config.data.eval_fraction == 0.1
 
 
 def test_the_recipe_of_the_family_and_the_users_own_rates():
@@ -96,9 +96,9 @@ def message(*overrides: str) -> str:
         ("+optim.leer=1", "optim.leer is not a setting of sft; did you mean optim.lr?"),
         ("model.config.hiden_size=3", "model.config.hiden_size is not a setting"),
         ("datta=digits", "datta is not a setting of sft; did you mean data?"),
-        ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, jsonl."),
+        ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, files."),
         ("experiment=digitz", "there is no configs/experiment/digitz.yaml; did you mean experiment=digits?"),
-        ("data.path=a.jsonl", "data.path is not a setting of the chosen data; it belongs to data=jsonl."),
+        ("data.path=a.jsonl", "data.path is not a setting of the chosen data; it belongs to data=files."),
         ("garbage", "garbage is not a setting: settings are written as key=value."),
         # wrong types
         ("optim.lr=many", "optim.lr=many: could not be converted to Float."),
@@ -135,8 +135,22 @@ def message(*overrides: str) -> str:
         ("model.config=null", "model.checkpoint and model.config are both null"),
         ("model.offload_activations=true", "recomputed layers, but model.recompute is none."),
         ("model.processor=null", "model.processor is null and there is no model.checkpoint"),
-        ("data=jsonl", "these settings have no default and were not given: data.path."),
-        ("data=jsonl data.path=a data.eval_path=b data.eval_fraction=0.1", "Keep one."),
+        ("data=files", "data.path and data.sets are both missing."),
+        ("data=files data.path=a data.sets={b:{path:c}}", "data.path is for a single dataset, and data.sets is given."),
+        ("data=files data.sets={b:{weight:2}}", "needs a path or a task, and not both."),
+        (
+            "data=files data.sets={b:{path:c,wieght:2}}",
+            "data.sets.b.wieght is not a setting of a set; did you mean weight?",
+        ),
+        ("data=files data.sets={b:{path:c,weight:much}}", "data.sets.b: Value 'much' of type 'str' could not be"),
+        ("data=files data.sets={b:c}", "data.sets.b is c; it must be like {path: chats.jsonl, weight: 2}."),
+        ("data=files data.path=a data.modality_ratio={sound:1}", "data.modality_ratio has sound; it must be one of"),
+        ("data=files data.sets={b:{path:c,weight:2}} data.mix=concat", "the weight of b would do nothing."),
+        ("data=files data.path=a data.modality_ratio={text:-1}", "data.modality_ratio.text is -1.0; it must be"),
+        ("data.too_long=skip", "expected one of [quarantine, drop_turns, shrink_images]"),
+        ("data.max_bad=1", "data.max_bad is 1.0; it must lie in 0..1, 1 excluded."),
+        ("data.slow_s=400", "0 < slow_s < dead_s must hold."),
+        ("data=files data.path=a data.eval_path=b data.eval_fraction=0.1", "Keep one."),
     ],
 )
 def test_a_mistake_is_told_in_one_sentence(override, expected):

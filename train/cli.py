@@ -21,7 +21,7 @@ COMMANDS = {
 EXAMPLES = """\
 examples:
   ernie sft experiment=digits                        learn to read handwriting, on a CPU, in minutes
-  ernie sft data=jsonl data.path=chats.jsonl         your own conversations
+  ernie sft data=files data.path=chats.jsonl         your own conversations
   ernie sft experiment=digits --cfg job              show the settings and stop
 """
 

@@ -70,14 +70,37 @@ class ParallelKind(Enum):
 
 class DataKind(Enum):
     digits = "digits"
-    jsonl = "jsonl"
+    files = "files"
 
 
 class TooLong(Enum):
-    """See data.encoder.TooLong."""
+    """See data.fit.TooLong."""
 
-    error = "error"
-    skip = "skip"
+    quarantine = "quarantine"
+    drop_turns = "drop_turns"
+    shrink_images = "shrink_images"
+
+
+class Mix(Enum):
+    """See data.mixture.Mix."""
+
+    sample = "sample"
+    concat = "concat"
+
+
+class Stop(Enum):
+    """See data.mixture.Stop."""
+
+    first = "first"
+    last = "last"
+
+
+class Modality(Enum):
+    """See data.mixture.Modality."""
+
+    text = "text"
+    image = "image"
+    video = "video"
 
 
 MAX_SEED = 2**64 - 1
@@ -146,8 +169,14 @@ class DataConfig:
     """Packed rows that each rank works through before one update."""
     lookahead: int = 64
     """Conversations the packer chooses from while it fills a row: more fills rows better and mixes the order more."""
-    too_long: TooLong = TooLong.error
-    """What becomes of a conversation that does not fit in one row: error stops, skip leaves it out and counts it."""
+    too_long: TooLong = TooLong.quarantine
+    """What becomes of a conversation that does not fit in one row. quarantine: left out. drop_turns: its oldest turns
+    are. shrink_images: its pictures are made smaller. If that is not enough, it is left out (data/fit.py)."""
+    min_image_pixels: int = 12544
+    """Area that shrink_images leaves to every picture at least; a token covers 784 pixels."""
+    max_bad: float = 0.001
+    """Share of the records that may be unusable (at least 10 of them may): they are left out and written to
+    quarantine.jsonl. More of them end the run. 0 ends it at the first."""
     shuffle: bool = True
     """Draw a new order every epoch."""
     seed: int = 0
@@ -158,6 +187,12 @@ class DataConfig:
     """Updates whose batches are packed ahead by a thread; 0 packs when they are needed."""
     cache_gib: float = 0.5
     """Encoded conversations (tokens and pixels) kept in memory, so that they need not be encoded again next epoch."""
+    cache_folder: str | None = None
+    """Folder for decoded pixels, kept between runs (2.3 kB per patch; yours to clear); null keeps none."""
+    slow_s: float = 30.0
+    """Seconds after which a record that is still being decoded is named."""
+    dead_s: float = 300.0
+    """Seconds after which it is given up: left out, or the run ends where its size is not even known."""
 
     def __post_init__(self):
         check(self.max_tokens >= 2, f"data.max_tokens is {self.max_tokens}; a row needs at least 2 tokens.")
@@ -167,6 +202,15 @@ class DataConfig:
         )
         for name, least in (("accumulation", 1), ("lookahead", 1), ("workers", 0), ("prefetch", 0), ("cache_gib", 0)):
             check(getattr(self, name) >= least, f"data.{name} is {getattr(self, name)}; it must be at least {least}.")
+        check(
+            self.min_image_pixels >= 784,
+            f"data.min_image_pixels is {self.min_image_pixels}; a picture needs one token, 784 pixels.",
+        )
+        check(0 <= self.max_bad < 1, f"data.max_bad is {self.max_bad}; it must lie in 0..1, 1 excluded.")
+        check(
+            0 < self.slow_s < self.dead_s,
+            f"data.slow_s is {self.slow_s} and data.dead_s {self.dead_s}; 0 < slow_s < dead_s must hold.",
+        )
         check_seed("data.seed", self.seed)
 
 
@@ -178,21 +222,121 @@ class DigitsData(DataConfig):
 
 
 @dataclass
-class JsonlData(DataConfig):
-    """Your own conversations: one JSON object per line in `messages` form (data/formats/messages.py)."""
+class SetConfig:
+    """One dataset of a mixture (`data.sets`)."""
 
-    kind: DataKind = DataKind.jsonl
-    path: str = MISSING
-    """File of training conversations."""
-    eval_path: str | None = None
-    """File of held-out conversations."""
-    eval_fraction: float = 0.0
-    """Share of `path` that is held out when there is no `eval_path`; 0 trains on all, without evaluation."""
+    path: str | None = None
+    """File, folder, brace pattern of shards, or Hugging Face dataset."""
+    task: str | None = None
+    """A task made in memory instead: digits."""
+    format: str | None = None
+    """Name of the format (data/formats); null: recognised by the first record."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the format calls a column: what the records call it. `{messages: dialogue}`"""
+    split: str | None = None
+    """Of a Hugging Face dataset."""
+    subset: str | None = None
+    """Of a Hugging Face dataset: its configuration."""
+    streaming: bool = False
+    """Read front to back and shuffle within blocks, for what is too large to be looked through before the start."""
     media_root: str | None = None
-    """Folder that the paths of images and videos are relative to; null: the folder of the JSONL file."""
+    """Folder that the paths of images and videos are relative to; null: data.media_root, or else the file's folder."""
+    fetch: bool | None = None
+    """May media be fetched over https? null: data.fetch."""
+    weight: float = 1.0
+    """Share of the draws (of records, not of tokens) beside those of the other sets, for data.mix=sample."""
+    modality: Modality | None = None
+    """For data.modality_ratio; null: that of its first record."""
+
+    @classmethod
+    def of(cls, name: str, settings: Any) -> "SetConfig":
+        """One entry of `data.sets`, checked. OmegaConf cannot add typed entries from the command line."""
+        if isinstance(settings, SetConfig):
+            return settings
+        where = f"data.sets.{name}"
+        check(isinstance(settings, dict), f"{where} is {settings}; it must be like {{path: chats.jsonl, weight: 2}}.")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            check(key in known, f"{where}.{key} is not a setting of a set{suggestion(key, known)}")
+        try:
+            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+        assert isinstance(typed, cls)
+        check((typed.path is None) != (typed.task is None), f"{where} needs a path or a task, and not both.")
+        check(0 <= typed.weight < math.inf, f"{where}.weight is {typed.weight}; it must be a finite number, 0 or more.")
+        return typed
+
+
+@dataclass
+class FilesData(DataConfig):
+    """Your own conversations: one dataset (`path`), or a mixture (`sets`)."""
+
+    kind: DataKind = DataKind.files
+    path: str | None = None
+    """File, folder, brace pattern of shards, or Hugging Face dataset of training conversations."""
+    format: str | None = None
+    """Name of the format (data/formats); null: recognised by the first record."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the format calls a column: what the records call it. `{messages: dialogue}`"""
+    split: str | None = None
+    """Of a Hugging Face dataset."""
+    subset: str | None = None
+    """Of a Hugging Face dataset: its configuration."""
+    streaming: bool = False
+    """Read front to back and shuffle within blocks, for what is too large to be looked through before the start."""
+    shuffle_block: int = 1024
+    """Records of a stream that are shuffled among each other, and held in memory."""
+    media_root: str | None = None
+    """Folder that the paths of images and videos are relative to; null: the folder their file is in."""
+    fetch: bool = False
+    """May media be fetched over https?"""
+    sets: dict[str, Any] = field(default_factory=dict)
+    """Several datasets by name, instead of `path`; the settings of each are those of `SetConfig`."""
+    mix: Mix = Mix.sample
+    """sample: draw from the sets by weight. concat: all their records, once per epoch."""
+    stop: Stop = Stop.first
+    """An epoch of a sampled mixture ends when the first set has been gone through, or the last. Shorter ones go on."""
+    modality_ratio: dict[str, float] = field(default_factory=dict)
+    """Scales the weights so that sets of text, image and video are drawn in this proportion; `{text: 1, image: 2}`."""
+    eval_path: str | None = None
+    """Held-out conversations."""
+    eval_fraction: float = 0.0
+    """Share of every set that is held out when there is no `eval_path`; 0 holds out nothing (but what tasks bring)."""
 
     def __post_init__(self):
         super().__post_init__()
+        self.sets = {name: SetConfig.of(name, settings) for name, settings in self.sets.items()}
+        check(
+            self.path is not None or bool(self.sets),
+            "data.path and data.sets are both missing. Give data.path=chats.jsonl, or several sets: "
+            "data.sets={name: {path: chats.jsonl}}.",
+        )
+        if self.sets:
+            of_one_set = ("path", "format", "columns", "split", "subset", "streaming")
+            given = [name for name in of_one_set if getattr(self, name)]
+            check(
+                not given,
+                f"data.{given[0] if given else ''} is for a single dataset, and data.sets is given. Put it "
+                "into the sets it belongs to.",
+            )
+        if self.mix is Mix.concat:
+            weighted = [name for name, one in self.sets.items() if one.weight != 1]
+            check(
+                not weighted and not self.modality_ratio,
+                f"data.mix=concat shows every record once, so {'the weight of ' + weighted[0] if weighted else ''}"
+                f"{'' if weighted else 'data.modality_ratio'} would do nothing. Remove it, or use data.mix=sample.",
+            )
+        for modality, parts in self.modality_ratio.items():
+            check(
+                modality in Modality.__members__,
+                f"data.modality_ratio has {modality}; it must be one of {', '.join(Modality.__members__)}.",
+            )
+            check(
+                0 <= parts < math.inf,
+                f"data.modality_ratio.{modality} is {parts}; it must be a finite number, 0 or more.",
+            )
+        check(self.shuffle_block >= 1, f"data.shuffle_block is {self.shuffle_block}; it must be at least 1.")
         check(
             0 <= self.eval_fraction < 1,
             f"data.eval_fraction is {self.eval_fraction}; it must be at least 0 and less than 1, for example 0.1.",
@@ -426,7 +570,7 @@ class RunConfig:
     steps: int | None = None
     """Updates in the whole run; null: as many as `epochs` takes."""
     epochs: float = 1.0
-    """How often the data is gone through, where `steps` is null. Counting the updates encodes every record once."""
+    """How often the data is gone through, where `steps` is null. Counting the updates measures every record once."""
     seed: int = 0
     """Random initial weights."""
     resume: str = "auto"
@@ -533,7 +677,7 @@ class ConvertConfig:
 
 
 ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig}
-DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "jsonl": JsonlData}
+DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "experiment")
 
 # What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
@@ -552,6 +696,10 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "tracker",
     "parallel",
     "data.cache_gib",
+    "data.cache_folder",
+    "data.slow_s",
+    "data.dead_s",
+    "data.max_bad",
     "data.workers",
     "data.prefetch",
     "optim.max_skipped",
@@ -571,7 +719,10 @@ def register() -> None:
                 OmegaConf.set_struct(OmegaConf.select(node, key), False)  # Hydra refuses unknown keys everywhere else
         store.store(name=f"{entry}_schema", node=node)
     for kind, variant in DATA_SCHEMAS.items():
-        store.store(group="data", name=f"{kind}_schema", node=variant)
+        node = OmegaConf.structured(variant)
+        for key in open_keys(variant):
+            OmegaConf.set_struct(OmegaConf.select(node, key), False)
+        store.store(group="data", name=f"{kind}_schema", node=node)
 
 
 Schema = TypeVar("Schema")

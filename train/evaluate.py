@@ -25,6 +25,7 @@ from data.encode import Example
 from data.encoder import Encoder
 from data.errors import DataError
 from data.loader import eval_batches
+from data.order import Key
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -95,8 +96,8 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Sc
     correct, total, nll, weight = all_sum(accelerator, sums).tolist()
     if not total:
         raise DataError(
-            f"none of the {len(heldout)} held-out conversations fits in a row (data.max_tokens={heldout.max_tokens}, "
-            f"data.max_patches={heldout.max_patches}; data.too_long=skip left them out). Raise the limit."
+            f"none of the {len(heldout)} held-out conversations can be used (data.max_tokens={heldout.max_tokens}, "
+            f"data.max_patches={heldout.max_patches}).\n{heldout.quarantine.summary()}"
         )
     return Score(int(correct), int(total), nll / max(weight, 1e-9))
 
@@ -204,13 +205,13 @@ def sheet_items(
 ) -> list[SheetItem]:
     """The first `count` held-out conversations with an image, answered by the model itself."""
     chosen: list[tuple[Image.Image, Example]] = []
-    for index in range(len(heldout)):
+    for key in heldout.keys():
         if len(chosen) == count:
             break
-        if heldout.size(index) is None:  # longer than a row, skipped
+        if heldout.size(key) is None or (example := heldout.example(key)) is None:  # in the quarantine
             continue
-        if (image := first_image(heldout, index)) is not None:
-            chosen.append((image, heldout.example(index)))
+        if (image := first_image(heldout, key)) is not None:
+            chosen.append((image, example))
     answers: list[Tensor] = []
     for examples in in_rows([example for _, example in chosen], heldout.max_tokens, max_new_tokens):
         answers += answer(model, examples, stop_id=stop_id, max_new_tokens=max_new_tokens)
@@ -245,10 +246,10 @@ def in_rows(examples: Sequence[Example], max_tokens: int, max_new_tokens: int) -
     return rows
 
 
-def first_image(heldout: Encoder, index: int) -> Image.Image | None:
+def first_image(heldout: Encoder, key: Key) -> Image.Image | None:
     dataset = heldout.dataset
-    for message in dataset[index].messages:
+    for message in dataset[key].messages:
         for part in message.parts:
             if part.kind is PartKind.IMAGE and part.media is not None:
-                return dataset.media.open_image(part.media)
+                return dataset.media(key).open_image(part.media)
     return None

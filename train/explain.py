@@ -21,7 +21,7 @@ def explain(error: BaseException, entry: str = "sft") -> str:
         if "is not in struct" in text or "not in '" in text and "Key '" in text:
             key = getattr(link, "full_key", None) or _search(r"full_key: (\S+)", text) or ""
             if key in known:  # the schema of another choice of the same group has it
-                owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in vars(variant())]
+                owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in variant.__dataclass_fields__]
                 belongs = " and ".join(f"data={kind}" for kind in owners)
                 return f"{key} is not a setting of the chosen data; it belongs to {belongs}."
             return f"{key} is not a setting of {entry}{suggestion(key, known)}"

@@ -1,7 +1,7 @@
 """What training would be shown, before it is: real encoded conversations as a page to look at.
 
 ernie preview experiment=digits                        runs/digits/preview.html
-ernie preview data=jsonl data.path=chats.jsonl ...     the settings of `ernie sft`, all of them
+ernie preview data=files data.path=chats.jsonl ...     the settings of `ernie sft`, all of them
 ernie preview ... preview.examples=30 preview.ranks=8  more of it; rows dealt to eight processes
 
 The page has the pictures as the model sees them, every token with who wrote it and whether it is trained, and the
@@ -62,7 +62,10 @@ def main(cfg: DictConfig) -> None:
 def collect(config: SFTConfig, processor: Witness) -> tuple[list[Sample], list[Row], StreamReport]:
     """Rows as training packs and deals them, until there are enough of them and of the conversations in them."""
     wanted, ranks = config.preview, config.preview.ranks
-    streams = [build_data(config.data, processor, rank=rank, world=ranks).train for rank in range(ranks)]
+    streams = [
+        build_data(config.data, processor, rank=rank, world=ranks, folder=Path(config.run.folder)).train
+        for rank in range(ranks)
+    ]
     samples: list[Sample] = []
     rows: list[Row] = []
     known: set[tuple[str, str]] = set()
@@ -100,7 +103,7 @@ def tell(
     console.print(f"longest   {longest.id}: {len(longest.ids):,} tokens")
     fill = sum(row.tokens for row in rows) / (len(rows) * max_tokens)
     patches = max(row.patches for row in rows)
-    skipped = f"; {report.num_skipped} records left out, too long for a row" if report.num_skipped else ""
+    skipped = f"; {report.num_refused} draws left out, see quarantine.jsonl" if report.num_refused else ""
     console.print(f"rows      {len(rows)}, {fill:.1%} filled, at most {patches:,} patches in one{skipped}")
 
 

@@ -47,6 +47,8 @@ def opening(
     rows = f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {ranks} "
     rows += f"rank{'s' if ranks > 1 else ''} = {sums.largest_update_tokens} tokens at most"
     heldout = "none held out" if data.heldout is None else f"{len(data.heldout)} held out"
+    count = data.train.encoder.dataset.num_records
+    conversations = "a stream" if count is None else f"{count} conversations"
     total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
     memory = f"{human(sums.state_bytes, 'B')} for weights, gradients and AdamW + about "
     memory += f"{human(sums.activation_bytes, 'B')} of activations on each rank"
@@ -57,7 +59,7 @@ def opening(
     lines = {
         "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
         "start": start,
-        "data": f"{len(data.train.encoder)} conversations of {data.train.encoder.dataset.name}, {heldout}",
+        "data": f"{conversations} of {data.train.encoder.dataset.name}, {heldout}",
         "update": rows,
         "run": f"{total}; {config.model.precision.value} on {device}",
         "memory": memory,

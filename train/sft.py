@@ -1,7 +1,7 @@
 """Supervised fine-tuning, from settings to a folder of weights. Read it top to bottom.
 
 ernie sft experiment=digits                                  learn to read handwriting, on a CPU, in a minute
-ernie sft data=jsonl data.path=chats.jsonl run.epochs=2      your own conversations
+ernie sft data=files data.path=chats.jsonl run.epochs=2      your own conversations
 accelerate launch -m train.sft ...                           the same program on several devices
 """
 
@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
+from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
 from train.config import PeftKind, SFTConfig, check_steps, plain, register, to_typed
@@ -65,7 +66,11 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     frozen = config.peft.kind is not PeftKind.none
     model, processor, notes = build_model(config.model, seed=config.run.seed, frozen=frozen)
     weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
-    data = build_data(config.data, processor, rank=rank, world=ranks, max_heldout=config.evaluate.max_examples)
+    if on_main and saved is None:
+        Quarantine.start_anew(run.folder)
+    accelerator.wait_for_everyone()
+    heldout = config.evaluate.max_examples
+    data = build_data(config.data, processor, rank=rank, world=ranks, folder=run.folder, max_heldout=heldout)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     model.to(accelerator.device)

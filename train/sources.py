@@ -1,82 +1,150 @@
-"""Where the batches of supervised fine-tuning come from: a dataset, encoded and packed, and its held-out part.
+"""Where the batches of supervised fine-tuning come from: a mixture of datasets, encoded and packed.
 
-    config.data ──► Splits(train, heldout) ──► Encoder ──► PackedStream ──► next_step(): this rank's micro-batches
+    config.data ──► Parts(train, heldout) ──► Encoder ──► PackedStream ──► next_step(): this rank's micro-batches
+                                                 '──► Quarantine: run.folder/quarantine.jsonl
 
 The work is in data/; this file turns settings into those parts.
 """
 
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
-from data import encoder as data_encoder
-from data.conversation import Conversation
-from data.dataset import Dataset, Splits, digits_dataset, jsonl_dataset
+from data import fit, mixture
+from data.dataset import SetSpec
 from data.encoder import Encoder
+from data.fit import Rules
 from data.loader import BackgroundStream, PackedStream
+from data.mixture import Mixture, Parts, Share, open_mixture
+from data.order import Key
+from data.quarantine import Quarantine
 from ernie_model.processor import Processor
-from train.config import DataConfig, DigitsData, JsonlData
+from train.config import DataConfig, DigitsData, FilesData, SetConfig
 
 
 class Data(NamedTuple):
     train: PackedStream
     heldout: Encoder | None
+    quarantine: Quarantine
 
 
-def open_splits(config: DataConfig) -> Splits:
+def open_parts(config: DataConfig) -> Parts:
     """Raises DataError: files missing or empty, settings that contradict each other."""
     if isinstance(config, DigitsData):
-        return digits_dataset(config.seed)
-    assert isinstance(config, JsonlData)
-    return jsonl_dataset(
-        config.path,
-        eval_path=config.eval_path,
+        return open_mixture({"digits": Share(spec=SetSpec(task="digits"))}, seed=config.seed)
+    assert isinstance(config, FilesData)
+    ratio = {mixture.Modality(name): parts for name, parts in config.modality_ratio.items()}
+    return open_mixture(
+        {name: _share(name, one, config) for name, one in _sets(config).items()},
+        mix=mixture.Mix(config.mix.value),
+        stop=mixture.Stop(config.stop.value),
+        modality_ratio=ratio or None,
+        eval_set=None
+        if config.eval_path is None
+        else SetSpec(path=config.eval_path, key="data.eval_path", media_root=config.media_root, fetch=config.fetch),
         eval_fraction=config.eval_fraction,
-        media_root=config.media_root,
         seed=config.seed,
+        block_size=config.shuffle_block,
     )
 
 
-class FirstOf:
-    """The first `count` conversations of a dataset."""
+def _sets(config: FilesData) -> dict[str, SetConfig]:
+    """`path` alone is a mixture of one, which is called after its file."""
+    if config.sets:
+        return config.sets
+    assert config.path is not None
+    one = SetConfig(
+        path=config.path,
+        format=config.format,
+        columns=config.columns,
+        split=config.split,
+        subset=config.subset,
+        streaming=config.streaming,
+    )
+    return {Path(config.path).name: one}
 
-    def __init__(self, dataset: Dataset, count: int):
-        self.dataset, self.count = dataset, min(count, len(dataset))
-        self.media, self.name = dataset.media, dataset.name
+
+def _share(name: str, one: SetConfig, config: FilesData) -> Share:
+    spec = SetSpec(
+        path=one.path,
+        key=f"data.sets.{name}.path" if config.sets else "data.path",
+        task=one.task,
+        format=one.format,
+        columns=one.columns,
+        split=one.split,
+        subset=one.subset,
+        streaming=one.streaming,
+        media_root=one.media_root or config.media_root,
+        fetch=config.fetch if one.fetch is None else one.fetch,
+    )
+    modality = None if one.modality is None else mixture.Modality(one.modality.value)
+    return Share(spec=spec, weight=one.weight, modality=modality)
+
+
+def rules_of(config: DataConfig) -> Rules:
+    """How conversations become examples under these settings."""
+    return Rules(
+        max_tokens=config.max_tokens,
+        max_patches=config.max_patches,
+        too_long=fit.TooLong(config.too_long.value),
+        min_image_pixels=config.min_image_pixels,
+    )
+
+
+class FirstOf(Mixture):
+    """The first `count` conversations of a mixture without streams."""
+
+    def __init__(self, whole: Mixture, count: int):
+        super().__init__(whole.sets, mix=whole.mix, stop=whole.stop)
+        self.count = count
 
     @property
-    def fingerprint(self) -> str:
-        return f"{self.dataset.fingerprint}[:{self.count}]"
+    def num_records(self) -> int:
+        return min(self.count, super().num_records or 0)
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Conversation:
-        return self.dataset[index]
+    def keys(self) -> Iterator[Key]:
+        return itertools.islice(super().keys(), self.count)
 
 
-def build_data(config: DataConfig, processor: Processor, *, rank: int, world: int, max_heldout: int = 0) -> Data:
-    """Open both parts and encode the first record of each, so that settings which fit no record fail at once.
+def build_data(
+    config: DataConfig,
+    processor: Processor,
+    *,
+    rank: int,
+    world: int,
+    folder: Path | None = None,
+    max_heldout: int = 0,
+) -> Data:
+    """Open both parts and measure the first record of each set, so that settings which fit no record fail at once.
+
+    `folder` is where quarantine.jsonl lies; None keeps refused records in memory.
 
     Raises:
         DataError, MediaError: what is wrong with which file or record.
     """
-    splits = open_splits(config)
-    heldout = splits.heldout
+    parts = open_parts(config)
+    heldout = parts.heldout
     if heldout is not None and max_heldout:
         heldout = FirstOf(heldout, max_heldout)
+    known = (parts.train.num_records or 0) + (0 if heldout is None else len(heldout))
+    quarantine = Quarantine(folder, max_bad=config.max_bad, num_records=known)
 
-    def encoder(dataset: Dataset) -> Encoder:
+    def encoder(part: Mixture) -> Encoder:
         return Encoder(
-            dataset,
+            part,
             processor,
-            max_tokens=config.max_tokens,
-            max_patches=config.max_patches,
-            too_long=data_encoder.TooLong(config.too_long.value),
+            rules_of(config),
+            quarantine=quarantine,
             cache_bytes=int(config.cache_gib * 2**30),
+            cache_folder=None if config.cache_folder is None else Path(config.cache_folder),
             workers=config.workers,
+            slow_s=config.slow_s,
+            dead_s=config.dead_s,
         )
 
     stream = PackedStream(
-        encoder(splits.train),
+        encoder(parts.train),
         seed=config.seed,
         accumulation=config.accumulation,
         rank=rank,
@@ -84,10 +152,11 @@ def build_data(config: DataConfig, processor: Processor, *, rank: int, world: in
         lookahead=config.lookahead,
         shuffle=config.shuffle,
     )
-    data = Data(stream, None if heldout is None else encoder(heldout))
+    data = Data(stream, None if heldout is None else encoder(heldout), quarantine)
     for part in (data.train.encoder, data.heldout):
         if part is not None:
-            part.size(0)
+            for index in range(len(part.dataset.sets)):
+                part.size(Key(index, 0))
     return data
 
 

@@ -18,6 +18,7 @@ import ernie_model
 from data.conversation import Conversation, Message, Part
 from data.dataset import ListDataset
 from ernie_model.config import ErnieConfig, VisionConfig
+from ernie_model.images import ImageSize
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import MEDIA_TOKENS, Tokenizer
 
@@ -25,8 +26,11 @@ from ernie_model.tokenizer import MEDIA_TOKENS, Tokenizer
 class LetterProcessor:
     """Stands in for ernie_model.processor.Processor. Counts what it encodes."""
 
+    begin_id = ord("^")
+
     def __init__(self):
         self.encoded: list[str] = []
+        """With pixels."""
 
     def encode(
         self, messages: Sequence[dict[str, Any]], *, tools: Any = None, thinking: Any = None, every_turn: bool = True
@@ -34,6 +38,8 @@ class LetterProcessor:
         tokens: list[int] = []
         spans: list[Any] = []
         patches: list[torch.Tensor] = []
+        grids: list[tuple[int, int, int]] = []
+        measuring = False
 
         def write(text: str, message: int, generated: bool) -> None:
             spans.append(
@@ -55,15 +61,20 @@ class LetterProcessor:
                     write(part["text"], index, message["role"] == "assistant")
                 else:
                     write("[**]", index, False)
-                    patches.append(torch.full((16, 3), float(len(patches) + 1)))
+                    grids.append((1, 4, 4))
+                    if isinstance(part["image"], ImageSize):
+                        measuring = True
+                    else:
+                        patches.append(torch.full((16, 3), float(len(patches) + 1)))
             if message["role"] == "assistant":
                 write("$", index, True)
-        self.encoded.append("".join(map(chr, tokens)))
+        if not measuring:
+            self.encoded.append("".join(map(chr, tokens)))
         return SimpleNamespace(
             token_T=torch.tensor(tokens),
             position_3T=torch.arange(len(tokens)).expand(3, -1),
             patch_PX=torch.cat(patches) if patches else None,
-            grids=((1, 4, 4),) * len(patches),
+            grids=tuple(grids),
             spans=tuple(spans),
         )
 

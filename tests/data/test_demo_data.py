@@ -8,10 +8,12 @@ import pytest
 
 from data import formats
 from data.conversation import Conversation, Message, Pair, Part, Source
-from data.dataset import jsonl_dataset
+from data.dataset import SetSpec, open_set
 from data.encoder import Encoder
+from data.fit import Rules
 from data.formats import messages
 from data.loader import PackedStream, eval_batches
+from data.order import Key
 from data.records import Record, write_jsonl
 
 FOLDER = Path(os.environ.get("ERNIE_DEMO_DATA", ""))
@@ -32,15 +34,15 @@ def root(tmp_path):
 
 
 def test_photographs_in_conversations(root, real_processor):
-    dataset = jsonl_dataset(FOLDER / "v1_multimodal_demo.jsonl", media_root=root).train
-    encoder = Encoder(dataset, real_processor, max_tokens=2048)
+    dataset = open_set("photos", SetSpec(path=str(FOLDER / "v1_multimodal_demo.jsonl"), media_root=str(root))).train
+    encoder = Encoder(dataset, real_processor, Rules(max_tokens=2048))
 
     rows = list(eval_batches(encoder))
 
     assert sum(row.num_segments for row in rows) == len(dataset) == 24
     assert sum(len(row.grids) for row in rows) >= 24
     for index in range(len(dataset)):
-        example = encoder.example(index)
+        example = encoder.example(Key(0, index))
         said = real_processor.decode(example.target_T[example.weight_T != 0])
         answers = [message.text for message in dataset[index].messages if message.role == "assistant"]
         # Every turn follows an empty thought, which is the prompt's and not learned.
@@ -48,8 +50,8 @@ def test_photographs_in_conversations(root, real_processor):
 
 
 def test_five_hundred_conversations_of_text(real_processor):
-    dataset = jsonl_dataset(FOLDER / "v1_sft_demo.jsonl", eval_fraction=0.1).train
-    stream = PackedStream(Encoder(dataset, real_processor, max_tokens=4096), seed=0)
+    dataset = open_set("text", SetSpec(path=str(FOLDER / "v1_sft_demo.jsonl")), eval_fraction=0.1).train
+    stream = PackedStream(Encoder(dataset, real_processor, Rules(max_tokens=4096)), seed=0)
     while stream.report.epoch < 1:
         for row in stream.next_step():
             assert row.weight_T.any() and row.patch_PX is None
@@ -92,9 +94,11 @@ def test_a_video_clip(real_processor, tmp_path):
     (tmp_path / "clip.mp4").write_bytes((FOLDER / "mllm_demo_data" / "1.mp4").read_bytes())
     user = Message(role="user", parts=(Part.of_video("clip.mp4"), Part.of_text("Why is this funny?")))
     record = Conversation(id="v", messages=(user, Message(role="assistant", parts=(Part.of_text("A baby reads."),))))
-    dataset = jsonl_dataset(write_jsonl(tmp_path / "train.jsonl", [messages.write(record)])).train
+    dataset = open_set(
+        "clips", SetSpec(path=str(write_jsonl(tmp_path / "train.jsonl", [messages.write(record)])))
+    ).train
 
-    (row,) = [row for row in eval_batches(Encoder(dataset, real_processor, max_tokens=32768)) if row]
+    (row,) = [row for row in eval_batches(Encoder(dataset, real_processor, Rules(max_tokens=32768))) if row]
 
     ((frames, height, width),) = row.grids
     assert frames >= 16 and frames % 2 == 0

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from data.conversation import PartKind
-from data.dataset import digits_dataset, jsonl_dataset
+from data.dataset import SetSpec, open_set, open_task
 from data.encode import encode
 from data.encoder import Encoder
+from data.fit import Rules
 from data.loader import PackedStream, eval_batches
 from data.tasks import digits
 
@@ -20,7 +21,7 @@ sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 @pytest.fixture(scope="module")
 def splits():
-    return digits_dataset(seed=0)
+    return open_task("digits", "digits", seed=0)
 
 
 def test_a_fifth_of_every_digit_is_held_out(splits):
@@ -49,8 +50,8 @@ def test_the_seed_fixes_the_split():
 
     assert ids(0) == ids(0)
     assert len(set(ids(0)) & set(ids(1))) < 120  # of 359; chance is a fifth
-    assert digits_dataset(0).train.fingerprint == digits_dataset(0).train.fingerprint
-    assert digits_dataset(0).train.fingerprint != digits_dataset(1).train.fingerprint
+    assert open_task("digits", "digits", 0).train.fingerprint == open_task("digits", "digits", 0).train.fingerprint
+    assert open_task("digits", "digits", 0).train.fingerprint != open_task("digits", "digits", 1).train.fingerprint
 
 
 def test_the_answer_is_the_label_of_the_scan(splits):
@@ -91,9 +92,9 @@ def test_an_encoded_digit(splits, real_processor):
 
 def test_from_disk_they_are_the_same(tmp_path, splits, real_processor):
     paths = digits.write_jsonl(tmp_path, seed=0)
-    read = jsonl_dataset(paths["train"], eval_path=paths["heldout"])
+    train, heldout = (open_set(name, SetSpec(path=str(path))).train for name, path in paths.items())
 
-    for here, there in ((splits.train, read.train), (splits.heldout, read.heldout)):
+    for here, there in ((splits.train, train), (splits.heldout, heldout)):
         assert len(here) == len(there)
         for index in range(0, len(here), 53):
             mine, theirs = here[index], there[index]
@@ -104,7 +105,7 @@ def test_from_disk_they_are_the_same(tmp_path, splits, real_processor):
 
 
 def test_rows_of_digits_are_full_and_none_is_lost(splits, real_processor):
-    encoder = Encoder(splits.heldout, real_processor, max_tokens=1024)
+    encoder = Encoder(splits.heldout, real_processor, Rules(max_tokens=1024))
     stream = PackedStream(encoder, seed=0)
     while stream.report.epoch < 1:
         for row in stream.next_step():

@@ -5,21 +5,23 @@ import json
 import pytest
 import torch
 
-from data.encoder import Encoder, TooLong
-from data.errors import DataError, TooLongError
+from data.encoder import Encoder
+from data.errors import DataError
+from data.fit import Rules
 from data.loader import BackgroundStream, PackedStream, eval_batches
+from data.quarantine import Quarantine, TooManyBadError
 
 LENGTHS = (6, 9, 4, 12, 7, 5, 8, 10, 4, 11, 6)
 
 
 @pytest.fixture
 def stream(sized, processor):
-    def make(lengths=LENGTHS, *, max_tokens=20, too_long=TooLong.ERROR, cache_bytes=2**20, workers=0, **options):
+    def make(lengths=LENGTHS, *, max_tokens=20, max_bad=0.001, cache_bytes=2**20, workers=0, **options):
         encoder = Encoder(
             sized(*lengths),
             processor,
-            max_tokens=max_tokens,
-            too_long=too_long,
+            Rules(max_tokens=max_tokens),
+            quarantine=Quarantine(max_bad=max_bad),
             cache_bytes=cache_bytes,
             workers=workers,
         )
@@ -53,8 +55,7 @@ def test_ranks_share_the_rows_of_one(stream):
         shares = [ids(steps_of(stream(accumulation=4 // world, rank=rank, world=world), 6)) for rank in range(world)]
         for step, rows in enumerate(alone):
             assert all(len(share[step]) == 4 // world for share in shares)  # nobody waits alone
-            dealt = [shares[place % world][step][place // world] for place in range(4)]
-            assert dealt == rows
+            assert sorted(row for share in shares for row in share[step]) == sorted(rows)
 
 
 def test_every_record_once_per_epoch(stream):
@@ -126,8 +127,8 @@ def test_the_cache_stays_within_its_bytes(stream):
     source = stream(cache_bytes=2000)
     for _ in range(10):
         source.next_step()
-        kept = sum(example.num_bytes for example in source.encoder._cache.values())
-        assert kept == source.encoder._cached_bytes <= 2000
+        kept = sum(example.num_bytes for example in source.encoder._kept.values())
+        assert kept == source.encoder._kept_bytes <= 2000
 
 
 def test_a_rank_encodes_only_its_rows_once_all_are_measured(stream, processor):
@@ -140,29 +141,25 @@ def test_a_rank_encodes_only_its_rows_once_all_are_measured(stream, processor):
     source.close()
 
     assert len(processor.encoded) - before == rows
-    assert not source.encoder._pending
-
-
-def test_too_long_is_an_error_by_default(stream):
-    with pytest.raises(TooLongError, match="record '1': 21 tokens.*data.max_tokens=20.*data.too_long=skip"):
-        steps_of(stream((6, 21, 4)), 3)
+    assert not source.encoder._measuring
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_long_can_be_skipped_and_is_counted(stream, workers):
-    source = stream((6, 21, 4), too_long=TooLong.SKIP, workers=workers)
+def test_too_long_is_quarantined_and_counted(stream, workers):
+    source = stream((6, 21, 4), workers=workers)
     seen = {id for step in steps_of(source, 6) for row in step for id in row.ids}
     source.close()
 
     assert seen == {"0", "2"}
-    assert list(source.encoder.skipped) == [1]
-    assert "21 tokens" in source.encoder.skipped[1]
-    assert source.report.num_skipped >= 3
+    (refusal,) = source.encoder.quarantine.refusals
+    assert (refusal.id, refusal.dataset, refusal.stage.value) == ("1", "test", "size")
+    assert "record '1': 21 tokens, more than a row holds (data.max_tokens=20)" in refusal.reason
+    assert source.report.num_refused >= 3
 
 
 def test_nothing_but_too_long_is_an_error_not_an_endless_search(stream):
-    with pytest.raises(DataError, match="every record of test is longer than a row"):
-        stream((21, 22), too_long=TooLong.SKIP).next_step()
+    with pytest.raises(DataError, match="none of 2 records of test can be used"):
+        stream((21, 22)).next_step()
 
 
 def test_fill_is_tokens_per_place(stream):
@@ -209,24 +206,24 @@ def test_workers_measure_like_the_calling_thread(stream):
     sources = [stream(LENGTHS[:3], workers=workers) for workers in (0, 2)]
 
     assert len({source.count_steps(4) for source in sources}) == 1
-    assert not sources[1].encoder._pending
+    assert not sources[1].encoder._measuring
     for source in sources:
         source.close()
 
 
 def test_an_error_in_the_background_comes_at_its_step(stream):
     lengths = (*[6] * 12, 21)  # unshuffled: three rows' worth of records, and then one too long
-    foreground = stream(lengths, shuffle=False)
+    foreground = stream(lengths, shuffle=False, max_bad=0)
     good = 0
-    with pytest.raises(TooLongError):
+    with pytest.raises(TooManyBadError):
         while True:
             foreground.next_step()
             good += 1
 
-    background = BackgroundStream(stream(lengths, shuffle=False, workers=2))
+    background = BackgroundStream(stream(lengths, shuffle=False, max_bad=0, workers=2))
     steps_of(background, good)
     for _ in range(2):
-        with pytest.raises(TooLongError, match="record '12'"):
+        with pytest.raises(TooManyBadError, match="record '12'"):
             background.next_step()
     background.close()
 
@@ -240,10 +237,10 @@ def test_impossible_settings(stream, options):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_evaluation_shows_every_record_once(sized, processor, world, workers):
-    encoders = [Encoder(sized(*LENGTHS), processor, max_tokens=20, workers=workers) for _ in range(world)]
+    encoders = [Encoder(sized(*LENGTHS), processor, Rules(max_tokens=20), workers=workers) for _ in range(world)]
     shares = [list(eval_batches(encoder, rank=rank, world=world)) for rank, encoder in enumerate(encoders)]
     for encoder in encoders:
-        assert not encoder._pending
+        assert not encoder._measuring
         encoder.close()
 
     assert len({len(share) for share in shares}) == 1  # every rank loops equally often
@@ -254,7 +251,7 @@ def test_evaluation_shows_every_record_once(sized, processor, world, workers):
 def test_evaluation_gives_the_same_rows_with_workers(sized, processor):
     rows = []
     for workers in (0, 2):
-        encoder = Encoder(sized(*LENGTHS), processor, max_tokens=20, workers=workers)
+        encoder = Encoder(sized(*LENGTHS), processor, Rules(max_tokens=20), workers=workers)
         rows.append([row.ids for row in eval_batches(encoder, lookahead=1)])
         encoder.close()
 
@@ -263,7 +260,7 @@ def test_evaluation_gives_the_same_rows_with_workers(sized, processor):
 
 
 def test_evaluation_leaves_out_what_is_too_long(sized, processor):
-    encoder = Encoder(sized(6, 21, 7), processor, max_tokens=20, too_long=TooLong.SKIP)
+    encoder = Encoder(sized(6, 21, 7), processor, Rules(max_tokens=20))
 
     assert [row.ids for row in eval_batches(encoder) if row] == [("0", "2")]
-    assert list(encoder.skipped) == [1]
+    assert [refusal.id for refusal in encoder.quarantine.refusals] == ["1"]

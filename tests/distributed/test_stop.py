@@ -113,7 +113,7 @@ def test_sigterm_on_one_rank_saves_on_all_and_a_killed_rank_leaves_no_half_check
 def test_what_all_ranks_find_wrong_is_said_once(tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"messages": 7}\n')
-    with TwoRanks(tmp_path / "run", "data=jsonl", f"data.path={data}") as run:
+    with TwoRanks(tmp_path / "run", "data=files", f"data.path={data}") as run:
         assert run.codes() == [1, 1]
     said = [text for text in run.output if "bad.jsonl:1" in text]
     assert len(said) == 1, run.output

@@ -73,7 +73,7 @@ def records(folder: Path, key: str) -> dict[int, float]:
 def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
     paths = digits.write_jsonl(tmp_path / "digits")
     folder = tmp_path / "run"
-    own = ["data=jsonl", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
+    own = ["data=files", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
     assert ernie_sft(monkeypatch, *own, f"run.folder={folder}", "data.accumulation=2") == 0
     said = capfd.readouterr().out
     # the arithmetic before, the result after
@@ -103,7 +103,7 @@ def test_digits_from_memory_and_from_a_file_are_the_same_run(tmp_path, monkeypat
     paths = digits.write_jsonl(tmp_path / "digits")
     short = ["run.steps=3", "evaluate.every=0", "evaluate.sheet=0"]
     assert ernie_sft(monkeypatch, *short, f"run.folder={tmp_path / 'a'}") == 0
-    own = ["data=jsonl", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
+    own = ["data=files", f"data.path={paths['train']}", f"data.eval_path={paths['heldout']}"]
     assert ernie_sft(monkeypatch, *short, *own, f"run.folder={tmp_path / 'b'}") == 0
     assert records(tmp_path / "a", "loss") == records(tmp_path / "b", "loss")
 
@@ -210,8 +210,9 @@ def test_a_group_that_is_null(monkeypatch, capfd):
 
 
 def test_held_out_conversations_that_are_all_too_long(monkeypatch, capfd):
-    said = refused(monkeypatch, capfd, "data.max_patches=8", "data.too_long=skip")
-    assert "none of the 6 held-out conversations fits in a row" in said and "data.max_patches=8" in said
+    said = refused(monkeypatch, capfd, "data.max_patches=8")
+    assert "none of the 6 held-out conversations can be used" in said and "data.max_patches=8" in said
+    assert "7 of digits, at stage size" in said and "raise data.max_bad" in said  # the first to train on, and these
 
 
 def test_a_damaged_checkpoint_is_never_gone_round_in_silence(tmp_path, monkeypatch, capfd, caplog):
@@ -275,24 +276,29 @@ def test_a_checkpoint_or_processor_that_is_not_there(tmp_path, monkeypatch, capf
 def test_data_that_cannot_be_used(tmp_path, monkeypatch, capfd, lines, expected):
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
-    assert expected in refused(monkeypatch, capfd, "data=jsonl", f"data.path={path}")
+    assert expected in refused(monkeypatch, capfd, "data=files", f"data.path={path}")
 
 
-def test_a_bad_record_in_the_middle_stops_the_run_and_keeps_what_was_learned(tmp_path, monkeypatch, capfd):
+def test_a_bad_record_in_the_middle_is_left_out_or_ends_the_run_as_max_bad_says(tmp_path, monkeypatch, capfd):
     paths = digits.write_jsonl(tmp_path / "digits")
     lines = paths["train"].read_text().splitlines()[:40]
     lines[20] = '{"messages": 7}'
     paths["train"].write_text("\n".join(lines))
     settings = [
-        "data=jsonl",
+        "data=files",
         f"data.path={paths['train']}",
         "data.shuffle=false",
         "data.lookahead=1",
         "data.prefetch=0",
     ]
-    said = refused(monkeypatch, capfd, *settings, f"run.folder={tmp_path / 'run'}", "run.steps=20")
+    here = f"run.folder={tmp_path / 'run'}"
+    said = refused(monkeypatch, capfd, *settings, here, "run.steps=20", "data.max_bad=0")
     assert "train.jsonl:21" in said
-    assert checkpoint.complete(tmp_path / "run" / "checkpoints")
+    assert checkpoint.complete(tmp_path / "run" / "checkpoints")  # what was learned is kept
+
+    assert ernie_sft(monkeypatch, *settings, here, "run.steps=20") == 0  # and may go on without that record
+    (entry,) = (json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines())
+    assert (entry["dataset"], entry["line"], entry["stage"]) == ("train.jsonl", 21, "format")
 
 
 def test_a_full_disk_names_the_path_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capfd):

@@ -82,14 +82,14 @@ def test_small_data_is_shown_once(tmp_path, monkeypatch, capsys):
     lines = paths["train"].read_text().splitlines()[:3]
     few = paths["train"].with_name("few.jsonl")
     few.write_text("\n".join(lines))
-    data = ["data=jsonl", f"data.path={few}", "data.max_tokens=256"]
+    data = ["data=files", f"data.path={few}", "data.max_tokens=256"]
     assert run(monkeypatch, *data, f"run.folder={tmp_path / 'run'}") == 0
     assert "shown     3 conversations" in capsys.readouterr().out
 
 
 def test_a_bad_record_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "no answer"}]}\n')
-    data = ["data=jsonl", f"data.path={tmp_path / 'bad.jsonl'}", f"run.folder={tmp_path / 'run'}"]
+    data = ["data=files", f"data.path={tmp_path / 'bad.jsonl'}", f"run.folder={tmp_path / 'run'}"]
     assert run(monkeypatch, *data) == 1
     assert "bad.jsonl:1" in capsys.readouterr().err
 
