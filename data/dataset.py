@@ -239,7 +239,7 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
                 f"data.eval_fraction is {eval_fraction}, but {name} is streaming: its length is not known, so no share "
                 "of it can be held out. Use data.eval_path, or streaming: false."
             )
-        stream = open_stream(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
+        stream = open_stream(spec.path, split=spec.split, subset=spec.subset)
         first = next((row for row in itertools.islice(stream.read_from(0), TRIES) if isinstance(row, Record)), None)
         return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
     records = open_records(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
