@@ -61,6 +61,7 @@ class Started:
     def __init__(self, folder: Path, steps: int):
         self.folder = folder
         self.log = (folder.parent / "log.txt").open("a")
+        self.said_before = self.log.tell()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "train.sft", *settings(folder, steps)],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -70,11 +71,18 @@ class Started:
 
     def wait_for_step(self, step: int) -> None:
         """Returns soon after update `step`, or when the process has ended."""
+        # First let it begin: what an earlier start wrote about this step is still there until then.
+        self._wait(lambda: any(word in self._said() for word in ("step 0: held out", "resuming from")))
         seen = self.folder / "data" / "rank-0.jsonl"
         self._wait(lambda: seen.exists() and f'"step": {step},' in seen.read_text())
 
     def wait_for_save(self) -> None:
         self._wait(lambda: any((self.folder / "checkpoints").glob(".step-*.partial")))
+
+    def _said(self) -> str:
+        with Path(self.log.name).open() as file:
+            file.seek(self.said_before)
+            return file.read()
 
     def _wait(self, happened) -> None:
         deadline = time.monotonic() + 200
@@ -166,6 +174,7 @@ def check_equal(broken: Path, whole: Path, steps: int) -> None:
     assert not list(broken.rglob(".*.partial")) and not list(broken.rglob("*.damaged"))
 
 
+@pytest.mark.timeout(900)  # five starts of Python and PyTorch
 def test_three_kills(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole, broken, steps = tmp_path / "lora-whole", tmp_path / "lora-broken", 24
