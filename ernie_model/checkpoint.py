@@ -22,6 +22,7 @@ Source: reference section 5.
 
 import json
 import logging
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -119,6 +120,37 @@ def load_model(
                 _copy_in(reader.get_tensor(item.name), pieces, ours)
     _check_tied_head(config, stored, ours)
     return model
+
+
+class Headers(NamedTuple):
+    """What the files of a checkpoint hold, without having read a value."""
+
+    num_files: int
+    num_tensors: int
+    num_bytes: int
+    dtypes: dict[str, int]
+    """Stored dtype -> number of tensors."""
+
+
+def inspect_headers(source: str | Path, config: ErnieConfig, revision: str | None = None) -> Headers:
+    """Check that a checkpoint would load into `config`: every tensor there once, in its shape, in a dtype we read.
+
+    Only headers are read, so it takes seconds for any size.
+
+    Raises:
+        CheckpointError: what `load_model` would raise, except for a tied head that differs from the embedding.
+    """
+    folder = local_folder(source, revision, ["*.safetensors", "*.json"])
+    stored = _read_headers(folder)
+    with torch.device("meta"):
+        model = ErnieModel(config)
+    _match(config, model.state_dict(), stored, folder)
+    return Headers(
+        num_files=len({item.file for item in stored}),
+        num_tensors=len(stored),
+        num_bytes=sum(math.prod(item.shape) * item.dtype.itemsize for item in stored),
+        dtypes=dict(Counter(str(item.dtype).removeprefix("torch.") for item in stored)),
+    )
 
 
 def _copy_in(stored: Tensor, pieces: list[Piece], ours: Mapping[str, Tensor]) -> None:

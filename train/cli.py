@@ -13,6 +13,7 @@ import sys
 
 COMMANDS = {
     "sft": ("train.sft", "fine-tune on conversations with text, images and video"),
+    "doctor": ("train.doctor", "look at machine, settings, checkpoint and every record before training"),
     "preview": ("train.preview", "see what a run would be shown: pictures, tokens, packed rows, as a page"),
     "convert": ("train.convert", "turn records of one format into another"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),

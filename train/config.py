@@ -563,6 +563,20 @@ class PreviewConfig:
 
 
 @dataclass
+class DoctorConfig:
+    """`ernie doctor`; training reads none of it."""
+
+    processes: int = 0
+    """Processes that go through the records; 0: one for each core."""
+    stream_records: int = 10_000
+    """Records looked at of a stream, which has no end to wait for."""
+
+    def __post_init__(self):
+        check(self.processes >= 0, f"doctor.processes is {self.processes}; it must be 0 or more.")
+        check(self.stream_records >= 1, f"doctor.stream_records is {self.stream_records}; it must be at least 1.")
+
+
+@dataclass
 class RunConfig:
     name: str = "sft"
     folder: str = "runs/${run.name}"
@@ -616,6 +630,7 @@ class SFTConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     def __post_init__(self):
         if self.run.steps is not None:
@@ -693,6 +708,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "run.grace_s",
     "evaluate",
     "preview",
+    "doctor",
     "tracker",
     "parallel",
     "data.cache_gib",

@@ -1,0 +1,186 @@
+"""Everything that can go wrong with a run, looked at before it starts. No GPU, nothing trained, nothing downloaded.
+
+ernie doctor experiment=digits              the settings of `ernie sft`, all of them
+ernie doctor ... doctor.processes=8         every record is read and decoded, by eight processes
+
+    machine      versions, device, threads, disk            weights    headers of the checkpoint, tokenizer, chat format
+    settings     contradictions, an earlier run             data       every record; lengths, packing, steps
+    training     what trains, adapters, memory, time, disk  trackers   could they take the numbers?
+
+Exit code 1, and a list of what to put right, when anything is in the way. RUN_FOLDER/doctor.json holds it all for
+programs, RUN_FOLDER/quarantine.jsonl the records that cannot be trained on.
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from ernie_model.config import ErnieConfig
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from train import report
+from train.build import human
+from train.checks import cost, records
+from train.checks.findings import Finding, Level, Report, ok, warning
+from train.checks.machine import available_cores, check_machine
+from train.checks.settings import check_settings
+from train.checks.trackers import check_trackers
+from train.checks.weights import check_adapters, check_weights
+from train.config import PeftKind, SFTConfig, check_steps, register, to_typed
+from train.run import USER_ERRORS, program
+from train.sources import open_parts
+from train.trained import freeze, trained_parts
+from train.weights import trained_weights
+
+register()
+
+Add = Callable[[Sequence[Finding]], None]
+
+
+class Packed(NamedTuple):
+    """The training data, and the rows it packs into."""
+
+    statistics: records.Statistics
+    rows: cost.Rows
+
+
+@program("sft")
+def main(cfg: DictConfig) -> None:
+    config = to_typed(cfg, SFTConfig)
+    console = Console(highlight=False, soft_wrap=True)
+    found = Report(console, USER_ERRORS)
+    began = time.perf_counter()
+    examine(config, found)
+    folder = Path(config.run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    found.numbers["seconds"] = round(time.perf_counter() - began, 1)
+    found.write(folder / "doctor.json")
+    conclude(found, folder)
+    if found.of(Level.PROBLEM):
+        sys.exit(1)
+
+
+def examine(config: SFTConfig, found: Report) -> None:
+    """All sections, each with what the ones before it have found out."""
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.parallel.cpu else "cpu")
+    if config.parallel.threads:
+        torch.set_num_threads(config.parallel.threads)
+    with found.section("machine") as add:
+        add(check_machine(config.parallel, Path(config.run.folder)))
+    architecture: ErnieConfig | None = None
+    processor: Processor | None = None
+    with found.section("weights") as add:
+        architecture, processor, findings = check_weights(config.model)
+        add(findings)
+    with found.section("settings") as add:
+        if architecture is not None:
+            add(check_settings(config, architecture, device))
+    packed = None
+    with found.section("data") as add:
+        if processor is None:
+            add([warning("not looked at: that needs the tokenizer (see weights).")])
+        else:
+            packed = examine_data(config, processor, found, add)
+    with found.section("training") as add:
+        if architecture is not None:
+            examine_training(config, architecture, packed, device, found, add)
+    with found.section("trackers") as add:
+        add(check_trackers(config.tracker))
+
+
+def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Add) -> Packed | None:
+    data, folder = config.data, Path(config.run.folder)
+    parts = open_parts(data)
+    known = sum(part.num_records or 0 for part in parts if part is not None)
+    quarantine = records.quarantine_for(folder, known, anew=not (folder / "metrics.jsonl").exists())
+    packed = None
+    for name, part in (("training data", parts.train), ("held-out data", parts.heldout)):
+        if part is None:
+            continue
+        before = len(quarantine)
+        statistics = records.check_records(
+            part,
+            processor,
+            data,
+            quarantine,
+            name=name,
+            processes=config.doctor.processes or available_cores(),
+            stream_records=config.doctor.stream_records,
+            progress=found.console.is_terminal,
+        )
+        add(records.judge(statistics, quarantine, data, len(quarantine) - before))
+        if not statistics.ids or part is parts.heldout:
+            continue
+        for line in records.describe(statistics):
+            found.console.print(f"    {line}", markup=False)
+        rows = records.rows_of(statistics, part, data)
+        fill = sum(int(statistics.tokens[row].sum()) for row in rows) / (len(rows) * data.max_tokens)
+        patches = [int(statistics.patches[row].sum()) for row in rows]
+        packed = Packed(statistics, cost.Rows(len(rows), fill, sum(patches) / len(rows), max(patches)))
+        steps = -(-len(rows) // data.accumulation)
+        add(records.judge_packing(fill, len(rows), steps, data))
+        found.numbers |= {
+            "records": len(statistics.ids),
+            "refused": len(quarantine),
+            "tokens": int(statistics.tokens.sum()),
+            "trained_tokens": int(statistics.trained.sum()),
+            "patches": int(statistics.patches.sum()),
+            "longest": int(statistics.tokens.max()),
+            "rows_per_epoch": len(rows),
+            "fill": round(fill, 4),
+            "updates_per_epoch": steps,
+        }
+        length = config.run.steps or max(1, round(config.run.epochs * steps))
+        check_steps(config, length)
+    return packed
+
+
+def examine_training(
+    config: SFTConfig, architecture: ErnieConfig, packed: Packed | None, device: torch.device, found: Report, add: Add
+) -> None:
+    adapted = config.peft.kind is not PeftKind.none
+    with torch.device("meta"):  # shapes and names, no values
+        model = ErnieModel(architecture)
+        if adapted:
+            add(check_adapters(config.peft, model))
+            fresh = dataclasses.replace(config.peft, init_from=None, frozen={})
+            table = trained_weights(model, fresh, seed=config.run.seed, base=config.model.checkpoint).table()
+            if table is not None:
+                found.show(table)
+    add([warning(note) for note in freeze(model, config.optim)])
+    parts = trained_parts(model, config.optim)
+    found.show(report.parts_table(parts, config.optim.weight_decay))
+    plan = cost.Plan(architecture, parts, adapted)
+    total = sum(part.parameters for part in parts)
+    add([ok(f"{human(plan.trained)} of {human(total)} parameters train")])
+    add(cost.check_memory(config, plan, packed and packed.rows, device))
+    if packed is not None:
+        findings, numbers = cost.check_time(config, plan, packed.statistics, packed.rows, device)
+        add(findings)
+        found.numbers |= numbers
+    add(cost.check_disk(config, plan))
+    found.numbers |= {"parameters": total, "trained_parameters": plan.trained}
+
+
+def conclude(found: Report, folder: Path) -> None:
+    problems, warnings = found.of(Level.PROBLEM), found.of(Level.WARNING)
+    console = found.console
+    console.print()
+    if problems:
+        console.print("[bold]to put right before training[/]")
+        for number, (section, one) in enumerate(problems, start=1):
+            console.print(f"{number:3}. {section}: {one.text}", markup=False)
+    plural = "" if len(warnings) == 1 else "s"
+    verdict = f"{len(problems)} problem{'' if len(problems) == 1 else 's'}" if problems else "nothing is in the way"
+    console.print(f"{verdict}, {len(warnings)} warning{plural}; {folder / 'doctor.json'}", markup=False)
+
+
+if __name__ == "__main__":
+    main()
