@@ -23,6 +23,7 @@ EXAMPLES = """\
 examples:
   ernie sft experiment=digits                        learn to read handwriting, on a CPU, in minutes
   ernie sft data=files data.path=chats.jsonl         your own conversations
+  ernie doctor data=files data.path=chats.jsonl      what is wrong with it, before training
   ernie sft experiment=digits --cfg job              show the settings and stop
 """
 

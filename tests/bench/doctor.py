@@ -27,7 +27,10 @@ def make(folder: Path, count: int) -> Path:
         file = io.BytesIO()
         picture.save(file, format="JPEG", quality=92)
         (folder / f"{number:05d}.jpg").write_bytes(file.getvalue())
-        question = [{"type": "image", "image": f"{number:05d}.jpg"}, {"type": "text", "text": "What is in the picture?"}]
+        question = [
+            {"type": "image", "image": f"{number:05d}.jpg"},
+            {"type": "text", "text": "What is in the picture?"},
+        ]
         answer = "Colours that run into each other. " * (1 + number % 7)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"id": f"{number:05d}", "messages": messages}))
@@ -47,7 +50,9 @@ def main() -> None:
         print(f"{count} pictures, {size / count / 1000:.0f} kB each", flush=True)
         command = [sys.executable, "-m", "train.doctor", "data=files", f"data.path={path}", f"run.folder={folder}/run"]
         began = time.perf_counter()
-        done = subprocess.run([*command, "tracker=none", "optim=adamw", "optim.lr=1e-3"], capture_output=True, text=True)
+        done = subprocess.run(
+            [*command, "tracker=none", "optim=adamw", "optim.lr=1e-3"], capture_output=True, text=True
+        )
         seconds = time.perf_counter() - began
         if done.returncode:
             sys.exit(done.stdout + done.stderr)

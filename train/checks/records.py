@@ -158,8 +158,8 @@ def judge(found: Statistics, quarantine: Quarantine, config: DataConfig, new: in
         named = ", ".join(twice[:LONGEST]) + (", ..." if len(twice) > LONGEST else "")
         findings.append(
             warning(
-                f"{len(twice)} ids of {found.name} are used more than once ({named}). Is the data in there twice? Reports "
-                "could not tell these records apart; give each its own id, or none."
+                f"{len(twice)} ids of {found.name} are used more than once ({named}). Is the data in there twice? "
+                "Reports could not tell these records apart; give each its own id, or none."
             )
         )
     if found.ids:

@@ -25,8 +25,8 @@ def check_trackio() -> Finding:
     existing = existing_parent(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         return problem(
-            f"tracker=trackio: its folder {folder} cannot be written. Set TRACKIO_DIR to another folder, or leave trackio "
-            "out of tracker=..."
+            f"tracker=trackio: its folder {folder} cannot be written. Set TRACKIO_DIR to another folder, or leave "
+            "trackio out of tracker=..."
         )
     return ok(f"trackio writes to {folder}")
 
@@ -52,8 +52,8 @@ def check_wandb() -> Finding:
         socket.create_connection((name, int(port or 443)), timeout=TIMEOUT_S).close()
     except (OSError, ValueError) as error:
         return problem(
-            f"tracker=wandb: {host} cannot be reached ({error}). Check the network, or WANDB_MODE=offline to keep the run "
-            "here."
+            f"tracker=wandb: {host} cannot be reached ({error}). Check the network, or WANDB_MODE=offline to keep the "
+            "run here."
         )
     return ok(f"wandb has a key, and {host} answers")
 

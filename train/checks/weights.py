@@ -1,7 +1,7 @@
 """The checkpoint, by its headers alone; the tokenizer and the chat format that go with it. Nothing is downloaded.
 
-A name on the hub is looked up in the local cache. Where it isn't there, the hub is asked whether it has it, with a short
-time limit; what needs the files is then left to the run that downloads them.
+A name on the hub is looked up in the local cache. Where it isn't there, the hub is asked whether it has it, with a
+short time limit; what needs the files is then left to the run that downloads them.
 """
 
 import os
@@ -77,8 +77,8 @@ def check_processor(processor: Processor, config: ModelConfig) -> list[Finding]:
     if architecture.vision is not None and processor.video.font is None and config.checkpoint is not None:
         found.append(
             warning(
-                "the checkpoint has no Roboto-Regular.ttf, so timestamps on video frames are drawn in another font than "
-                "the released models saw. Copy the file from the hub's repository if you train on videos."
+                "the checkpoint has no Roboto-Regular.ttf, so timestamps on video frames are drawn in another font "
+                "than the released models saw. Copy the file from the hub's repository if you train on videos."
             )
         )
     return found
@@ -128,8 +128,8 @@ def _on_the_hub(key: str, source: str, revision: str | None) -> Finding:
     except (HfHubHTTPError, CheckpointError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         return problem(
-            f"{key}={source} is neither a folder nor in the cache, and the hub could not be asked ({reason}). Check the "
-            "name and the network, or name a folder."
+            f"{key}={source} is neither a folder nor in the cache, and the hub could not be asked ({reason}). Check "
+            "the name and the network, or name a folder."
         )
     return warning(
         f"{key}={source} is on the hub and not yet on this machine: training would download it. Its tensors and the "
