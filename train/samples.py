@@ -10,6 +10,7 @@ needs no more than weights; a `Witness` in the processor's place remembers those
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -63,9 +64,9 @@ def _media_names(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             if part["type"] == "text":
                 continue
             media = part[part["type"]]
-            # A picture carries the name of its file; of a video, the path itself is handed on.
-            name = getattr(media, "filename", "") if isinstance(media, Image.Image) else media
-            yield "" if isinstance(name, bytes) else str(name)
+            # A picture, or its size, carries the name of its file; of a video, the path itself is handed on.
+            name = media if isinstance(media, str | Path) else getattr(media, "filename", "")
+            yield str(name)
 
 
 @dataclass(frozen=True)
