@@ -26,8 +26,13 @@ from data.records.files import CHUNK, Layout, Span
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 
-_TOKEN = re.compile(rb'["\[\]{},\n]|[^"\[\]{}, \t\r\n]++')
-_STRING = re.compile(rb'[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+')  # up to its quote, or what ends it wrongly
+_STRING_TEXT = rb'[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+'  # up to its quote, or what ends it wrongly
+_WHOLE_STRING = b'"' + _STRING_TEXT + b'"'
+_STRING = re.compile(_STRING_TEXT)
+# A run of whole strings and what lies between them; or a mark; or the quote of a string that does not end here.
+_TOKEN = re.compile(
+    rb'(?:[^"\[\]{}, \t\r\n]|' + _WHOLE_STRING + rb')(?:[^"\[\]{},\n]++|' + _WHOLE_STRING + rb')*+|["\[\]{},\n]'
+)
 _QUOTE, _NEWLINE = b'"\n'
 
 
@@ -80,7 +85,7 @@ def _array_spans(file: BinaryIO, name: str) -> Iterator[Span]:
 
 
 def _tokens(file: BinaryIO) -> Iterator[tuple[int, int]]:
-    """Offset and first byte of every bracket, comma, line break, string, and run of other characters."""
+    """Offset and first byte of every bracket, comma, line break, and run of strings and other characters."""
     base, buffer, in_string = 0, file.read(CHUNK), False
     while buffer:
         position = 0
@@ -90,7 +95,7 @@ def _tokens(file: BinaryIO) -> Iterator[tuple[int, int]]:
                     position = len(buffer)
                     break
                 yield base + token.start(), buffer[token.start()]
-                in_string, position = buffer[token.start()] == _QUOTE, token.end()
+                in_string, position = token[0] == b'"', token.end()  # a lone quote: its string has no end here
                 continue
             string = _STRING.match(buffer, position)
             assert string is not None  # it matches nothing at least

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from data.conversation import Source
 from data.errors import DataError
 from data.records.base import parse_object
-from data.records.files import CHUNK, Layout, Span
+from data.records.files import Layout, Span
 
 MEDIA_LISTS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"), "images"),
@@ -34,7 +34,7 @@ TEXTS = ("txt", "cls")
 def _sample_spans(file: BinaryIO, name: str) -> Iterator[Span]:
     key, start, end, number = None, 0, 0, 0
     try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=CHUNK) as archive:
+        with tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
                 vars(archive)["members"] = []  # or it remembers them all
                 if not member.isfile():

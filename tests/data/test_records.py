@@ -1,15 +1,19 @@
 """Reading JSON: where each record stands, and what is said of those that cannot be read."""
 
+import gc
 import json
 import pickle
+import tracemalloc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.records import Broken, open_records, open_stream, write_jsonl
+from data.records import Broken, files, open_records, open_stream, write_jsonl
+from tests.bench import streaming
 
 
 @pytest.fixture
@@ -267,3 +271,32 @@ def test_readers_can_be_sent_to_another_process(shards):
     for source in (shards, shards / "s-08.jsonl"):
         assert pickle.loads(pickle.dumps(open_records(source)))[1].value == {"n": 1}
         assert len(list(pickle.loads(pickle.dumps(open_stream(source))).read_from(1))) == (6 if source == shards else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "buffers"),  # of `CHUNK` bytes, by number and front to back
+    [
+        ("jsonl", (2, 1)),
+        ("json", (3, 3)),
+        ("tar", (2, 1)),
+        ("parquet", (None, 1)),
+    ],  # by number: a group of 6 MB is kept
+)
+def test_memory_does_not_grow_with_the_records(tmp_path, kind, buffers):
+    """4,000 records, 6 to 10 MB: what is kept is 24 bytes of each (twice that while an array grows) and the buffers."""
+    count, slack = 4000, 400_000
+    path = tmp_path / f"a.{kind}"
+    streaming.write(kind, path, count, words=1500)
+
+    def peak(use) -> int:
+        gc.collect()
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        use()
+        _, largest = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return largest + pa.total_allocated_bytes() - before
+
+    if buffers[0] is not None:
+        assert peak(lambda: open_records(path)[count // 2]) < buffers[0] * files.CHUNK + 48 * count + slack
+    assert peak(lambda: sum(1 for _ in open_stream(path).read_from())) < buffers[1] * files.CHUNK + slack
