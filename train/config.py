@@ -523,6 +523,12 @@ class TrackerConfig:
     trackio: bool = False
     tensorboard: bool = False
     wandb: bool = False
+    images_every: int = 0
+    """Updates between pictures of the experts' load, drawn when an update is logged (run.log_every); 0 draws them at
+    evaluations only."""
+
+    def __post_init__(self):
+        check(self.images_every >= 0, f"tracker.images_every is {self.images_every}; it must be 0 or more.")
 
     @property
     def names(self) -> list[str]:

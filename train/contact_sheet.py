@@ -12,10 +12,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from train.lettering import text_width, write
 
 CELL = 112
 """Side of the square that an image is fitted into, in pixels."""
@@ -25,15 +26,6 @@ MARGIN, GAP = 24, 18
 LABEL_SIZE, TITLE_SIZE = 17, 24
 LABEL_LINES = 2
 INK, FAINT, RED, GREEN, PAPER, BEHIND = "#1f2328", "#57606a", "#cf222e", "#2da44e", "#ffffff", "#eaeef2"
-
-# The font that comes with Pillow covers Latin; these cover more, where they are installed.
-WIDE_FONTS = (
-    "NotoSansCJK-Regular.ttc",
-    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc",
-    "/System/Library/Fonts/PingFang.ttc",
-    "msyh.ttc",
-    "DejaVuSans.ttf",
-)
 
 
 @dataclass(frozen=True)
@@ -77,14 +69,14 @@ def draw(
     line_height = round(LABEL_SIZE * 1.3)
     heights = [CELL_SIDE + 6 + max(len(_label(item)) for item in row) * line_height for row in rows]
     top = MARGIN + round(TITLE_SIZE * 1.5) + round(LABEL_SIZE * 1.8)
-    widest_text = max(_measure(title, TITLE_SIZE), _measure(summary, LABEL_SIZE))
+    widest_text = max(text_width(title, TITLE_SIZE), text_width(summary, LABEL_SIZE))
     width = 2 * MARGIN + max(columns * CELL_SIDE + (columns - 1) * GAP, round(widest_text))
     height = top + sum(heights) + (len(rows) - 1) * GAP + MARGIN
 
     sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _write(pen, (MARGIN, MARGIN), title, TITLE_SIZE, INK)
-    _write(pen, (MARGIN, MARGIN + round(TITLE_SIZE * 1.5)), summary, LABEL_SIZE, RED if right < len(items) else FAINT)
+    write(pen, (MARGIN, MARGIN), title, TITLE_SIZE, INK)
+    write(pen, (MARGIN, MARGIN + round(TITLE_SIZE * 1.5)), summary, LABEL_SIZE, RED if right < len(items) else FAINT)
     y = top
     for row, row_height in zip(rows, heights, strict=True):
         for column, item in enumerate(row):
@@ -101,7 +93,7 @@ def _cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, item: SheetItem, x: int,
     picture = _fit(item.image)
     sheet.paste(picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2))
     for number, (text, tone) in enumerate(_label(item)):
-        _write(pen, (left, y + CELL_SIDE + 4 + number * line_height), text, LABEL_SIZE, tone)
+        write(pen, (left, y + CELL_SIDE + 4 + number * line_height), text, LABEL_SIZE, tone)
 
 
 def _label(item: SheetItem) -> list[tuple[str, str]]:
@@ -125,7 +117,7 @@ def _wrap(text: str) -> list[str]:
     lines, rest = [], text
     while rest and len(lines) < LABEL_LINES:
         end = len(rest)
-        while end > 1 and _measure(rest[:end], LABEL_SIZE) > CELL:
+        while end > 1 and text_width(rest[:end], LABEL_SIZE) > CELL:
             end -= 1
         space = rest.rfind(" ", 0, end + 1)
         if end < len(rest) and space > 0:
@@ -134,53 +126,7 @@ def _wrap(text: str) -> list[str]:
         rest = rest[end:].lstrip()
     if rest:
         last = lines[-1]
-        while len(last) > 1 and _measure(last + "...", LABEL_SIZE) > CELL:
+        while len(last) > 1 and text_width(last + "...", LABEL_SIZE) > CELL:
             last = last[:-1]
         lines[-1] = last + "..."
     return lines or [""]
-
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-def _measure(text: str, size: int) -> float:
-    font, text = _typeset(text, size)
-    return font.getlength(text)
-
-
-def _write(pen: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: str) -> None:
-    font, text = _typeset(text, size)
-    pen.text(at, text, font=font, fill=colour)
-
-
-def _typeset(text: str, size: int) -> tuple[Font, str]:
-    """The first font that has every letter; where none has, letters that cannot be drawn are spelled U+4E03."""
-    fonts = _fonts(size)
-    for font in fonts:
-        if all(_has(font, letter) for letter in text):
-            return font, text
-    font = fonts[0]
-    return font, "".join(letter if _has(font, letter) else f"U+{ord(letter):04X}" for letter in text)
-
-
-@lru_cache
-def _fonts(size: int) -> tuple[Font, ...]:
-    fonts: list[Font] = [ImageFont.load_default(size)]
-    for name in WIDE_FONTS:
-        try:
-            fonts.append(ImageFont.truetype(name, size))
-        except OSError:
-            continue
-    return tuple(fonts)
-
-
-@lru_cache(maxsize=4096)
-def _has(font: Font, letter: str) -> bool:
-    # A letter that a font lacks is drawn as its "missing" box, the same for each. U+10FFFF is never a letter.
-    return letter.isspace() or _picture(font, letter) != _picture(font, "\U0010ffff")
-
-
-def _picture(font: Font, letter: str) -> bytes:
-    canvas = Image.new("L", (64, 64))
-    ImageDraw.Draw(canvas).text((8, 8), letter, font=font, fill=255)
-    return canvas.tobytes()

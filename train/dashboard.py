@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     # trackio asks a hub for the user's name where it may. A local page needs no network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRACKIO_PLOT_ORDER", "loss,accuracy,eval/accuracy,eval/*,speed/*,router/*")
+    os.environ.setdefault(
+        "TRACKIO_PLOT_ORDER", "loss,accuracy,eval/accuracy,eval/*,loss/*,speed/*,router/*,batch/*,layer/*"
+    )
     import trackio
     from trackio.utils import TRACKIO_DIR
 

@@ -29,7 +29,7 @@ from ernie_model.rope import num_media_tokens
 from train.config import UserError
 from train.ledger import WINDOW, Evidence, is_spike
 from train.objectives import Objective
-from train.policy import on_device
+from train.policy import PolicyOutput, on_device
 
 
 @dataclass
@@ -65,15 +65,19 @@ class Beside:
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
         """Before the first forward; `microbatches` are this rank's, on the host."""
 
-    def terms(self, router: RouterStats | None) -> Tensor | float:
+    def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         """After each forward: this micro-batch's share of a loss over the whole update, with gradient."""
         return 0.0
 
     def after_backward(self) -> None:
         """Gradients are complete and equal on all ranks, and not clipped yet."""
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Scalars to report, equal on all ranks."""
+    def sums(self) -> Tensor | None:
+        """This rank's numbers to report (N,), on the device. They travel with everything else that is reported."""
+        return None
+
+    def report(self, sums: Tensor) -> dict[str, float]:
+        """What to report, from `sums` added over ranks, float64 on the host."""
         return {}
 
     def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
@@ -235,7 +239,7 @@ def train_step(
         with meeting_of_ranks(accelerator, policy, meet=index == len(microbatches) - 1):
             output = policy(batch, row_R)
             loss = objective.loss(output.logprob_T, batch)
-            terms = sum(part.terms(output.router) for part in beside)
+            terms = sum(part.terms(batch, output) for part in beside)
             # Ranks *average* their gradients, so each one's share is multiplied by their number.
             accelerator.backward(loss.total * (ranks / divisor).to(loss.total.dtype) + ranks * terms)
         tally.add(batch, row_R, output.correct_T, loss.metrics, output.router)
@@ -245,11 +249,8 @@ def train_step(
         part.after_backward()
     parameters = [p for p in policy.parameters() if p.grad is not None]
     grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    equal = {"grad_norm": grad_norm.to(device)}
-    for part in beside:
-        equal |= part.metrics()
     # The one wait for the device in a step: everything the host wants to know, in one transfer.
-    metrics, router = tally.reduce(accelerator, count, equal)
+    metrics, router = tally.reduce(accelerator, count, grad_norm.to(device), beside)
     if metrics["skipped"]:
         evidence.blame(policy)
     else:
@@ -314,32 +315,37 @@ class Tally:
             self.router = router.detach() if self.router is None else self.router.plus(router.detach())
 
     def reduce(
-        self, accelerator: Accelerator, count: Tensor, equal: dict[str, Tensor]
+        self, accelerator: Accelerator, count: Tensor, grad_norm: Tensor, beside: Sequence[Beside] = ()
     ) -> tuple[dict[str, float], RouterStats | None]:
-        """Metrics, and the router's sums, over all ranks; `count` and `equal` are the same on all of them already."""
-        parts = [torch.stack([*self.sums.values(), self.correct]).double()]
-        parts.append(torch.tensor(list(self.numbers.values()), dtype=torch.float64, device=self.device))
-        if self.router is not None:
-            parts += [value.flatten().double() for value in self.router]
-        summed = all_sum(accelerator, torch.cat(parts))
-        known = torch.stack([count, *(value.double() for value in equal.values())])
-        host = torch.cat([summed, known]).cpu()
-        units, *others = host[len(summed) :].tolist()
-        metrics = {name: host[i].item() / max(units, 1e-9) for i, name in enumerate(self.sums)}
-        at = len(self.sums)
-        numbers = dict(zip(self.numbers, host[at + 1 : at + 1 + len(self.numbers)].tolist(), strict=True))
-        metrics["accuracy"] = host[at].item() / max(numbers.pop("learned"), 1.0)
-        metrics |= numbers | {"units": units} | dict(zip(equal, others, strict=True))
+        """Metrics and the router's sums, over all ranks. `count` and `grad_norm` are equal on them already."""
+        extra = [part.sums() for part in beside]
+        groups = [
+            torch.stack([*self.sums.values(), self.correct]),
+            torch.tensor(list(self.numbers.values()), dtype=torch.float64, device=self.device),
+            *(self.router or ()),
+            *(value for value in extra if value is not None),
+        ]
+        summed = all_sum(accelerator, torch.cat([value.flatten().double() for value in groups]))
+        # What is equal on all ranks must not be summed.
+        *host, known = (
+            torch.cat([summed, count[None], grad_norm.double()[None]])
+            .cpu()
+            .split([*(value.numel() for value in groups), 2])
+        )
+        losses, numbers, *others = (value.view(like.shape) for value, like in zip(host, groups, strict=True))
+        units, norm = known.tolist()
+        metrics = {name: value / max(units, 1e-9) for name, value in zip(self.sums, losses.tolist(), strict=False)}
+        counted = dict(zip(self.numbers, numbers.tolist(), strict=True))
+        metrics["accuracy"] = losses[-1].item() / max(counted.pop("learned"), 1.0)
+        metrics |= counted | {"units": units, "grad_norm": norm}
         router = None
         if self.router is not None:
-            at += 1 + len(self.numbers)
-            stats = []
-            for value in self.router:
-                stats.append(host[at : at + value.numel()].view(value.shape))
-                at += value.numel()
-            router = RouterStats(*stats)
+            router, others = RouterStats(*others[: len(self.router)]), others[len(self.router) :]
             metrics |= router_summary(router)
-        finite = all(torch.isfinite(host[: len(self.sums)])) and math.isfinite(metrics["grad_norm"])
+        reporting = [part for part, value in zip(beside, extra, strict=True) if value is not None]
+        for part, value in zip(reporting, others, strict=True):
+            metrics |= part.report(value)
+        finite = bool(torch.isfinite(losses[:-1]).all()) and math.isfinite(norm)
         metrics["skipped"] = float(not finite or units == 0)
         return metrics, router
 

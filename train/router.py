@@ -32,8 +32,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.moe import MoE, Router, RouterStats
 from train.config import ObjectiveConfig, UserError
 from train.loop import Beside, all_sum
-
-POOLS = ("text", "vision")
+from train.policy import PolicyOutput
 
 
 class RouterLosses(Beside):
@@ -57,6 +56,7 @@ class RouterLosses(Beside):
             for weight in (config.balance, config.z_loss)
         )
         self.balances, self.has_terms = _any(config.balance), _any(config.balance) or _any(config.z_loss)
+        self._spread = [pool for pool, weight in vars(config.orthogonal).items() if weight]
         self.token_2: Tensor | None = None
         self.preferred_L2E: Tensor | None = None
 
@@ -94,10 +94,11 @@ class RouterLosses(Beside):
             here = torch.tensor([tokens - vision, vision], dtype=torch.float64, device=self.accelerator.device)
             self.token_2 = all_sum(self.accelerator, here)
 
-    def terms(self, router: RouterStats | None) -> Tensor | float:
+    def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         """This micro-batch's share of the balance and z losses: the shares of an update add up to them."""
         if not self.has_terms:
             return 0.0
+        router = output.router
         assert router is not None  # without routers _check refuses
         if self.token_2 is None:
             self._remember(router)
@@ -125,23 +126,21 @@ class RouterLosses(Beside):
             for one, gradient_ED in self._orthogonal_gradients():
                 one.weight_ED.sub_(gradient_ED, alpha=rates[id(one.weight_ED)])
         if self.config.bias_update and router is not None:
+            sign_L2E = (router.count_2E.mean(-1, keepdim=True) - router.count_2E).sign().to(self.accelerator.device)
             for pool, routers in enumerate(self.routers.values()):
-                if not _trains(routers):  # reference 3.6
-                    continue
-                for layer, one in enumerate(routers):
-                    count_E = router.count_2E[layer, pool]
-                    sign_E = (count_E.mean() - count_E).sign().to(one.correction_bias_E)
-                    one.correction_bias_E.add_(sign_E, alpha=self.config.bias_update)
+                if _trains(routers):  # reference 3.6
+                    for layer, one in enumerate(routers):
+                        bias_E = one.correction_bias_E
+                        bias_E.add_(sign_L2E[layer, pool].to(bias_E.dtype), alpha=self.config.bias_update)
 
-    def metrics(self) -> dict[str, Tensor]:
-        """The orthogonal loss of each pool that has a weight, mean over layers. `router_summary` has the others."""
-        weights = vars(self.config.orthogonal)
-        with torch.no_grad():
-            return {
-                f"router_{pool}_orthogonal": orthogonal(_stacked(routers)).mean()
-                for pool, routers in self.routers.items()
-                if weights[pool]
-            }
+    @torch.no_grad()
+    def sums(self) -> Tensor | None:
+        """The orthogonal loss of each pool that has a weight, mean over layers; `router_summary` has the rest."""
+        values = [orthogonal(_stacked(self.routers[pool])).mean() for pool in self._spread]
+        return torch.stack(values) / self.accelerator.num_processes if values else None
+
+    def report(self, sums: Tensor) -> dict[str, float]:
+        return {f"router_{pool}_orthogonal": value for pool, value in zip(self._spread, sums.tolist(), strict=True)}
 
     # ----------------------------------------------------------------------------------------------------- pieces
 
@@ -174,13 +173,12 @@ class RouterLosses(Beside):
     def _orthogonal_gradients(self) -> list[tuple[Router, Tensor]]:
         """(router, weight of its pool times the gradient of its loss)."""
         found = []
-        for pool, routers in self.routers.items():
-            weight = vars(self.config.orthogonal)[pool]
-            if weight:
-                with torch.enable_grad():
-                    weight_LED = _stacked(routers).requires_grad_()
-                    (gradient_LED,) = torch.autograd.grad(weight * orthogonal(weight_LED).sum(), weight_LED)
-                found += zip(routers, gradient_LED, strict=True)
+        for pool in self._spread:
+            with torch.enable_grad():
+                weight_LED = _stacked(self.routers[pool]).requires_grad_()
+                loss = vars(self.config.orthogonal)[pool] * orthogonal(weight_LED).sum()
+                (gradient_LED,) = torch.autograd.grad(loss, weight_LED)
+            found += zip(self.routers[pool], gradient_LED, strict=True)
         return found
 
 
@@ -188,7 +186,9 @@ def orthogonal(weight_LED: Tensor) -> Tensor:
     """(L, E, D) -> (L,): mean squared entry of W^ W^T - 1. Two rows at 45 degrees: (2 * 0.5 + 2 * 0) / 4 = 0.25."""
     unit_LED = F.normalize(weight_LED, dim=-1, eps=1e-12)
     gram_LEE = unit_LED @ unit_LED.transpose(1, 2)
-    return (gram_LEE - torch.eye(gram_LEE.shape[-1]).to(gram_LEE)).square().mean((1, 2))
+    return (
+        (gram_LEE - torch.eye(gram_LEE.shape[-1], dtype=gram_LEE.dtype, device=gram_LEE.device)).square().mean((1, 2))
+    )
 
 
 def _stacked(routers: Sequence[Router]) -> Tensor:

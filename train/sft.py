@@ -36,6 +36,7 @@ from train.run import (
     write_start,
 )
 from train.sources import ahead, build_data
+from train.telemetry import RoutingRecord, SegmentLosses
 from train.trained import freeze
 from train.weights import trained_weights
 
@@ -78,7 +79,6 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])
     policy = Policy(model, loss_is_linear=objective.linear)
     optimizer = build_optimizer(model, config.optim)
-    beside = [RouterLosses(model, config.objective, accelerator)]
     state = TrainState()
     if run.resume_from is not None and saved is not None:
         checkpoint.load(run.resume_from, model=weights, optimizer=optimizer)
@@ -87,6 +87,12 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         check_not_past(steps, state.step, run.resume_from)
     if config.objective.neftune_alpha:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
+    routing = RoutingRecord(model, run.folder if on_main else None, every=config.tracker.images_every, step=state.step)
+    beside = [
+        RouterLosses(model, config.objective, accelerator),
+        SegmentLosses(model.config, data.names, accelerator.device),
+        routing,
+    ]
     wrapped, prepared = accelerator.prepare(policy, optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
@@ -106,6 +112,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
+        if routing.due(step):
+            routing.publish(step, trackers)
 
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:
@@ -114,6 +122,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
         log(state.step, score.metrics())
+        routing.publish(state.step, trackers)
         progress.note(report.score_line(state.step, score))
         if state.step and score.accuracy > best and on_main:
             weights.publish(run.folder, "best", processor)

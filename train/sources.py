@@ -28,6 +28,11 @@ class Data(NamedTuple):
     heldout: Encoder | None
     quarantine: Quarantine
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the datasets that are trained on, as `PackedBatch.datasets` has them."""
+        return (self.train.encoder.dataset.name,)
+
 
 def open_parts(config: DataConfig) -> Parts:
     """Raises DataError: files missing or empty, settings that contradict each other."""

@@ -376,11 +376,12 @@ def charts(metrics: dict[str, float]) -> dict[str, float]:
 
     loss            -> loss                 eval_accuracy   -> eval/accuracy
     tokens_per_s    -> speed/tokens_per_s   router_text_dead -> router/text_dead
+    loss_image      -> loss/image           layer_text_dead_03 -> layer/text_dead_03
     """
     named = {}
     for key, value in metrics.items():
         section, _, rest = key.partition("_")
-        if section in ("eval", "router") and rest:
+        if section in ("eval", "router", "layer", "loss") and rest:
             key = f"{section}/{rest}"
         elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb"):
             key = f"speed/{key}"

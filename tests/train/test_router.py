@@ -19,7 +19,7 @@ from train import checkpoint
 from train.config import ObjectiveConfig, PoolWeights, UserError
 from train.loop import router_summary, train_step
 from train.objectives.sft import SFT
-from train.policy import Policy
+from train.policy import Policy, PolicyOutput
 from train.router import RouterLosses, orthogonal
 
 CONFIG = small.CONFIG.replace(num_hidden_layers=3, sparse_layers=(1, 2))
@@ -108,7 +108,7 @@ def test_two_half_dead_pools_do_not_look_balanced():
     config = ObjectiveConfig(balance=PoolWeights(1.0, 0.5))
     losses = RouterLosses(make_policy().model, config, small.accelerator())
     losses.before(WHOLE)
-    assert float(losses.terms(stats)) == 4.0 + 0.5 * 4.0
+    assert float(losses.terms(WHOLE[0], PolicyOutput(*[torch.empty(0)] * 2, stats))) == 4.0 + 0.5 * 4.0
 
 
 def test_the_bias_rises_where_the_load_is_below_the_mean():
@@ -208,7 +208,11 @@ def test_reported_losses_are_means_over_layers_of_what_is_minimised():
         only = ObjectiveConfig(balance=PoolWeights(**{key: 1.0}))
         losses = RouterLosses(policy.model, only, small.accelerator())
         losses.before(WHOLE)
-        assert math.isclose(found[f"router_{key}_balance"], float(losses.terms(stats)) / 2, rel_tol=1e-12)
+        assert math.isclose(
+            found[f"router_{key}_balance"],
+            float(losses.terms(WHOLE[0], PolicyOutput(*[torch.empty(0)] * 2, stats))) / 2,
+            rel_tol=1e-12,
+        )
         z = float((stats.square_2[:, pool] / stats.token_2[:, pool]).mean())
         assert math.isclose(found[f"router_{key}_z"], z, rel_tol=1e-12)
 
