@@ -123,12 +123,17 @@ def message(*overrides: str) -> str:
         ("evaluate.every=-1", "evaluate.every is -1; it must be 0 or more."),
         ("objective.balance.text=-1", "objective.balance.text is -1.0; it must be 0 (off) or a positive number."),
         ("objective.z_loss.vision=inf", "objective.z_loss.vision is inf; it must be 0 (off) or a positive number."),
+        ("tracker.images_every=-1", "tracker.images_every is -1; it must be 0 or more."),
         ("objective.bias_update=-1", "objective.bias_update is -1.0; it must be 0 (off) or a positive number."),
         (
             "objective.balance.txt=1",
             "objective.balance.txt is not a setting of sft; did you mean objective.balance.text?",
         ),
         # values that contradict each other
+        (
+            "tracker.images_every=15 run.log_every=10",
+            "tracker.images_every (15) is not a multiple of run.log_every (10)",
+        ),
         ("objective.orthogonal_decoupled=true", "but objective.orthogonal is 0 for both pools."),
         ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
         ("run.steps=10 optim=adamw evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),

@@ -524,8 +524,7 @@ class TrackerConfig:
     tensorboard: bool = False
     wandb: bool = False
     images_every: int = 0
-    """Updates between pictures of the experts' load, drawn when an update is logged (run.log_every); 0 draws them at
-    evaluations only."""
+    """Updates between pictures of the experts' load, a multiple of run.log_every; 0 draws them at evaluations only."""
 
     def __post_init__(self):
         check(self.images_every >= 0, f"tracker.images_every is {self.images_every}; it must be 0 or more.")
@@ -641,6 +640,11 @@ class SFTConfig:
     def __post_init__(self):
         if self.run.steps is not None:
             check_steps(self, self.run.steps)
+        check(
+            self.tracker.images_every % self.run.log_every == 0,
+            f"tracker.images_every ({self.tracker.images_every}) is not a multiple of run.log_every "
+            f"({self.run.log_every}), and pictures are drawn when an update is logged. Change one of them.",
+        )
 
 
 def check_steps(config: SFTConfig, steps: int) -> None:

@@ -5,7 +5,7 @@
     loss_set_NAME                            of each dataset, where there are several
     router_text_drift  router_vision_drift   share of a fixed row's choices that are no longer those before training
     layer_text_entropy_03  ...               imbalance, dead, entropy, drift of each layer and pool, with each picture
-    routing_text_000400.png                  the load of every expert since the last picture (train/heat_map.py)
+    routing_text_000400.png                  the load of every expert in this update (train/heat_map.py)
 
 Losses are added up on the device and travel with the step's other numbers. There is no number for padding: rows hold
 conversations end to end, so every token that is computed is a token of the data.
@@ -106,7 +106,9 @@ def _plain(names: Any) -> list[str]:
 
 
 class RoutingRecord(Beside):
-    """The routers' sums since the last picture, and a probe of how far they have moved.
+    """The routers' sums of the last update, and a probe of how far they have moved.
+
+    Nothing is gathered over several updates, so that a resumed run records what an uninterrupted one does.
 
     Args:
         folder: of the run; pictures and the probe lie in its folder routing/. None on ranks that write nothing.
@@ -115,13 +117,14 @@ class RoutingRecord(Beside):
     """
 
     def __init__(self, model: ErnieModel, folder: Path | None, *, every: int = 0, step: int = 0):
-        self.model, self.every, self.drawn, self.new = model, every, step, step == 0
+        self.model, self.every, self.new = model, every, step == 0
         sparse = any(isinstance(layer.mlp, MoE) for layer in model.layers)
         self.folder = folder / "routing" if folder is not None and sparse else None
         self.stats: RouterStats | None = None
         self.probe: Probe | None = None
 
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
+        self.stats = None
         if self.folder is not None and self.probe is None:
             path = self.folder / "probe.safetensors"
             if self.new or not path.exists():
@@ -129,18 +132,16 @@ class RoutingRecord(Beside):
             self.probe = Probe.load(path)
 
     def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
-        if router is not None and self.folder is not None:
-            self.stats = router if self.stats is None else self.stats.plus(router)
+        self.stats = router
 
     def due(self, step: int) -> bool:
-        return self.every > 0 and step - self.drawn >= self.every
+        return self.every > 0 and step % self.every == 0
 
     def publish(self, step: int, trackers: Sequence[Any]) -> None:
-        """Draw what was gathered since the last time, hand pictures and numbers to the trackers, and begin anew."""
-        self.drawn = step
-        if self.stats is None or self.folder is None:
-            return
+        """Draw the last update's routing, once, and hand pictures and numbers to the trackers."""
         stats, self.stats = self.stats, None
+        if stats is None or self.folder is None:
+            return
         drift_2L = None if self.probe is None else self.probe.drift(self.model)
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics: dict[str, float] = {}

@@ -158,20 +158,16 @@ class Tracker:
         self.images.append((name, path.name, step))
 
 
-def test_pictures_and_numbers_are_of_the_updates_since_the_last_ones(tmp_path):
+def test_pictures_and_numbers_are_of_the_last_update(tmp_path):
     policy, tracker = small.policy(dtype=torch.float64), Tracker()
     record = RoutingRecord(policy.model, tmp_path, every=2)
-    assert [record.due(step) for step in (1, 2, 3)] == [False, True, True]
-    counted = 0
-    for number in range(3):
+    assert [record.due(at) for at in (1, 2, 3, 4)] == [False, True, False, True]
+    for at in (1, 2, 3):
         step(policy, [small.row(TEXT, IMAGE)], [record])
-        counted += 1
-        assert record.stats is not None and record.stats.token_2.tolist() == [[12.0 * counted, 4.0 * counted]]
-        if number == 1:
-            record.publish(2, [tracker])
-            counted = 0
-    record.publish(3, [tracker])
-    record.publish(4, [tracker])  # nothing happened since
+        assert record.stats is not None and record.stats.token_2.tolist() == [[12.0, 4.0]]
+        if at > 1:
+            record.publish(at, [tracker])
+    record.publish(3, [tracker])  # an evaluation at the same step
     assert tracker.images == [
         (f"routing_{pool}", f"routing_{pool}_00000{at}.png", at) for at in (2, 3) for pool in ("text", "vision")
     ]
@@ -179,6 +175,15 @@ def test_pictures_and_numbers_are_of_the_updates_since_the_last_ones(tmp_path):
     assert record.probe is not None
     now = record.probe.drift(policy.model)[0].mean().item()
     assert tracker.metrics[3]["router_text_drift"] == now and tracker.metrics.keys() == {2, 3}
+
+
+def test_an_update_that_is_left_out_draws_nothing(tmp_path):
+    policy, tracker = small.policy(dtype=torch.float64), Tracker()
+    record, row = RoutingRecord(policy.model, tmp_path), small.row(IMAGE)
+    step(policy, [row], [record])
+    step(policy, [dataclasses.replace(row, patch_PX=row.patch_PX * math.nan)], [record])
+    record.publish(2, [tracker])
+    assert not tracker.images and not tracker.metrics
 
 
 def test_the_probe_is_that_of_the_first_start(tmp_path):
