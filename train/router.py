@@ -27,12 +27,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.batch import PackedBatch
-from ernie_model.context import Packed
-from ernie_model.model import ErnieModel
 from ernie_model.moe import MoE, Router, RouterStats
 from train.config import ObjectiveConfig, UserError
 from train.loop import Beside, all_sum
-from train.policy import PolicyOutput
+from train.policy import Policy, PolicyOutput, on_device
 
 
 class RouterLosses(Beside):
@@ -42,9 +40,9 @@ class RouterLosses(Beside):
         UserError: a weight is set for routers that do not exist, or that are frozen.
     """
 
-    def __init__(self, model: ErnieModel, config: ObjectiveConfig, accelerator: Accelerator):
-        self.model, self.config, self.accelerator = model, config, accelerator
-        layers = [layer.mlp for layer in model.layers if isinstance(layer.mlp, MoE)]
+    def __init__(self, policy: Policy, config: ObjectiveConfig, accelerator: Accelerator):
+        self.policy, self.config, self.accelerator = policy, config, accelerator
+        layers = [layer.mlp for layer in policy.model.layers if isinstance(layer.mlp, MoE)]
         self.routers: dict[str, list[Router]] = {
             "text": [mlp.text.router for mlp in layers],
             "vision": [mlp.vision.router for mlp in layers if mlp.vision is not None],
@@ -88,7 +86,7 @@ class RouterLosses(Beside):
         if self.balances and len(microbatches) > 1:
             self._remember(self._count(microbatches))
         elif self.has_terms and not self.balances:
-            ids = torch.tensor(self.model.config.vision_pool_token_ids, dtype=torch.int64)
+            ids = torch.tensor(self.policy.model.config.vision_pool_token_ids, dtype=torch.int64)
             tokens = sum(batch.num_tokens for batch in microbatches)
             vision = sum(int(torch.isin(batch.token_T, ids).sum()) for batch in microbatches)
             here = torch.tensor([tokens - vision, vision], dtype=torch.float64, device=self.accelerator.device)
@@ -158,15 +156,9 @@ class RouterLosses(Beside):
         # The real pass must draw the same random numbers (dropout of adapters), or other choices would be counted.
         with torch.random.fork_rng(devices):
             for batch in microbatches:
-                moved = batch.to(device)
-                output = self.model(
-                    moved.token_T,
-                    moved.position_3T,
-                    Packed(moved.lengths),
-                    patch_PX=moved.patch_PX,
-                    grids=moved.grids,
-                )
-                total = output.router if total is None else total.plus(output.router)
+                moved, row_R = on_device(batch, device)
+                router = self.policy(moved, row_R[:0]).router  # the policy, so that noise on embeddings is there too
+                total = router if total is None else total.plus(router)
         assert total is not None
         return total
 

@@ -89,7 +89,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
     routing = RoutingRecord(model, run.folder if on_main else None, every=config.tracker.images_every, step=state.step)
     beside = [
-        RouterLosses(model, config.objective, accelerator),
+        RouterLosses(policy, config.objective, accelerator),
         SegmentLosses(model.config, data.names, accelerator.device),
         routing,
     ]

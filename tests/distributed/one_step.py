@@ -70,7 +70,7 @@ def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
     assert isinstance(wrapped, nn.Module)
     wrapped.train()
     rows = [small.in_double(small.row(SEGMENTS[name])) for name in names]
-    routers = RouterLosses(policy.model, case.objective, accelerator)
+    routers = RouterLosses(policy, case.objective, accelerator)
     metrics = train_step(wrapped, SFT, optimizer, rows, accelerator=accelerator, max_grad_norm=1e9, beside=[routers])
     row, row_R = on_device(rows[0], accelerator.device)
     right = exact(policy(row, row_R).correct_T, row).sum().double()

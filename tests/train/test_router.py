@@ -15,7 +15,7 @@ from ernie_model.moe import MoE, RouterStats
 from ernie_model.recompute import keep_activations
 from ernie_model.recompute import recompute as recompute_layer
 from tests.train import small
-from train import checkpoint
+from train import checkpoint, neftune
 from train.config import ObjectiveConfig, PoolWeights, UserError
 from train.loop import router_summary, train_step
 from train.objectives.sft import SFT
@@ -63,7 +63,7 @@ def step(policy: Policy, rows, config: ObjectiveConfig, optimizer=None):
         [small.in_double(row) for row in rows],
         accelerator=small.accelerator(),
         max_grad_norm=1e9,
-        beside=[RouterLosses(policy.model, config, small.accelerator())],
+        beside=[RouterLosses(policy, config, small.accelerator())],
     )
     names = [name for name, _ in policy.named_parameters()]
     return dict(zip(names, getattr(optimizer, "caught", []), strict=False)), metrics
@@ -106,7 +106,7 @@ def test_two_half_dead_pools_do_not_look_balanced():
     assert (summary["router_text_balance"], summary["router_vision_balance"]) == (4.0, 4.0)
     assert (summary["router_text_dead"], summary["router_vision_dead"]) == (4, 4)
     config = ObjectiveConfig(balance=PoolWeights(1.0, 0.5))
-    losses = RouterLosses(make_policy().model, config, small.accelerator())
+    losses = RouterLosses(make_policy(), config, small.accelerator())
     losses.before(WHOLE)
     assert float(losses.terms(WHOLE[0], PolicyOutput(*[torch.empty(0)] * 2, stats))) == 4.0 + 0.5 * 4.0
 
@@ -114,7 +114,7 @@ def test_two_half_dead_pools_do_not_look_balanced():
 def test_the_bias_rises_where_the_load_is_below_the_mean():
     policy = make_policy()
     config = ObjectiveConfig(bias_update=0.5)
-    losses = RouterLosses(policy.model, config, small.accelerator())
+    losses = RouterLosses(policy, config, small.accelerator())
     count_L2E = torch.tensor([[[4.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 8.0]], [[3.0] * 4, [0.0] * 4]]).double()
     losses.after_update(torch.optim.SGD(policy.parameters()), RouterStats(*[count_L2E] * 6))
     expected = [[-0.5, 0, 0, 0.5], [0.5, 0.5, 0.5, -0.5], [0.0] * 4, [0.0] * 4]
@@ -206,7 +206,7 @@ def test_reported_losses_are_means_over_layers_of_what_is_minimised():
     stats = policy(row, row.weight_T.nonzero()[:, 0]).router.detach()
     for pool, key in enumerate(("text", "vision")):
         only = ObjectiveConfig(balance=PoolWeights(**{key: 1.0}))
-        losses = RouterLosses(policy.model, only, small.accelerator())
+        losses = RouterLosses(policy, only, small.accelerator())
         losses.before(WHOLE)
         assert math.isclose(
             found[f"router_{key}_balance"],
@@ -272,6 +272,15 @@ def test_the_counting_pass_draws_the_random_numbers_of_the_real_one():
     policy, _ = noisy()
     torch.manual_seed(1)
     assert_same(with_balance, step(policy, CUT, ObjectiveConfig())[0])  # and the real one drew what it always does
+
+
+def test_the_counting_pass_sees_the_noise_of_the_real_one():
+    """NEFTune changes embeddings, and with them choices, from outside the model."""
+    policy, seen = make_policy(), []
+    neftune.install(policy, 50.0, seed=0, step=lambda: 0)
+    policy.model.layers[1].register_forward_hook(lambda module, inputs, out: seen.append(out[1].preferred_2E))
+    step(policy, CUT, ObjectiveConfig(balance=PoolWeights(1.0, 1.0)))
+    assert len(seen) == 6 and all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -351,7 +360,7 @@ def test_the_bias_of_a_frozen_router_stays():
 def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
     policy = Policy(ErnieModel(CONFIG)).train()
     optimizer = small.optimizer(policy)
-    losses = RouterLosses(policy.model, ObjectiveConfig(bias_update=1e-3), small.accelerator())
+    losses = RouterLosses(policy, ObjectiveConfig(bias_update=1e-3), small.accelerator())
     train_step(policy, SFT, optimizer, CUT, accelerator=small.accelerator(), max_grad_norm=1.0, beside=[losses])
     expected = [router.correction_bias_E.clone() for router in routers(policy.model)]
     assert any(bias.any() for bias in expected)
@@ -413,5 +422,5 @@ def test_a_weight_without_effect_is_refused(architecture, frozen, config, messag
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or frozen not in name)
     with pytest.raises(UserError) as caught:
-        RouterLosses(model, config, small.accelerator())
+        RouterLosses(Policy(model), config, small.accelerator())
     assert message in str(caught.value)
