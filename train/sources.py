@@ -31,7 +31,7 @@ class Data(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         """Of the datasets that are trained on, as `PackedBatch.datasets` has them."""
-        return (self.train.encoder.dataset.name,)
+        return tuple(one.name for one in self.train.encoder.dataset.sets)
 
 
 def open_parts(config: DataConfig) -> Parts:

@@ -68,8 +68,8 @@ class SegmentLosses(Beside):
         for segment, token_T in enumerate(batch.token_T.split(batch.lengths)):
             has_video, has_image = ((token_T == id).any() for id in (self.video_id, self.image_id))
             member_SG[segment, 2 if has_video else 1 if has_image else 0] = 1
-            if self.datasets:
-                member_SG[segment, self.datasets[batch.datasets[segment]]] = 1
+            if self.datasets and (name := batch.datasets[segment]):  # a filler row comes from no dataset
+                member_SG[segment, self.datasets[name]] = 1
         return member_SG
 
     @torch.no_grad()

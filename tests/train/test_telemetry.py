@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.pack import filler
 from ernie_model.model import ErnieModel
 from ernie_model.moe import RouterStats
 from tests.train import small
@@ -66,6 +67,14 @@ def test_a_single_dataset_is_not_repeated_and_empty_groups_are_left_out():
     metrics = step(small.policy(dtype=torch.float64), [small.row(TEXT)], [SegmentLosses(small.CONFIG, ("a",), CPU)])
     assert math.isclose(metrics["loss_text"], metrics["loss"], rel_tol=1e-12)
     assert [key for key in metrics if key.startswith("loss_")] == ["loss_text"]
+
+
+def test_a_filler_row_belongs_to_no_dataset():
+    rows = [small.row(named("a", TEXT)), filler(3)]
+    metrics = step(small.policy(dtype=torch.float64), rows, [SegmentLosses(small.CONFIG, ("a", "b"), CPU)])
+    for key in ("loss_text", "loss_set_a"):
+        assert math.isclose(metrics[key], metrics["loss"], rel_tol=1e-12)
+    assert "loss_set_b" not in metrics
 
 
 def test_each_update_is_reported_alone():
