@@ -16,7 +16,9 @@ Shape letters:  N frames   P patches   X numbers in a patch
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
@@ -236,12 +238,28 @@ def font_file(settings: VideoSettings) -> tuple[str, bytes]:
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
+SEEK_GAP = 100
+"""How many frames that nobody wants are decoded rather than jumped over: a jump costs some frames too."""
+
+
+@dataclass(frozen=True)
+class SeekTable:
+    """Where a decoder may begin. Times are in the container's own unit, ascending."""
+
+    time_N: Sequence[int]
+    """When each frame is shown."""
+    key_times: Sequence[int]
+    """Of the frames that can be decoded without those before them."""
+
+
 @dataclass(frozen=True)
 class Clip:
     """What has to be known about a video file before frames are chosen."""
 
     num_frames: int
     fps: float
+    table: SeekTable | None = field(default=None, compare=False, repr=False)
+    """None: the container does not say when each frame is shown; such a file is decoded from its beginning."""
 
 
 def probe(file: VideoFile) -> Clip:
@@ -256,32 +274,77 @@ def probe(file: VideoFile) -> Clip:
         with _open(file) as container:
             stream = _video_stream(container, file)
             rate = stream.average_rate or stream.guessed_rate
-            count = sum(1 for packet in container.demux(stream) if packet.size)
+            count, times, keys = 0, array("q"), array("q")
+            for packet in container.demux(stream):
+                if not packet.size or packet.is_discard:
+                    continue
+                count += 1
+                if packet.pts is not None:
+                    times.append(packet.pts)
+                    if packet.is_keyframe:
+                        keys.append(packet.pts)
     except (FFmpegError, ValueError, EOFError) as error:
         raise _undecodable(file, error) from error
     if count == 0:
         raise MediaError(file_name(file), "the video has no frames.")
-    return Clip(count, float(rate) if rate else FALLBACK_FPS)
+    whole = len(times) == len(set(times)) == count
+    table = SeekTable(array("q", sorted(times)), array("q", sorted(keys))) if whole else None
+    return Clip(count, float(rate) if rate else FALLBACK_FPS, table)
 
 
-def decode_frames(file: VideoFile, indices: Sequence[int]) -> Iterator[Image.Image]:
+def decode_frames(file: VideoFile, indices: Sequence[int], table: SeekTable | None = None) -> Iterator[Image.Image]:
     """Yield the frames with the given ascending indices, upright, as RGB pictures; fewer if the file ends before.
+
+    With a table, what lies between them is jumped over where that saves work, so that a few frames of a long film cost
+    little more than those of a short one. Fewer frames come also where the table does not agree with the file.
 
     Raises:
         MediaError: the file cannot be decoded.
     """
+    if table is not None:
+        yield from _decode_jumping(file, indices, table)
+        return
     wanted, last = set(indices), max(indices)
     try:
         with _open(file) as container:
             stream = _video_stream(container, file)
             stream.thread_type = "AUTO"
-            for index, frame in enumerate(container.decode(stream)):
+            for index, frame in enumerate(_decoded(container, stream)):
                 if index in wanted:
                     yield _upright(frame)
                 if index == last:
                     return
     except (FFmpegError, ValueError, EOFError) as error:
         raise _undecodable(file, error) from error
+
+
+def _decode_jumping(file: VideoFile, indices: Sequence[int], table: SeekTable) -> Iterator[Image.Image]:
+    """`decode_frames` by the times of frames."""
+    try:
+        with _open(file) as container:
+            stream = _video_stream(container, file)
+            stream.thread_type = "AUTO"
+            frames, position = _decoded(container, stream), -1  # index of the frame decoded last
+            for index in indices:
+                wanted = table.time_N[index]
+                key = bisect_right(table.key_times, wanted) - 1
+                if key >= 0 and bisect_left(table.time_N, table.key_times[key]) - position > SEEK_GAP:
+                    frames.close()
+                    container.seek(table.key_times[key], stream=stream)
+                    frames = _decoded(container, stream)
+                # Frames before the wanted one: those behind the place where decoding began.
+                frame = next((frame for frame in frames if frame.pts is None or frame.pts >= wanted), None)
+                if frame is None or frame.pts != wanted:
+                    return
+                position = index
+                yield _upright(frame)
+    except (FFmpegError, ValueError, EOFError) as error:
+        raise _undecodable(file, error) from error
+
+
+def _decoded(container: InputContainer, stream: VideoStream) -> Generator[av.VideoFrame, None, None]:
+    """The frames from where the container stands, in the order they are shown."""
+    yield from container.decode(stream)
 
 
 def _open(file: VideoFile) -> InputContainer:
@@ -344,7 +407,7 @@ def _patches_of_file(
 ) -> tuple[np.ndarray, Grid]:
     clip = probe(source)
     indices = choose_frames(clip.num_frames, clip.fps, settings, choice, name)
-    patches = _file_to_patches(source, indices, clip.fps, settings, name)
+    patches = _file_to_patches(source, indices, clip.fps, settings, name, clip.table)
     if patches is None:  # some packets hold no picture: choose again, among the frames that exist
         count = _count_decodable(source)
         if count == 0:
@@ -356,11 +419,16 @@ def _patches_of_file(
 
 
 def _file_to_patches(
-    file: VideoFile, indices: Sequence[int], fps: float, settings: VideoSettings, name: str
+    file: VideoFile,
+    indices: Sequence[int],
+    fps: float,
+    settings: VideoSettings,
+    name: str,
+    table: SeekTable | None = None,
 ) -> tuple[np.ndarray, Grid] | None:
     """None if the file holds fewer frames than `indices` asks for."""
     seconds = [index / fps for index in indices]
-    patch_PX, grid, count = _cut_frames(decode_frames(file, indices), seconds, settings, name)
+    patch_PX, grid, count = _cut_frames(decode_frames(file, indices, table), seconds, settings, name)
     return (patch_PX, grid) if count == len(indices) else None
 
 

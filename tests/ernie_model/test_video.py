@@ -4,6 +4,8 @@ import ast
 import io
 import os
 import wave
+from collections.abc import Iterable
+from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +26,7 @@ from ernie_model.video import (
     Frames,
     FrameSampling,
     VideoSettings,
+    choose_frames,
     draw_timestamp,
     font_file,
     frame_indices,
@@ -334,6 +337,82 @@ def test_a_clip_from_a_phone_is_turned_upright(tmp_path):
     picture = np.asarray(next(video.decode_frames(bytes(content), [0])))
     assert picture.shape == (128, 64, 3)
     assert picture[10].mean() > 240 and picture[-10].mean() < 15
+
+
+def smooth_clip(path: Path, values: Iterable[int], key_every: int, b_frames: int = 0) -> Path:
+    """A clip with a key frame every so often, as cameras write them, and nowhere else."""
+    options = {"g": str(key_every), "bf": str(b_frames), "qscale": "1", "sc_threshold": "1000000000"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for value in values:
+            pixel_HW3 = np.full((64, 64, 3), value, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixel_HW3, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def repeated(path: Path, clip: Path, times: int) -> Path:
+    """The packets of `clip`, again and again."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [(bytes(packet), packet.is_keyframe) for packet in source.demux(video=0) if packet.size]
+        for number in range(times * len(packets)):
+            content, is_key = packets[number % len(packets)]
+            packet = av.Packet(content)
+            packet.pts = packet.dts = number
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), stream, is_key
+            target.mux(packet)
+    return path
+
+
+def test_three_hours_are_sampled_and_not_decoded_whole(tmp_path, monkeypatch):
+    decoded, original = [], video._decoded
+
+    def watched(*args):
+        for frame in original(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_decoded", watched)
+    clip = smooth_clip(tmp_path / "short.mp4", range(0, 200, 10), key_every=20)
+    path = repeated(tmp_path / "long.mp4", clip, times=3 * 3600 // 2)
+
+    assert probe(path) == video.Clip(108_000, 10.0)
+    patch_PX, grid = video_patches(path, UNSTAMPED)
+
+    assert grid == (180, 4, 4)  # every 600th frame: each is the first of a group of 20
+    np.testing.assert_allclose(brightness(patch_PX, grid), [0] * 180, atol=5)
+    assert len(decoded) == 180
+    late = ClipChoice(start_s=10_000.7, end_s=10_002.7)
+    wanted = choose_frames(108_000, 10.0, UNSTAMPED, late, "clip")
+    values = brightness(*video_patches(path, UNSTAMPED, choice=late))
+    np.testing.assert_allclose(values[: len(wanted)], [10 * (index % 20) for index in wanted], atol=8)
+    assert len(decoded) <= 180 + 40
+
+
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_jumping_finds_the_frames_that_decoding_all_finds(tmp_path, monkeypatch, b_frames):
+    """With B-frames, packets lie in another order than frames are shown."""
+    monkeypatch.setattr(video, "SEEK_GAP", 0)
+    path = smooth_clip(tmp_path / "a.mp4", range(0, 200, 2), key_every=12, b_frames=b_frames)
+    clip = probe(path)
+    assert clip.num_frames == 100 and clip.table is not None and 8 <= len(clip.table.key_times) <= 10
+    every = [np.asarray(picture) for picture in video.decode_frames(path, range(100))]
+
+    for start in (0, 5, 11, 12, 13, 95):
+        for step in (1, 7, 12, 30):
+            indices = range(start, 100, step)
+            jumped = [np.asarray(picture) for picture in video.decode_frames(path, indices, clip.table)]
+            assert len(jumped) == len(indices)
+            assert all(np.array_equal(picture, every[index]) for picture, index in zip(jumped, indices, strict=True))
+
+
+def test_a_table_that_does_not_agree_with_the_file_is_noticed(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.mov", [20, 60, 100])
+    table = video.SeekTable([0, 1, 2], [0, 1, 2])  # times in another unit
+    monkeypatch.setattr(video, "probe", lambda file: video.Clip(3, 10.0, table))
+    assert brightness(*video_patches(path, UNSTAMPED)) == [20, 60, 100, 100]
 
 
 def test_fewer_frames_than_packets_is_noticed(tmp_path, monkeypatch):
