@@ -67,7 +67,8 @@ def test_a_command_on_a_page_works(line):
         return
     out = run(*arguments, *([] if "--cfg" in arguments else ["--cfg", "job"]))
     assert out.returncode == 0, out.stderr
-    assert "model:" in out.stdout and "optim:" in out.stdout
+    groups = ("input:", "output:") if "train.convert" in arguments else ("model:", "optim:")
+    assert all(group in out.stdout for group in groups)
 
 
 def test_this_notices_a_command_with_a_typo():

@@ -71,7 +71,7 @@ def collect(config: SFTConfig, processor: Witness) -> tuple[list[Sample], list[R
     known: set[tuple[str, str]] = set()
     step = 0
     while len(rows) < wanted.rows or len(samples) < wanted.examples:
-        if rows and streams[0].report.epoch >= 1:  # small data: it would come round again
+        if streams[0].report.epoch >= 2:  # small data: all of it has been in a row by now
             break
         for rank, stream in enumerate(streams):
             for batch in stream.next_step():

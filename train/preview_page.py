@@ -162,7 +162,8 @@ def _sample(number: int, sample: Sample, page: Page) -> Iterator[str]:
         facts.append(f"{sum(m.num_tokens for m in sample.media):,} of images and videos")
     facts.append(f"row {sample.row + 1}, place {sample.segment + 1}")
     dataset = f"<span class=dataset>{_text(sample.dataset)}</span>" if sample.dataset else ""
-    yield f"<article id=s{number}><h2><b>{number + 1}</b> {_text(sample.id)}{dataset}"
+    name = f"<span title='{_text(sample.id)}'>{_text(sample.id.rpartition('/')[2])}</span>"
+    yield f"<article id=s{number}><h2><b>{number + 1}</b> {name}{dataset}"
     widest = max((medium.grid[2] * page.patch_size for medium in sample.media), default=0)
     columns = "one" if not sample.media else "narrow" if widest * SCALE <= NARROW else "two"
     yield f"<small>{' · '.join(facts)}</small></h2><div class={columns}>"
