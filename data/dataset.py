@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -94,7 +94,8 @@ class ListDataset:
 class RecordDataset:
     """Conversations read from a file when they are asked for.
 
-    `indices` chooses some of its records; `read` turns one into a conversation.
+    `indices` chooses some of the records; `read` turns one into a conversation. `twins` are the records that are
+    refused because an earlier one has the same id (`find_twins`).
     """
 
     def __init__(
@@ -104,12 +105,14 @@ class RecordDataset:
         media: MediaFolder,
         read: Callable[[Record], Conversation],
         indices: Sequence[int] | np.ndarray | None = None,
+        twins: Mapping[int, int] | None = None,
     ):
         self.name = name
         self.media = media
         self._records = records
         self._read = read
         self._indices = np.arange(len(records)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self._twins = twins or {}
 
     @property
     def fingerprint(self) -> str:
@@ -120,8 +123,15 @@ class RecordDataset:
 
     def __getitem__(self, index: int) -> Conversation:
         """Raises RefusedError for a record that cannot be read, or is not in its format."""
+        number = int(self._indices[index])
         with refusing(Stage.READ, dataset=self.name, file=str(self._records.path)):
-            record = self._records[int(self._indices[index])]
+            record = self._records[number]
+            if number in self._twins:
+                first = self._records[self._twins[number]]
+                raise DataError(
+                    f"{record.source}: the id {record.value['id']!r} is already that of {first.source}. Give each "
+                    "record an id of its own, or none; remove one if they are the same."
+                )
         return understood(record, self._read, self.name)
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -244,8 +254,9 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
         return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
     records = open_records(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
     read = _reader(spec, _first(records))
+    twins = find_twins(records)
     if not eval_fraction:
-        return Splits(RecordDataset(name, records, media, read), None)
+        return Splits(RecordDataset(name, records, media, read, None, twins), None)
     if len(records) < 2:
         raise DataError(
             f"data.eval_fraction is {eval_fraction}, but {spec.path} has a single record, which cannot be split. "
@@ -254,7 +265,10 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
     count = min(max(1, round(len(records) * eval_fraction)), len(records) - 1)
     order = np.random.default_rng(seed).permutation(len(records))
     train, heldout = np.sort(order[count:]), np.sort(order[:count])
-    return Splits(RecordDataset(name, records, media, read, train), RecordDataset(name, records, media, read, heldout))
+    return Splits(
+        RecordDataset(name, records, media, read, train, twins),
+        RecordDataset(name, records, media, read, heldout, twins),
+    )
 
 
 def open_task(name: str, task: str, seed: int = 0) -> Splits:
@@ -266,6 +280,48 @@ def open_task(name: str, task: str, seed: int = 0) -> Splits:
     shared = {conversation.id for conversation in train} & {conversation.id for conversation in heldout}
     assert not shared, f"digits {sorted(shared)} are both trained on and held out"
     return Splits(ListDataset(name, train), ListDataset(name, heldout))
+
+
+def find_twins(records: Records) -> dict[int, int]:
+    """Records whose id an earlier one has: {number of the later: number of the first}. 8 bytes are held per record.
+
+    Every record is read once, which takes half a minute for a million lines; so not where they carry media inside, or
+    where the first has no id (it is then called by its file and line).
+    """
+    first = _first(records)
+    if first is None or first.value.get("id") is None or _carries_bytes(first.value):
+        return {}
+    hashes = np.zeros(len(records), dtype=np.uint64)
+    for number in range(len(records)):
+        id = _id_of(records, number)
+        # 0 stands for none; Python's own hash of a text differs between processes, and ranks need not agree on it
+        hashes[number] = 0 if id is None else hash(id) & (2**64 - 1)
+    _, where, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero((counts[where] > 1) & (hashes != 0)).tolist()
+    twins: dict[int, int] = {}
+    seen: dict[str, int] = {}
+    for number in suspects:  # equal hashes may be chance
+        id = _id_of(records, number)
+        assert id is not None
+        if seen.setdefault(id, number) != number:
+            twins[number] = seen[id]
+    return twins
+
+
+def _id_of(records: Records, number: int) -> str | None:
+    try:
+        id = records[number].value.get("id")
+    except DataError:  # it will be refused for that
+        return None
+    return None if id is None else str(id)
+
+
+def _carries_bytes(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_carries_bytes, value.values()))
+    if isinstance(value, list):
+        return any(map(_carries_bytes, value))
+    return isinstance(value, bytes)
 
 
 def _first(records: Records) -> Record | None:

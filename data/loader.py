@@ -30,8 +30,8 @@ from data.pack import Packer, Sized, collate, deal, filler
 
 AHEAD_PER_WORKER = 4
 """Records handed to each worker ahead of their use; enough to ride over a large image among small ones."""
-PATCH_COST = 0.25
-"""What a patch costs to train on, in tokens; see tests/bench/balance.py."""
+PATCH_COST = 0.14
+"""What a patch costs to train on, in text tokens: of the released 28B model (train/sources.py counts any other's)."""
 
 
 class StreamReport(NamedTuple):

@@ -12,8 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 from data.errors import DataError
@@ -49,11 +48,9 @@ class Workers:
         """Wait for a piece of work; `name` says what it is about. Raises what the work raised, or StuckError."""
         warned = False
         while True:
-            try:
-                return future.result(timeout=min(self.slow_s, self.dead_s) / 4 if warned else self.slow_s / 4)
-            except FutureTimeoutError:
-                if future.done():  # the work itself raised a TimeoutError
-                    raise
+            wait([future], timeout=self.slow_s / 4)
+            if future.done():
+                return future.result()
             began = self._began.get(future)
             lasted = 0.0 if began is None else time.monotonic() - began
             if lasted >= self.dead_s:
@@ -104,7 +101,7 @@ class Workers:
             except BaseException as caught:  # raised again where the result is asked for
                 value, error = None, caught
             del self._at_work[future], self._began[future]
-            try:
-                future.set_exception(error) if error is not None else future.set_result(value)
-            except InvalidStateError:
-                continue
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(value)

@@ -19,6 +19,8 @@ from data.loader import BackgroundStream, PackedStream
 from data.mixture import Mixture, Parts, Share, open_mixture
 from data.order import Key
 from data.quarantine import Quarantine
+from ernie_model.config import ErnieConfig
+from ernie_model.flops import forward_flops
 from ernie_model.processor import Processor
 from train.config import DataConfig, DigitsData, FilesData, SetConfig
 
@@ -156,6 +158,7 @@ def build_data(
         world=world,
         lookahead=config.lookahead,
         shuffle=config.shuffle,
+        patch_cost=patch_cost(processor.config),
     )
     data = Data(stream, None if heldout is None else encoder(heldout), quarantine)
     for part in (data.train.encoder, data.heldout):
@@ -163,6 +166,17 @@ def build_data(
             for index in range(len(part.dataset.sets)):
                 part.size(Key(index, 0))
     return data
+
+
+def patch_cost(config: ErnieConfig) -> float:
+    """Operations that an image takes for each of its patches, those of its tokens apart, over those of a text token."""
+    if config.vision is None:
+        return 0.0
+    text, side = 512, 32  # a conversation and an image of usual size: the scores of attention grow with both
+    tokens = text + side * side // 4
+    plain = sum(forward_flops(config, lengths=(text,), learned=0).values())
+    both = sum(forward_flops(config, lengths=(tokens,), grids=((1, side, side),), learned=0).values())
+    return (both - plain * tokens / text) / (side * side) / (plain / text)
 
 
 def ahead(stream: PackedStream, prefetch: int) -> PackedStream | BackgroundStream:

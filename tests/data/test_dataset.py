@@ -8,7 +8,7 @@ from data.conversation import Conversation, Message, Part
 from data.dataset import ListDataset, SetSpec, open_set
 from data.encode import encode
 from data.encoder import Encoder
-from data.errors import DataError
+from data.errors import DataError, RefusedError
 from data.fit import Rules
 from data.formats import messages
 from data.loader import PackedStream
@@ -142,3 +142,25 @@ def test_one_bad_line_among_good_ones_is_left_out_and_written_down(tmp_path, tal
     Quarantine.start_anew(tmp_path)
     with pytest.raises(TooManyBadError, match="train.jsonl:14: not readable as JSON"):
         seen(0)
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.4])
+def test_the_second_record_of_an_id_is_refused_with_both_places(tmp_path, talk, heldout):
+    """Also when one of the two is trained on and the other held out."""
+    values = [messages.write(talk(id, "q", "x")) for id in ("a", "b", "a", "c", "b", "a")]
+    del values[3]["id"]
+    path = write_jsonl(tmp_path / "train.jsonl", values)
+    parts = opened(path, eval_fraction=heldout)
+
+    found, refused = [], {}
+    for mixture in parts:
+        for key in () if mixture is None else mixture.keys():
+            try:
+                found.append(mixture[key].id)
+            except RefusedError as error:
+                refused[error.refusal.line] = error.refusal.reason
+
+    assert set(found) == {"a", "b", f"{path}:4"} and len(found) == 3
+    assert refused.keys() == {3, 5, 6}
+    assert "train.jsonl:5: the id 'b' is already that of" in refused[5] and "train.jsonl:2. Give each" in refused[5]
+    assert "train.jsonl:1." in refused[3] and "train.jsonl:1." in refused[6]

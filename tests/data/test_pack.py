@@ -7,7 +7,7 @@ import torch
 
 from data.encode import Example
 from data.errors import DataError
-from data.pack import Packer, Sized, collate, pack
+from data.pack import Packer, Sized, collate, deal, pack
 
 
 def packer_of(items, **options):
@@ -152,3 +152,20 @@ def test_pack_packs_a_list():
     rows = pack([example("a", [1] * 6), example("b", [2] * 7), example("c", [3] * 3)], max_tokens=10)
 
     assert [row.ids for row in rows] == [("a", "c"), ("b",)]
+
+
+def test_the_dealing_in_the_docstring():
+    assert deal([9, 1, 8, 2], 2) == [[0, 1], [2, 3]]
+
+
+def test_dealing_by_cost():
+    draw = random.Random(2)
+    for ranks in (1, 2, 3, 8):
+        costs = [draw.lognormvariate(0, 1) for _ in range(4 * ranks)]
+        dealt = deal(costs, ranks)
+
+        assert sorted(row for share in dealt for row in share) == list(range(len(costs)))
+        assert all(share == sorted(share) and len(share) == 4 for share in dealt)
+        dearest = max(sum(costs[row] for row in share) for share in dealt)
+        assert dearest <= max(sum(costs[rank::ranks]) for rank in range(ranks))  # no worse than taking turns
+    assert deal([1.0] * 6, 3) == [[0, 3], [1, 4], [2, 5]]  # nothing to choose between: in turn

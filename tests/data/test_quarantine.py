@@ -125,7 +125,7 @@ def photos(png):
 def streams(dataset, processor, world, **options):
     for rank in range(world):
         encoder = Encoder(dataset, processor, Rules(max_tokens=18), **options)
-        yield PackedStream(encoder, seed=0, rank=rank, world=world, accumulation=2 // world, shuffle=False)
+        yield PackedStream(encoder, seed=0, rank=rank, world=world, accumulation=2 // world, shuffle=False, lookahead=2)
 
 
 def ids(steps):
