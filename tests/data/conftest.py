@@ -6,7 +6,6 @@ Every character is a token (its code point), a picture is four: `[**]` with 16 p
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,13 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-import ernie_model
 from data.conversation import Conversation, Message, Part
 from data.dataset import ListDataset
-from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.images import ImageSize
 from ernie_model.processor import Processor
-from ernie_model.tokenizer import MEDIA_TOKENS, Tokenizer
+from tests.data.tiny import tiny_processor
 
 
 class LetterProcessor:
@@ -121,18 +118,4 @@ def png() -> bytes:
 
 @pytest.fixture(scope="session")
 def real_processor() -> Processor:
-    """The real one, with the small tokenizer that ships with the suite, for a tiny vision-language model."""
-    tokenizer = Tokenizer.load(Path(ernie_model.__file__).parent / "assets" / "tiny_tokenizer")
-    config = ErnieConfig(
-        vocab_size=2048,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        mrope_section=(3, 3, 2),
-        vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-        **{field: tokenizer.require(string) for field, string in MEDIA_TOKENS.items()},
-    )
-    return Processor(tokenizer, config)
+    return tiny_processor()

@@ -352,16 +352,18 @@ def smooth_clip(path: Path, values: Iterable[int], key_every: int, b_frames: int
     return path
 
 
-def repeated(path: Path, clip: Path, times: int) -> Path:
-    """The packets of `clip`, again and again."""
+def repeated(path: Path, clip: Path, times: int, rate: int = 10) -> Path:
+    """The packets of `clip`, again and again, `rate` frames per second."""
     with av.open(str(clip)) as source, av.open(str(path), "w") as target:
         stream = target.add_stream_from_template(source.streams.video[0])
+        stream.time_base = Fraction(1, rate)
         packets = [(bytes(packet), packet.is_keyframe) for packet in source.demux(video=0) if packet.size]
         for number in range(times * len(packets)):
             content, is_key = packets[number % len(packets)]
             packet = av.Packet(content)
             packet.pts = packet.dts = number
-            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, 10), stream, is_key
+            packet.duration = 1
+            packet.time_base, packet.stream, packet.is_keyframe = Fraction(1, rate), stream, is_key
             target.mux(packet)
     return path
 
