@@ -25,6 +25,7 @@ from train.config import (
 from train.explain import explain
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for data that users bring
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
@@ -36,7 +37,8 @@ def load(*overrides: str) -> SFTConfig:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice):
-    needed = ["data.path=chats.jsonl"] if choice == "data=files" else []
+    theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
+    needed = ["data.path=chats.jsonl"] if choice in theirs else []
     assert isinstance(load(choice, *needed), SFTConfig)
 
 

@@ -525,8 +525,15 @@ class TrackerConfig:
     wandb: bool = False
     images_every: int = 0
     """Updates between pictures of the experts' load, a multiple of run.log_every; 0 draws them at evaluations only."""
+    peak_tflops: float | None = None
+    """What one device could do, in 10^12 operations per second, for the share reached (mfu); null takes it from the
+    data sheet of known GPUs, and measures it elsewhere."""
 
     def __post_init__(self):
+        check(
+            self.peak_tflops is None or 0 < self.peak_tflops < math.inf,
+            f"tracker.peak_tflops is {self.peak_tflops}; it must be a positive number, or null.",
+        )
         check(self.images_every >= 0, f"tracker.images_every is {self.images_every}; it must be 0 or more.")
 
     @property

@@ -100,6 +100,8 @@ class Plan:
     log_every: int = 1
     save_every: int = 0
     evaluate_every: int = 0
+    peak_flops: float | None = None
+    """Operations per second that all devices together could do; with it, the share reached is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +139,7 @@ def fit(
         UserError: more than `plan.max_skipped` updates were not finite.
     """
     policy.train()
-    clock = Clock(state.step, plan.steps)
+    clock = Clock(state.step, plan.steps, plan.peak_flops)
     if evaluation_is_due(state, plan):  # the run was stopped before it
         hooks.evaluate(state)
     while state.step < plan.steps:
@@ -378,8 +380,8 @@ def router_summary(stats: RouterStats) -> dict[str, float]:
 class Clock:
     """How fast it goes, and how long it will take."""
 
-    def __init__(self, first_step: int, steps: int):
-        self.first_step, self.steps = first_step, steps
+    def __init__(self, first_step: int, steps: int, peak_flops: float | None = None):
+        self.first_step, self.steps, self.peak_flops = first_step, steps, peak_flops
         self.begin = self.arrived = time.perf_counter()
         self.mean_s = 0.0
 
@@ -397,6 +399,8 @@ class Clock:
         rates = {
             f"{name}_per_s": metrics[name] / step_s for name in ("tokens", "text_tokens", "image_tokens", "patches")
         }
+        if self.peak_flops and "flops" in metrics:
+            rates["mfu"] = metrics["flops"] / step_s / self.peak_flops
         return rates | {
             "step_s": step_s,
             "data_wait": (self.arrived - self.begin) / step_s,

@@ -140,6 +140,8 @@ def fields(metrics: Mapping[str, float], compact: bool = False) -> list[str]:
             text, image = short(metrics["text_tokens_per_s"]), short(metrics["image_tokens_per_s"])
             speed = f"{text}+{image}" if compact else f"{speed} (text {text}, image {image})"
         out.append(f"tokens/s {speed}")
+    if "mfu" in metrics and not compact:
+        out.append(f"mfu {metrics['mfu']:.0%}")
     if "memory_gb" in metrics:
         out.append(f"mem {metrics['memory_gb']:.1f}G")
     if "lr" in metrics:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from contextlib import ExitStack
 
+import torch
 from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
@@ -17,6 +18,7 @@ from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
 from train.config import PeftKind, SFTConfig, check_steps, plain, register, to_typed
+from train.efficiency import Work, peak_flops
 from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
@@ -91,6 +93,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     beside = [
         RouterLosses(policy, config.objective, accelerator),
         SegmentLosses(model.config, data.names, accelerator.device),
+        Work(model, model.config, accelerator.device),
         routing,
     ]
     wrapped, prepared = accelerator.prepare(policy, optimizer)
@@ -160,8 +163,11 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
             progress.note(report.saved_line(done))
         accelerator.wait_for_everyone()
 
+    peak = config.tracker.peak_tflops
+    peak = peak_flops(accelerator.device, model.compute_dtype or torch.float32) if peak is None else peak * 1e12
     plan = Plan(
         steps=steps,
+        peak_flops=ranks * peak,
         learning_rate=lambda step: learning_rate(step, steps, config.optim),
         max_grad_norm=config.optim.max_grad_norm,
         max_skipped=config.optim.max_skipped,

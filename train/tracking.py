@@ -383,7 +383,7 @@ def charts(metrics: dict[str, float]) -> dict[str, float]:
         section, _, rest = key.partition("_")
         if section in ("eval", "router", "layer", "loss") and rest:
             key = f"{section}/{rest}"
-        elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb"):
+        elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb", "mfu"):
             key = f"speed/{key}"
         elif key.endswith("tokens") or key in ("patches", "units", "skipped"):
             key = f"batch/{key}"

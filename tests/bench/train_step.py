@@ -17,6 +17,8 @@ import torch
 
 from data.batch import PackedBatch
 from ernie_model.config import ErnieConfig
+from ernie_model.flops import forward_flops, training_flops
+from ernie_model.parts import Part
 from tests.bench.models import SIZES, Size, build_pair, packed, padded, random_segments
 from tests.bench.timing import Timing, default_allocator, in_turn, matmul_peak, ratio
 from train.memory import keep_freed_memory
@@ -31,27 +33,9 @@ def lognormal_lengths(count: int, seed: int) -> list[int]:
 
 
 def step_flops(config: ErnieConfig, batch: PackedBatch) -> float:
-    """FLOPs of the matrix products of one step, backward counted as twice the forward; nothing recomputed counts."""
-    assert config.vision is not None
-    width, head = config.hidden_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    media = int(torch.isin(batch.token_T, torch.tensor(config.vision_pool_token_ids)).sum())
-    text = batch.num_tokens - media
-    attention = batch.num_tokens * 2 * width * (2 * queries + 2 * keys)
-    attention += sum(2 * n * n * queries for n in batch.lengths)  # causal: half of 4 n^2
-    sparse, dense = len(config.sparse_layers), config.num_hidden_layers - len(config.sparse_layers)
-    mlp = dense * batch.num_tokens * 6 * width * config.intermediate_size
-    experts = text * config.text_expert_width + media * config.vision_expert_width
-    mlp += sparse * 6 * width * config.experts_per_token * experts
-    mlp += sparse * batch.num_tokens * 6 * width * config.num_shared_experts * config.text_expert_width
-    logits = int((batch.weight_T > 0).sum()) * 2 * width * config.vocab_size
-    vision = config.vision
-    c, patches = vision.hidden_size, sum(t * h * w for t, h, w in batch.grids)
-    tower = patches * (2 * vision.patch_dim * c + vision.depth * (8 * c * c + 4 * c * vision.intermediate_size))
-    tower += vision.depth * sum(t * 4 * (h * w) ** 2 * c for t, h, w in batch.grids)
-    merged = 4 * c
-    tower += patches // 4 * 2 * (2 * merged * merged + 3 * merged * merged + merged * width)
-    return 3.0 * (config.num_hidden_layers * attention + mlp + logits + tower)
+    """FLOPs of the matrix products of one step in which everything trains; nothing recomputed counts."""
+    learned = int((batch.weight_T > 0).sum())
+    return training_flops(forward_flops(config, lengths=batch.lengths, grids=batch.grids, learned=learned), set(Part))
 
 
 class Comparison(NamedTuple):

@@ -122,7 +122,7 @@ def lines(path: Path) -> list[dict]:
 
 
 # What depends on the clock and the machine; everything else must be equal to the last bit.
-OF_THE_CLOCK = {"time", "step_s", "data_wait", "eta_s", "memory_gb"}
+OF_THE_CLOCK = {"time", "step_s", "data_wait", "eta_s", "memory_gb", "mfu"}
 
 
 def numbers(folder: Path) -> list[dict]:

@@ -87,7 +87,7 @@ def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
     *_, last = (line for line in lines if "loss" in line)
     for key in ("grad_norm", "lr", "accuracy", "tokens_per_s", "image_tokens_per_s", "patches_per_s", "step_s"):
         assert key in last, key
-    for key in ("data_wait", "memory_gb", "eta_s", "router_vision_imbalance", "router_text_dead", "skipped"):
+    for key in ("data_wait", "memory_gb", "eta_s", "mfu", "router_vision_imbalance", "router_text_dead", "skipped"):
         assert key in last, key
     start = json.loads((folder / "run.json").read_text())["starts"][0]
     assert start["command"] and start["versions"]["torch"] and "git" in start
