@@ -136,8 +136,11 @@ def test_a_few_bad_records_are_a_warning(tmp_path, monkeypatch, broken):
     assert run(monkeypatch, tmp_path / "run", *settings) == 0
     assert any("cut.jpg" in text for text in texts(said(tmp_path / "run"), "warning"))
     assert run(monkeypatch, tmp_path / "run", *settings, "data.max_bad=0") == 1
-    # the second look found the same ones, mended ones would be gone
-    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 2
+    refused = tmp_path / "run" / "quarantine.jsonl"
+    assert len(refused.read_text().splitlines()) == 2  # the second look found the same ones
+    (broken.parent / "cut.jpg").write_bytes(picture())
+    assert run(monkeypatch, tmp_path / "run", *settings) == 0
+    assert [json.loads(line)["id"] for line in refused.read_text().splitlines()] == ["empty-image"]
 
 
 def test_a_healthy_run_and_its_packing(tmp_path, monkeypatch, capsys):
@@ -172,7 +175,7 @@ def test_adapters_and_what_random_weights_are_bad_for(tmp_path, monkeypatch, cap
     report = said(tmp_path / "run")
     warnings = " ".join(texts(report, "warning"))
     assert "optim.freeze=['vision'] keeps some of them random" in warnings
-    assert "1 ids of training data are used more than once (same)" in warnings
+    assert "training data uses ids more than once: 1 of them (same)" in warnings
     assert 0 < report["numbers"]["trained_parameters"] < report["numbers"]["parameters"] / 5
     assert "adapters of" in capsys.readouterr().out
 

@@ -26,7 +26,7 @@ from data.mixture import Mixture
 from data.order import Key
 from data.pack import Packer, Sized
 from data.prepare import Checked, check_record
-from data.quarantine import FILE, Quarantine
+from data.quarantine import Quarantine
 from ernie_model.processor import Processor
 from train.checks.findings import Finding, ok, problem, warning
 from train.config import DataConfig
@@ -158,7 +158,7 @@ def judge(found: Statistics, quarantine: Quarantine, config: DataConfig, new: in
         named = ", ".join(twice[:LONGEST]) + (", ..." if len(twice) > LONGEST else "")
         findings.append(
             warning(
-                f"{len(twice)} ids of {found.name} are used more than once ({named}). Is the data in there twice? "
+                f"{found.name} uses ids more than once: {len(twice)} of them ({named}). Is the data in there twice? "
                 "Reports could not tell these records apart; give each its own id, or none."
             )
         )
@@ -229,10 +229,8 @@ def one_epoch(mixture: Mixture, config: DataConfig) -> Iterator[Key]:
 
 def judge_packing(fill: float, num_rows: int, steps: int, config: DataConfig) -> list[Finding]:
     """`steps`: updates of one epoch on one process."""
-    text = (
-        f"{num_rows:,} rows of {config.max_tokens:,} tokens per epoch, {fill:.1%} filled; {steps:,} updates per epoch "
-    )
-    text += f"on one process (data.accumulation={config.accumulation})"
+    text = f"an epoch is {num_rows:,} x {config.max_tokens:,} tokens, {fill:.1%} filled; on one process that makes "
+    text += f"{steps:,} x {config.accumulation} (updates x data.accumulation)"
     if fill < POOR_FILL and num_rows > 1:
         way_out = "A larger data.max_tokens or data.lookahead fills them better"
         return [warning(f"{text}. The rest of every row is computed for nothing. {way_out}.")]
@@ -247,9 +245,9 @@ def describe(found: Statistics) -> Iterator[str]:
     if found.media.any():
         yield from histogram("images and videos per record", found.media)
         yield from histogram("patches per record", found.patches)
-    longest = np.argsort(-found.tokens, kind="stable")[:LONGEST]
-    named = ", ".join(f"{found.ids[number]} ({found.tokens[number]:,})" for number in longest)
-    yield f"longest: {named}"
+    yield "longest records"
+    for number in np.argsort(-found.tokens, kind="stable")[:LONGEST]:
+        yield f"    {found.tokens[number]:>8,}  {found.ids[number]}"
 
 
 def histogram(title: str, values: np.ndarray, edges: Sequence[float] | None = None, width: int = 40) -> Iterator[str]:
@@ -285,5 +283,5 @@ def histogram(title: str, values: np.ndarray, edges: Sequence[float] | None = No
 def quarantine_for(folder: Path, num_records: int, *, anew: bool) -> Quarantine:
     """The file that the run would write, without its limit: here every bad record shall be named."""
     if anew:
-        (folder / FILE).unlink(missing_ok=True)
+        Quarantine.start_anew(folder)
     return Quarantine(folder, max_bad=1.0, num_records=num_records)
