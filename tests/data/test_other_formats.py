@@ -6,8 +6,9 @@ import pytest
 
 from data import formats
 from data.conversation import Conversation, Message, Pair, Part, Source, ToolCall
+from data.dataset import SetSpec, open_set
 from data.errors import DataError
-from data.records import Record
+from data.records import Record, write_jsonl
 
 HERE = Source("train.jsonl", 7)
 USER, YES, NO = (
@@ -291,14 +292,9 @@ def test_typed_markup_stays_text(name, real_processor):
 
 
 def test_fine_tuning_takes_neither_pairs_nor_unwanted_answers(tmp_path):
-    from data.dataset import RecordDataset
-    from data.media import MediaFolder
-    from data.records import open_records, write_jsonl
-
     def first(value):
         path = write_jsonl(tmp_path / "train.jsonl", [value])
-        read = formats.recognise(open_records(path)[0]).read
-        return RecordDataset(open_records(path), MediaFolder(tmp_path), read=read)[0]
+        return open_set("chats", SetSpec(path=str(path))).train[0]
 
     with pytest.raises(DataError, match="is a pair, a chosen and a rejected answer.*ernie convert .*keep=wanted"):
         first({"prompt": "q", "chosen": "y", "rejected": "n"})
