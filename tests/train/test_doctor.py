@@ -170,11 +170,14 @@ def test_a_healthy_run_and_its_packing(tmp_path, monkeypatch, capsys):
 def test_adapters_and_what_random_weights_are_bad_for(tmp_path, monkeypatch, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(json.dumps({"id": "same", "messages": [QUESTION, ANSWER]}) for _ in range(3)))
-    settings = ["data=files", f"data.path={few}", "peft=lora", "run.steps=200"]
+    # Of a file the second record of an id is refused; a stream cannot know.
+    sets = f"data.sets={{a: {{path: {few}}}, b: {{path: {few}, streaming: true}}}}"
+    settings = ["data=files", sets, "peft=lora", "run.steps=200"]
     assert run(monkeypatch, tmp_path / "run", *settings) == 0
     report = said(tmp_path / "run")
     warnings = " ".join(texts(report, "warning"))
     assert "optim.freeze=['vision'] keeps some of them random" in warnings
+    assert "the id 'same' is already that of" in warnings
     assert "training data uses ids more than once: 1 of them (same)" in warnings
     assert 0 < report["numbers"]["trained_parameters"] < report["numbers"]["parameters"] / 5
     assert "adapters of" in capsys.readouterr().out
