@@ -90,7 +90,8 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         gate, up = ctx.saved_tensors
         grad_up = F.silu(gate).mul_(grad)
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grad_gate = grad * up
+        torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)  # in place
         return grad_gate, grad_up
 
 

@@ -55,7 +55,8 @@ class _QuickGelu(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         (x,) = ctx.saved_tensors
         # x * s(ax)  ->  s + a x s (1 - s), and silu'(y) = s + y s (1 - s) at y = ax is the same expression
-        return torch.ops.aten.silu_backward(grad, 1.702 * x)
+        scaled = 1.702 * x
+        return torch.ops.aten.silu_backward.grad_input(grad, scaled, grad_input=scaled)  # in place
 
 
 def quick_gelu(x: Tensor) -> Tensor:

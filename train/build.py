@@ -18,13 +18,12 @@ from ernie_model.processor import Processor
 from ernie_model.recompute import recompute, recompute_offload
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.config import ModelConfig, ParallelConfig, Precision, Recompute, UserError, flatten, suggestion
-from train.logprobs import chunk_size
+from train.footprint import Footprint, footprint
 from train.memory import keep_freed_memory
-from train.trained import MOMENT_BYTES
 
 TINY = "tiny"
 WEIGHT_BYTES = 4
-"""Of a float32 master weight, and of its gradient."""
+"""Of a float32 master weight."""
 
 
 class Built(NamedTuple):
@@ -52,7 +51,7 @@ def build_model(config: ModelConfig, *, seed: int, frozen: bool = False) -> Buil
         UserError, ConfigError, CheckpointError, TokenizerError: with what is wrong and where.
     """
     notes: list[str] = []
-    dtype = torch.bfloat16 if frozen and config.precision is Precision.bf16 else torch.float32
+    dtype = (compute_dtype(config) if frozen else None) or torch.float32
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
     if config.checkpoint is not None:
         try:
@@ -63,10 +62,14 @@ def build_model(config: ModelConfig, *, seed: int, frozen: bool = False) -> Buil
     else:
         torch.manual_seed(seed)
         model = ErnieModel(read_architecture(config, rule))
-    if config.precision is Precision.bf16:
-        model.compute_dtype = torch.bfloat16
+    model.compute_dtype = compute_dtype(config)
     set_recompute(model, config)
     return Built(model, build_processor(config, model.config), notes)
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype | None:
+    """See `ErnieModel.compute_dtype`."""
+    return torch.bfloat16 if config.precision is Precision.bf16 else None
 
 
 def set_recompute(model: ErnieModel, config: ModelConfig) -> None:
@@ -156,78 +159,37 @@ class Arithmetic(NamedTuple):
     total: int
     active_text: int
     active_vision: int
-    state_bytes: int
-    """float32 weights; for what trains also gradients and AdamW's two moments: 16 bytes per trained parameter."""
-    activation_bytes: int
-    """Of one full row, roughly, and of the logits at work."""
+    memory: Footprint
     largest_update_tokens: int
 
 
 def arithmetic(
-    architecture: ErnieConfig,
-    model: ModelConfig,
+    model: ErnieModel,
+    settings: ModelConfig,
     *,
     max_tokens: int,
     max_patches: int | None,
     accumulation: int,
     ranks: int,
     device: torch.device,
-    trained: int,
 ) -> Arithmetic:
-    """`trained`: parameters with a gradient; see `train.trained.freeze`."""
-    count = count_parameters(architecture)
+    """Of `model` as it will train; see `train.footprint.footprint`."""
+    count = count_parameters(model.config)
     return Arithmetic(
         total=count.total,
         active_text=count.active_text,
         active_vision=count.active_vision,
-        state_bytes=WEIGHT_BYTES * (count.total + trained) + MOMENT_BYTES * trained,
-        activation_bytes=activation_bytes(architecture, model, max_tokens, max_patches) + 2 * chunk_size(device),
+        memory=footprint(
+            model,
+            settings,
+            max_tokens=max_tokens,
+            max_patches=max_patches,
+            accumulation=accumulation,
+            ranks=ranks,
+            device=device,
+        ),
         largest_update_tokens=max_tokens * accumulation * ranks,
     )
-
-
-def activation_bytes(architecture: ErnieConfig, model: ModelConfig, max_tokens: int, max_patches: int | None) -> int:
-    """An estimate of what the backward pass keeps of one full row and works in; measured in docs/speed.md.
-
-    Numbers per token that operators keep, D being the model width:
-
-        attention       its input and that of its norm, q, k, v and the output before the projection
-        MLP             the same two, gate, up and their product
-        experts         for each of a token's K: its row of the input, gate, up, their product, its row of the result
-        vision block    per patch of width C: 10 C and twice the hidden width
-        resampler       per token: ten times the width 4 C of the merged patches, and 2 D
-
-    The backward pass works on the gradients of one layer at a time, counted as much again as the largest layer keeps.
-    In bfloat16 the weights' rounded copies are kept with the activations, and the routers' inputs in float32.
-    """
-    c = architecture
-    size = 2 if model.precision is Precision.bf16 else 4
-    low = size == 2
-    patches = 0
-    if c.vision is not None:
-        patches = 4 * max_tokens if max_patches is None else min(max_patches, 4 * max_tokens)
-    media = patches // 4
-    attention = 4 * c.hidden_size + (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    dense = max_tokens * (attention + 3 * c.intermediate_size)
-    rows = c.experts_per_token * (max_tokens * 2 * c.hidden_size + 3 * (max_tokens - media) * c.text_expert_width)
-    rows += c.experts_per_token * 3 * media * c.vision_expert_width
-    shared = 3 * c.num_shared_experts * c.text_expert_width
-    sparse = max_tokens * (attention + shared + (2 * c.hidden_size if low else 0)) + rows
-    layers = [sparse if i in c.sparse_layers else dense for i in range(c.num_hidden_layers)]
-    inputs = max_tokens * c.hidden_size
-    blocks: list[int] = []
-    others = 4 * inputs  # embeddings, the final norm, and the head's input and its gradient
-    block_input = 0
-    if c.vision is not None:
-        blocks = [patches * (10 * c.vision.hidden_size + 2 * c.vision.intermediate_size)] * c.vision.depth
-        block_input = patches * c.vision.hidden_size
-        others += media * (10 * 4 * c.vision.hidden_size + 2 * c.hidden_size) + patches * c.vision.patch_dim
-    largest = max([*layers, *blocks])
-    kept = sum(layers) if model.recompute is Recompute.none else inputs * len(layers)
-    kept += block_input * len(blocks) if model.recompute is Recompute.layers_and_vision else sum(blocks)
-    working = largest if model.recompute is Recompute.none else 2 * largest
-    copies = count_parameters(c).total if low and model.recompute is Recompute.none else 0
-    return size * (others + kept + working + copies)
 
 
 def human(number: float, unit: str = "") -> str:

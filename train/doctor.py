@@ -26,7 +26,7 @@ from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train import report
-from train.build import human
+from train.build import compute_dtype, human
 from train.checks import cost, records
 from train.checks.findings import Finding, Level, Report, ok, warning
 from train.checks.machine import available_cores, check_machine
@@ -148,16 +148,18 @@ def examine_training(
     adapted = config.peft.kind is not PeftKind.none
     with torch.device("meta"):  # shapes and names, no values
         model = ErnieModel(architecture)
+        model.compute_dtype = compute_dtype(config.model)
         if adapted:
             add(check_adapters(config.peft, model))
             fresh = dataclasses.replace(config.peft, init_from=None, frozen={})
             table = trained_weights(model, fresh, seed=config.run.seed, base=config.model.checkpoint).table()
             if table is not None:
                 found.show(table)
-    add([warning(note) for note in freeze(model, config.optim)])
+    random = config.model.checkpoint is None
+    add([warning(note) for note in freeze(model, config.optim, random=random)])
     parts = trained_parts(model, config.optim)
     found.show(report.parts_table(parts, config.optim.weight_decay))
-    plan = cost.Plan(architecture, parts, adapted)
+    plan = cost.Plan(model, parts, adapted)
     total = sum(part.parameters for part in parts)
     add([ok(f"{human(plan.trained)} of {human(total)} parameters train")])
     add(cost.check_memory(config, plan, packed and packed.rows, device))

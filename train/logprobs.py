@@ -18,6 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from ernie_model.layers import cast, wide
 
+FEWEST_ROWS = 64
+"""Of a chunk, however large the vocabulary: a product of fewer rows runs at a fraction of the speed."""
+
 
 def chunk_size(device: torch.device) -> int:
     """Bytes of one chunk of logits in the wide dtype.
@@ -59,7 +62,7 @@ def token_logprobs(
 
 def _chunks(hidden_TD: Tensor, head_VD: Tensor, chunk_bytes: int) -> list[slice]:
     tokens, itemsize = hidden_TD.shape[0], max(hidden_TD.element_size(), 4)
-    most = max(chunk_bytes // (head_VD.shape[0] * itemsize), 64)
+    most = max(chunk_bytes // (head_VD.shape[0] * itemsize), FEWEST_ROWS)
     # equal chunks: a last chunk of a few rows would run at a fraction of the speed
     count = -(-tokens // most)
     size = -(-tokens // max(count, 1))

@@ -11,8 +11,9 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed blocks for the next step instead of giving them back to the kernel.
 
     A training step allocates the same sizes again and again. By default every large block is mapped afresh and its
-    pages are zeroed by the kernel each time: up to a sixth of a CPU step (docs/speed.md). Peak memory is unchanged;
-    memory between steps is not returned. Nothing happens where there is no glibc.
+    pages are zeroed by the kernel each time: up to a sixth of a CPU step (docs/speed.md). The price is
+    memory: a heap has gaps that mapped blocks do not (train.footprint.HEAP_GAPS), and nothing is given back between
+    steps. Nothing happens where there is no glibc.
     """
     if sys.platform != "linux":
         return

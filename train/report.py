@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ernie_model.model import ErnieModel
-from train.build import WEIGHT_BYTES, arithmetic, human
+from train.build import arithmetic, human
 from train.checkpoint import Saved
 from train.config import SFTConfig
 from train.evaluate import Score
@@ -31,14 +31,13 @@ def opening(
 ) -> None:
     """The arithmetic of the run, so that a wrong setting is seen before it costs an hour."""
     sums = arithmetic(
-        model.config,
+        model,
         config.model,
         max_tokens=config.data.max_tokens,
         max_patches=config.data.max_patches,
         accumulation=config.data.accumulation,
         ranks=ranks,
         device=device,
-        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     active = f"{human(sums.active_text)} active per text token"
     if sums.active_vision:
@@ -50,12 +49,12 @@ def opening(
     count = data.train.encoder.dataset.num_records
     conversations = "a stream" if count is None else f"{count} conversations"
     total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
-    memory = f"{human(sums.state_bytes, 'B')} for weights, gradients and AdamW + about "
-    memory += f"{human(sums.activation_bytes, 'B')} of activations on each rank"
+    memory = f"about {human(sums.memory.peak, 'B')} on each rank at the highest point of a step, "
+    memory += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW"
     if device.type == "cpu" and (held := held_bytes()):
         # what is held now includes the weights
-        in_all = held + sums.state_bytes - WEIGHT_BYTES * sums.total + sums.activation_bytes
-        memory += f"; {human(in_all, 'B')} in all with Python and its libraries"
+        in_all = held + sums.memory.process - sums.memory.weights
+        memory += f"; {human(in_all, 'B')} in all with Python, its libraries and the C library's gaps"
     lines = {
         "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
         "start": start,

@@ -77,7 +77,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     model.to(accelerator.device)
-    notes += freeze(model, config.optim)
+    notes += freeze(model, config.optim, random=config.model.checkpoint is None)
     objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])
     policy = Policy(model, loss_is_linear=objective.linear)
     optimizer = build_optimizer(model, config.optim)

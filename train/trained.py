@@ -30,11 +30,14 @@ ADAPTER = "lora_"
 """In the name of every parameter of an adapter; the rest of the name is that of the module it adapts."""
 
 
-def freeze(model: nn.Module, config: OptimConfig) -> list[str]:
+def freeze(model: nn.Module, config: OptimConfig, *, random: bool = False) -> list[str]:
     """Stop the parameters that `optim.freeze` names from training. Never starts one.
 
+    Args:
+        random: the weights come from no checkpoint, so that freezing them is hardly what was meant.
+
     Returns:
-        Notes: keys of `optim.freeze` and `optim.lr_scale` that name a part this model lacks.
+        Notes: keys of `optim.freeze` and `optim.lr_scale` that name a part this model lacks; random weights that stay.
 
     Raises:
         UserError: a key matches nothing; an adapter would be frozen; nothing is left to train.
@@ -45,8 +48,12 @@ def freeze(model: nn.Module, config: OptimConfig) -> list[str]:
         lacking = [key for key in keys if not _match(setting, key, named)]
         if lacking:
             notes.append(f"{setting} names {', '.join(lacking)}, which this model does not have.")
+    adapted = any(ADAPTER in name for name in named)
+    stopped: list[str] = []
     for key in config.freeze:
         for name in _match("optim.freeze", key, named):
+            if named[name].requires_grad:
+                stopped.append(name)
             if ADAPTER in name and named[name].requires_grad:
                 raise UserError(
                     f"optim.freeze has {key}, but an adapter trains there ({name}). Drop {key} from optim.freeze, or "
@@ -55,6 +62,18 @@ def freeze(model: nn.Module, config: OptimConfig) -> list[str]:
             named[name].requires_grad_(False)
     if not any(parameter.requires_grad for parameter in named.values()):
         raise UserError(f"optim.freeze={config.freeze} leaves nothing to train. Drop a key.")
+    if random and adapted:
+        notes.append(
+            "model.checkpoint is null, so adapters train beside random weights that stay random. Set model.checkpoint, "
+            "or peft=none."
+        )
+    elif random and stopped:
+        parts = ", ".join(dict.fromkeys(part_of(name).value for name in stopped))
+        count = sum(named[name].numel() for name in stopped)
+        notes.append(
+            f"model.checkpoint is null, so weights start random, and optim.freeze={config.freeze} keeps {count:,} of "
+            f"them random ({parts}). Set model.checkpoint, or optim.freeze=[] (optim=adamw)."
+        )
     return notes
 
 

@@ -6,9 +6,11 @@ of its own; what is compared is the process's peak over what it held with torch 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -24,6 +26,16 @@ def status_mib(key: str) -> float:
 def reset_peak() -> None:
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
+
+
+def allocated_mib(step: Callable[[], object]) -> float:
+    """The most that torch's CPU allocator holds at once while `step` runs, over what it held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())  # stable: of one instant, in their order
+    return max(itertools.accumulate(e.nbytes() for e in events))  # pyright: ignore[reportAttributeAccessIssue] / 2**20
 
 
 def one_step(side: str, tokens: int) -> dict[str, float]:

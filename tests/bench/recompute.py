@@ -2,23 +2,26 @@
 
 The "small" model with AdamW. A row is made of conversations of 2,048 tokens that each begin with an image of 32 x 32
 patches (256 tokens). Every figure comes from a process of its own, which takes a step on a short row first, so that
-AdamW's moments exist. Beside it stands what `train.build.arithmetic` says before the first step. On a CPU the peak is
-that of the process over what it held before the model was built; on a GPU it is what torch allocated.
+AdamW's moments exist. In brackets stands what `train.footprint` says before the first step, as a share of the peak.
+The peak is what torch allocated at once. On a CPU the process takes more (gaps in the C library's heap): a second
+figure, over what the process held before the model was built and with the libraries that a first update loads.
 """
 
 import argparse
 import json
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
-from tests.bench.memory import reset_peak, status_mib
+from tests.bench.memory import allocated_mib, reset_peak, status_mib
 from tests.bench.models import SIZES, packed, random_segments, transformers_config
-from train.build import arithmetic, set_recompute
+from train.build import compute_dtype, set_recompute
 from train.config import ModelConfig, OptimConfig, Precision, Recompute
+from train.footprint import footprint
 from train.memory import keep_freed_memory
 from train.optim import build_optimizer
 from train.policy import Policy, on_device
@@ -41,37 +44,54 @@ def one_step(way: str, tokens: int, precision: Precision) -> dict[str, float]:
         torch.set_num_threads(1)
     architecture = ErnieConfig.from_json(transformers_config(SIZES["small"]).to_dict())
     settings = ModelConfig(config={}, processor="tiny", precision=precision, **WAYS[way])
-    torch.ones(8, 8) @ torch.ones(8, 8)  # the libraries' own buffers
+    load_libraries()
     empty = status_mib("VmRSS")
     model = ErnieModel(architecture).to(device)
-    model.compute_dtype = torch.bfloat16 if precision is Precision.bf16 else None
+    model.compute_dtype = compute_dtype(settings)
     set_recompute(model, settings)
     policy = Policy(model, loss_is_linear=True).train()
     optimizer = build_optimizer(model, OptimConfig())
-    short = random_segments(SIZES["small"], [64], image_side=4)
-    full = random_segments(SIZES["small"], [SEGMENT] * (tokens // SEGMENT), image_side=IMAGE_SIDE)
-    for segments in (short, full):
-        reset_peak()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
+
+    def step(segments: list[dict[str, Any]]) -> None:
         batch, row_R = on_device(packed(segments, architecture), device)
         loss = -(policy(batch, row_R).logprob_T * batch.weight_T).sum() / batch.weight_T.sum()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert batch.patch_PX is not None
-    sums = arithmetic(
-        architecture,
+
+    images = tokens // SEGMENT
+    row = random_segments(SIZES["small"], [SEGMENT] * images, image_side=IMAGE_SIDE)
+    step(random_segments(SIZES["small"], [64], image_side=4))
+    memory = footprint(
+        model,
         settings,
         max_tokens=tokens,
-        max_patches=batch.patch_PX.shape[0],
+        max_patches=images * IMAGE_SIDE**2,
         accumulation=1,
         ranks=1,
         device=device,
-        trained=sum(p.numel() for p in model.parameters()),
     )
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else status_mib("VmHWM") - empty
-    return dict(peak_mib=peak, estimate_mib=(sums.state_bytes + sums.activation_bytes) / 2**20)
+    found = dict(estimate_mib=memory.peak / 2**20)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        step(row)
+        return found | dict(peak_mib=torch.cuda.max_memory_allocated() / 2**20)
+    reset_peak()
+    step(row)
+    process = status_mib("VmHWM") - empty
+    held = (memory.weights + memory.moments) / 2**20
+    return found | dict(
+        peak_mib=held + allocated_mib(lambda: step(row)),
+        process_mib=process,
+        process_estimate_mib=memory.process / 2**20,
+    )
+
+
+def load_libraries() -> None:
+    """What a first update brings into the process, whatever the model."""
+    layer = torch.nn.Linear(8, 8)
+    layer(torch.ones(8, 8)).sum().backward()
+    torch.optim.AdamW(layer.parameters(), fused=True).step()
 
 
 def main() -> None:
@@ -84,7 +104,7 @@ def main() -> None:
         print(json.dumps(one_step(args.way, args.tokens[0], Precision(args.precision))))
         return
     ways = [way for way in WAYS if way != "offloaded" or torch.cuda.is_available()]
-    print(f"{'tokens':>7s}" + "".join(f"{way:>20s} (estimate)" for way in ways) + f"   MiB, {args.precision}")
+    print(f"{'tokens':>7s}" + "".join(f"{way:>30s}" for way in ways) + f"   MiB, {args.precision}")
     for tokens in args.tokens:
         cells = []
         for way in ways:
@@ -92,8 +112,12 @@ def main() -> None:
             command += ["--precision", args.precision]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
-            cells.append(f"{found['peak_mib']:20,.0f} ({found['estimate_mib'] / found['peak_mib']:7.2f}x)")
-        print(f"{tokens:7,d}" + " ".join(cells), flush=True)
+            cell = f"{found['peak_mib']:,.0f} ({found['estimate_mib'] / found['peak_mib']:.2f})"
+            if "process_mib" in found:
+                share = found["process_estimate_mib"] / found["process_mib"]
+                cell += f" {found['process_mib']:,.0f} ({share:.2f})"
+            cells.append(f"{cell:>30s}")
+        print(f"{tokens:7,d}" + "".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_adapters_and_what_random_weights_are_bad_for(tmp_path, monkeypatch, cap
     assert run(monkeypatch, tmp_path / "run", *settings) == 0
     report = said(tmp_path / "run")
     warnings = " ".join(texts(report, "warning"))
-    assert "optim.freeze=['vision'] keeps some of them random" in warnings
+    assert "adapters train beside random weights" in warnings
     assert "the id 'same' is already that of" in warnings
     assert "training data uses ids more than once: 1 of them (same)" in warnings
     assert 0 < report["numbers"]["trained_parameters"] < report["numbers"]["parameters"] / 5

@@ -204,3 +204,15 @@ def test_the_loop_sets_each_group_to_its_own_rate():
     fit(policy, SFT, optimizer, Rows(), TrainState(), accelerator=small.accelerator(), plan=plan, hooks=hooks)
     rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
     assert rates["layers.1.mlp.text.router.weight_ED"] == 0.03 and rates["norm.weight"] == 3.0
+
+
+def test_random_weights_that_stay_random_are_told():
+    with torch.device("meta"):
+        model = ErnieModel(small.CONFIG)
+    tower = sum(p.numel() for name, p in model.named_parameters() if part_of(name) is Part.VISION)
+    (note,) = freeze(model, OptimConfig(freeze=["vision"]), random=True)
+    assert f"optim.freeze=['vision'] keeps {tower:,} of them random (vision)" in note and "optim=adamw" in note
+    assert freeze(deep_tower(), OptimConfig(freeze=["vision"])) == []  # a checkpoint's weights
+    assert freeze(deep_tower(), OptimConfig(freeze=[]), random=True) == []  # nothing stays
+    (note,) = freeze(text_only(), OptimConfig(freeze=["vision"]), random=True)
+    assert "does not have" in note  # and nothing random is frozen

@@ -14,6 +14,7 @@ import torch
 from ernie_model.config import ErnieConfig
 from ernie_model.counting import count_parameters
 from ernie_model.flops import forward_flops, training_flops
+from ernie_model.model import ErnieModel
 from train.build import WEIGHT_BYTES, arithmetic, human
 from train.checks.findings import Finding, ok, problem, warning
 from train.checks.machine import available_memory, free_disk
@@ -41,10 +42,15 @@ class Rows(NamedTuple):
 class Plan(NamedTuple):
     """What would train."""
 
-    architecture: ErnieConfig
+    model: ErnieModel
+    """On the meta device, frozen and adapted."""
     parts: Sequence[PartRow]
     adapted: bool
     """Adapters train, beside frozen weights."""
+
+    @property
+    def architecture(self) -> ErnieConfig:
+        return self.model.config
 
     @property
     def trained(self) -> int:
@@ -53,20 +59,17 @@ class Plan(NamedTuple):
 
 def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch.device) -> list[Finding]:
     sums = arithmetic(
-        plan.architecture,
+        plan.model,
         config.model,
         max_tokens=config.data.max_tokens,
         max_patches=config.data.max_patches if rows is None else rows.most_patches,
         accumulation=config.data.accumulation,
         ranks=1,
         device=device,
-        trained=plan.trained,
     )
-    needed = sums.state_bytes + sums.activation_bytes
-    text = (
-        f"about {human(needed, 'B')} of memory on each process: {human(sums.state_bytes, 'B')} for weights, gradients "
-    )
-    text += f"and AdamW, {human(sums.activation_bytes, 'B')} for a full row's activations (estimates)"
+    needed = sums.memory.process
+    text = f"about {human(needed, 'B')} of memory on each process at the highest point of a step, "
+    text += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW (estimates)"
     free = available_memory(device)
     if free is None:
         return [ok(text)]

@@ -29,21 +29,13 @@ def check_settings(config: SFTConfig, architecture: ErnieConfig, device: torch.d
                 f"conversation longer than that would be trained where the model never was; lower data.max_tokens."
             )
         )
-    if config.model.checkpoint is None:
-        if config.optim.freeze:
-            found.append(
-                warning(
-                    f"the model starts from random weights, and optim.freeze={config.optim.freeze} keeps some of them "
-                    "random. Set model.checkpoint, or optim.freeze=[] (optim=adamw)."
-                )
+    if config.model.checkpoint is None and config.optim.lr <= FINE_TUNING_LR:
+        found.append(
+            warning(
+                f"optim.lr={config.optim.lr:g} is a learning rate for fine-tuning, and the model starts from random "
+                "weights. Set model.checkpoint, or a rate such as optim.lr=1e-3."
             )
-        if config.optim.lr <= FINE_TUNING_LR:
-            found.append(
-                warning(
-                    f"optim.lr={config.optim.lr:g} is a learning rate for fine-tuning, and the model starts from "
-                    "random weights. Set model.checkpoint, or a rate such as optim.lr=1e-3."
-                )
-            )
+        )
     if config.model.precision is Precision.bf16 and device.type == "cpu":
         found.append(
             warning("model.precision=bf16 is slower than fp32 on most CPUs. Set model.precision=fp32 to train here.")
