@@ -35,7 +35,8 @@ def allocated_mib(step: Callable[[], object]) -> float:
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())  # stable: of one instant, in their order
-    return max(itertools.accumulate(e.nbytes() for e in events))  # pyright: ignore[reportAttributeAccessIssue] / 2**20
+    sizes = [e.nbytes() for e in events]  # pyright: ignore[reportAttributeAccessIssue]
+    return max(itertools.accumulate(sizes)) / 2**20
 
 
 def one_step(side: str, tokens: int) -> dict[str, float]:
