@@ -224,14 +224,15 @@ class Probe(NamedTuple):
         tensors = {"token_T": batch.token_T, "position_3T": batch.position_3T, "choice_LTK": self.choice_LTK}
         if batch.patch_PX is not None:
             tensors["patch_PX"] = batch.patch_PX
-        shape = {"lengths": json.dumps(batch.lengths), "grids": json.dumps(batch.grids)}
+        # One entry: safetensors writes several in an order that differs between processes, and equal runs equal files.
+        shape = {"shape": json.dumps({"lengths": batch.lengths, "grids": batch.grids})}
         atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}, shape))
 
     @staticmethod
     def load(path: Path) -> "Probe":
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            shape = {key: json.loads(value) for key, value in file.metadata().items()}
+            shape = json.loads(file.metadata()["shape"])
         choice_LTK = tensors.pop("choice_LTK")
         batch = PackedBatch(
             **tensors,
