@@ -29,7 +29,7 @@ from train.config import ModelConfig, Precision, Recompute
 from train.logprobs import FEWEST_ROWS, chunk_size
 from train.trained import MOMENT_BYTES
 
-HEAP_GAPS = {Recompute.none: 1.3, Recompute.layers: 1.7, Recompute.layers_and_vision: 1.7}
+HEAP_GAPS = {Recompute.none: 1.3, Recompute.layers: 1.65, Recompute.layers_and_vision: 1.65}
 """What a CPU process takes for every byte that comes and goes, roughly. glibc (2.36) doesn't give a freed block to an
 aligned request of the same size, and all of torch's are aligned: the heap gets gaps. Measured in docs/speed.md."""
 
