@@ -66,7 +66,10 @@ class SegmentLosses(Beside):
         """float64 (S, G): 1 where a segment belongs to a group."""
         member_SG = torch.zeros(batch.num_segments, len(self.keys), dtype=torch.float64)
         for segment, token_T in enumerate(batch.token_T.split(batch.lengths)):
-            has_video, has_image = ((token_T == id).any() for id in (self.video_id, self.image_id))
+            # A text model has no such tokens: comparing with None would be a plain False, not a tensor.
+            has_video, has_image = (
+                id is not None and bool((token_T == id).any()) for id in (self.video_id, self.image_id)
+            )
             member_SG[segment, 2 if has_video else 1 if has_image else 0] = 1
             if self.datasets and (name := batch.datasets[segment]):  # a filler row comes from no dataset
                 member_SG[segment, self.datasets[name]] = 1

@@ -69,6 +69,14 @@ def test_a_single_dataset_is_not_repeated_and_empty_groups_are_left_out():
     assert [key for key in metrics if key.startswith("loss_")] == ["loss_text"]
 
 
+def test_a_text_model_has_text_losses_only():
+    """It has no ids of images and videos; comparing tokens with None once ended every run of a text model."""
+    ids = {name: None for name in vars(small.CONFIG) if name.startswith(("image_", "video_"))}
+    config = small.CONFIG.replace(vision=None, vision_expert_width=0, mrope_section=None, **ids)
+    metrics = step(small.policy(dtype=torch.float64), [small.row(TEXT)], [SegmentLosses(config, ("a",), CPU)])
+    assert metrics["loss_text"] == pytest.approx(metrics["loss"], rel=1e-12) and "loss_image" not in metrics
+
+
 def test_a_filler_row_belongs_to_no_dataset():
     rows = [small.row(named("a", TEXT)), filler(3)]
     metrics = step(small.policy(dtype=torch.float64), rows, [SegmentLosses(small.CONFIG, ("a", "b"), CPU)])
