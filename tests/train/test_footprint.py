@@ -13,7 +13,7 @@ from tests.bench.memory import allocated_mib
 from tests.bench.models import SIZES, packed, random_segments, transformers_config
 from train.build import compute_dtype, set_recompute
 from train.config import ModelConfig, OptimConfig, PeftConfig, PeftKind, Precision, Recompute
-from train.footprint import Footprint, _highest, _Stage, footprint
+from train.footprint import Footprint, _highest, _rounded, _Stage, footprint
 from train.optim import build_optimizer
 from train.policy import Policy, on_device
 from train.trained import freeze
@@ -141,6 +141,13 @@ def test_state_by_hand():
     own = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     state = footprint(model, low, ranks=1, **here).state
     assert 0 < own < count and state == 2 * (count - routers) + 4 * routers + 16 * own
+
+
+def test_rounded_copies_are_of_the_matrices_of_products():
+    model = build(TINY, settings(precision=Precision.bf16), frozen=[], adapters=False, device="meta")
+    others = ("norm", ".ln.", ".router.", "embed_tokens")  # not kept, or never rounded; the head is counted apart
+    count = sum(p.numel() for name, p in model.named_parameters() if not any(other in name for other in others))
+    assert _rounded(model, 2) == 2 * count and _rounded(model, 4) == 0
 
 
 @pytest.mark.slow
