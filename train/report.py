@@ -7,6 +7,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data.loader import StreamReport
+from data.quarantine import Quarantine
 from ernie_model.model import ErnieModel
 from train.build import arithmetic, human
 from train.checkpoint import Saved
@@ -151,3 +153,22 @@ def closing(console: Console, state: TrainState, folders: Sequence[Path]) -> Non
     for folder in folders:
         kind = kinds.get(folder.name, "a folder for transformers, vLLM and model.checkpoint=...")
         console.print(f"weights   {folder}   ({kind})")
+
+
+def stream_metrics(stream: StreamReport) -> dict[str, float]:
+    """How far and how well the data was packed, since the beginning of the run."""
+    return {
+        "data_epoch": stream.epoch,
+        "data_fill": stream.fill,
+        "data_imbalance": stream.imbalance,
+        "data_refused": float(stream.num_refused),
+    }
+
+
+def left_out(console: Console, stream: StreamReport, quarantine: Quarantine) -> None:
+    """How full the rows were, and what no row holds."""
+    rows = f"{stream.num_rows} packed, {stream.fill:.1%} full, {stream.epoch:.2f} times through the data"
+    console.print(f"rows      {rows}")
+    if refused := len(quarantine):
+        records = "record was" if refused == 1 else "records were"
+        console.print(f"left out  {refused} {records} refused; {quarantine.path} says which and why")

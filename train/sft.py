@@ -112,6 +112,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
 
     # What happens around the updates.
     def log(step: int, metrics: dict[str, float]) -> None:
+        if "loss" in metrics:  # of an update, not of an evaluation
+            metrics = metrics | report.stream_metrics(source.report)
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
@@ -204,6 +206,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     elif on_main:
         folders = weights.publish(run.folder, "export", processor)
         report.closing(console, state, folders)
+        report.left_out(console, source.report, data.quarantine)
         sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
         if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
             console.print(f"answers   {sheet}")

@@ -381,7 +381,7 @@ def charts(metrics: dict[str, float]) -> dict[str, float]:
     named = {}
     for key, value in metrics.items():
         section, _, rest = key.partition("_")
-        if section in ("eval", "router", "layer", "loss") and rest:
+        if section in ("eval", "router", "layer", "loss", "data") and rest and key != "data_wait":
             key = f"{section}/{rest}"
         elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb", "mfu"):
             key = f"speed/{key}"

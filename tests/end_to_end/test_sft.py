@@ -80,6 +80,7 @@ def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
     assert "3.56 M parameters, 942 k active per text token" in said
     assert "128 tokens per row x 2 rows x 1 rank = 256 tokens at most" in said
     assert "before training" in said and "after training" in said and "of 6" in said
+    assert "rows      12 packed" in said and "left out" not in said
     # the record
     assert list(records(folder, "loss")) == [1, 2, 3, 4, 5, 6]
     assert list(records(folder, "eval_accuracy")) == [0, 3, 6]
@@ -87,7 +88,9 @@ def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
     *_, last = (line for line in lines if "loss" in line)
     for key in ("grad_norm", "lr", "accuracy", "tokens_per_s", "image_tokens_per_s", "patches_per_s", "step_s"):
         assert key in last, key
-    for key in ("data_wait", "memory_gb", "eta_s", "mfu", "router_vision_imbalance", "router_text_dead", "skipped"):
+    for key in ("data_wait", "data_fill", "memory_gb", "eta_s", "mfu", "skipped"):
+        assert key in last, key
+    for key in ("router_vision_imbalance", "router_text_dead"):
         assert key in last, key
     start = json.loads((folder / "run.json").read_text())["starts"][0]
     assert start["command"] and start["versions"]["torch"] and "git" in start
