@@ -126,8 +126,8 @@ class RouterLosses(Beside):
         if self.config.bias_update and router is not None:
             sign_L2E = (router.count_2E.mean(-1, keepdim=True) - router.count_2E).sign().to(self.accelerator.device)
             for pool, routers in enumerate(self.routers.values()):
-                if _trains(routers):  # reference 3.6
-                    for layer, one in enumerate(routers):
+                for layer, one in enumerate(routers):
+                    if one.weight_ED.requires_grad:  # reference 3.6
                         bias_E = one.correction_bias_E
                         bias_E.add_(sign_L2E[layer, pool].to(bias_E.dtype), alpha=self.config.bias_update)
 
@@ -163,14 +163,17 @@ class RouterLosses(Beside):
         return total
 
     def _orthogonal_gradients(self) -> list[tuple[Router, Tensor]]:
-        """(router, weight of its pool times the gradient of its loss)."""
+        """(router, weight of its pool times the gradient of its loss), for the routers that train."""
         found = []
         for pool in self._spread:
             with torch.enable_grad():
                 weight_LED = _stacked(self.routers[pool]).requires_grad_()
                 loss = vars(self.config.orthogonal)[pool] * orthogonal(weight_LED).sum()
                 (gradient_LED,) = torch.autograd.grad(loss, weight_LED)
-            found += zip(self.routers[pool], gradient_LED, strict=True)
+            # A gradient left on a frozen one would count in the norm that clips, and grow: no optimizer clears it.
+            found += [
+                pair for pair in zip(self.routers[pool], gradient_LED, strict=True) if pair[0].weight_ED.requires_grad
+            ]
         return found
 
 

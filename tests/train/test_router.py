@@ -357,6 +357,21 @@ def test_the_bias_of_a_frozen_router_stays():
     assert moved == [False, True, False, True]
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_one_frozen_router_of_a_pool_stays_and_is_not_in_the_norm(decoupled):
+    config = ObjectiveConfig(orthogonal=PoolWeights(text=1.0), orthogonal_decoupled=decoupled, bias_update=1e-3)
+    policy = make_policy()
+    frozen, trained = routers(policy.model)[::2]
+    frozen.weight_ED.requires_grad_(False)
+    before = frozen.weight_ED.clone()
+    optimizer = Catch([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+    _, metrics = step(policy, WHOLE, config, optimizer)
+    norm = torch.stack([g.square().sum() for g in optimizer.caught if g is not None]).sum().sqrt()
+    assert math.isclose(metrics["grad_norm"], norm.item(), rel_tol=1e-12)
+    assert frozen.weight_ED.grad is None and torch.equal(frozen.weight_ED, before)
+    assert not frozen.correction_bias_E.any() and trained.correction_bias_E.any()
+
+
 def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
     policy = Policy(ErnieModel(CONFIG)).train()
     optimizer = small.optimizer(policy)
