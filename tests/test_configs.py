@@ -1,5 +1,6 @@
 """Every file in configs/ composes and converts; every mistake in a setting is told in one sentence that helps."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,10 @@ def test_rules_about_length_hold_for_epochs_too():
 
 def test_differences_name_what_changes_the_numbers_and_only_that():
     old = plain(load("experiment=digits"))
-    free = load("experiment=digits", "run.folder=elsewhere", "tracker=wandb", "evaluate.every=7", "data.workers=3")
+    free = load(
+        *("experiment=digits", "run.folder=elsewhere", "tracker=wandb", "evaluate.every=7", "data.workers=3"),
+        *("model.recompute=layers", "model.offload_activations=true"),
+    )
     assert differences(old, plain(free)) == {}
     changed = load(
         "experiment=digits", "optim.lr=1", "data.seed=5", "model.config.text_config.moe_k=1", "run.steps=999"
@@ -187,9 +191,21 @@ def test_differences_name_what_changes_the_numbers_and_only_that():
     }
 
 
+def test_the_order_of_globs_changes_the_numbers():
+    """After the way through state.json, which keeps the order."""
+    scales = ["{layers.0.*: 0.5, layers.*: 0.2}", "{layers.*: 0.2, layers.0.*: 0.5}"]
+    old, new = (json.loads(json.dumps(plain(load(f"optim.lr_scale={scale}")))) for scale in scales)
+    for settings, scale in ((old, [0.5, 0.2]), (new, [0.2, 0.5])):
+        assert list(settings["optim"]["lr_scale"].values())[-2:] == scale
+    assert differences(old, old) == {}
+    assert list(differences(old, new)) == ["optim.lr_scale"]
+
+
 def test_a_constant_learning_rate_may_go_on_for_longer():
     settings = ["experiment=digits", "optim.schedule=constant"]
     assert differences(plain(load(*settings)), plain(load(*settings, "run.steps=999"))) == {}
+    epochs = [*settings, "run.steps=null"]
+    assert differences(plain(load(*epochs)), plain(load(*epochs, "run.epochs=3"))) == {}
 
 
 def test_plain_settings_come_back_the_same():

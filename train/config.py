@@ -737,9 +737,13 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "data.prefetch",
     "optim.max_skipped",
     "model.name",
+    "model.recompute",  # the same gradients to the last bit
+    "model.offload_activations",
     "peft.merge",
     "data.accumulation",  # rows_per_update is compared instead: accumulation times ranks
 )
+ORDERED = ("optim.lr_scale", "peft.frozen")
+"""Settings whose keys mean something else in another order: a later glob wins, adapters are added up one by one."""
 
 
 def register() -> None:
@@ -816,10 +820,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     """Settings that change the numbers and differ between two plain configurations: key → (old, new)."""
     free: list[str] = list(FREE_TO_CHANGE)
     if old.get("optim", {}).get("schedule") == Schedule.constant.value:
-        free.append("run.steps")  # a constant learning rate doesn't depend on where the run ends
+        free += ["run.steps", "run.epochs"]  # a constant learning rate doesn't depend on where the run ends
     old_flat, new_flat = flatten(old), flatten(new)
     absent = object()
     out = {}
+    for name in ORDERED:
+        before, after = ([key for key in flat if key.startswith(f"{name}.")] for flat in (old_flat, new_flat))
+        if before != after and sorted(before) == sorted(after):
+            out[name] = tuple(", ".join(key.removeprefix(f"{name}.") for key in keys) for keys in (before, after))
     for key in sorted(old_flat.keys() | new_flat.keys()):
         if any(key == name or key.startswith(name + ".") for name in free):
             continue
