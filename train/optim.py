@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ernie_model.parts import Part, part_of
 from train.config import OptimConfig, Schedule
 from train.trained import decays, lr_scales
 
@@ -44,6 +45,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         # One kernel for all parameters instead of several per parameter; same formula.
         fused=device.type in FUSED_DEVICES,
     )
+
+
+def unreached_parts(optimizer: torch.optim.Optimizer) -> list[Part]:
+    """Parts that were to learn and never had a gradient other than zero: no token of the run came by.
+
+    AdamW's moments tell, and checkpoints keep them, so all starts of a run count.
+    """
+    reached: dict[Part, bool] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            state, part = optimizer.state.get(parameter, {}), part_of(name)
+            moved = any(bool(state[key].any()) for key in ("exp_avg", "exp_avg_sq") if key in state)
+            reached[part] = reached.get(part, False) or moved
+    return [part for part in Part if reached.get(part) is False]
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -10,6 +10,7 @@ from rich.table import Table
 from data.loader import StreamReport
 from data.quarantine import Quarantine
 from ernie_model.model import ErnieModel
+from ernie_model.parts import Part
 from train.build import arithmetic, human
 from train.checkpoint import Saved
 from train.config import SFTConfig
@@ -132,8 +133,11 @@ def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:
     return f"resuming from {path}: step {state.step} of {steps}, {state.tokens_seen:,} tokens seen"
 
 
-def closing(console: Console, state: TrainState, folders: Sequence[Path]) -> None:
-    """Accuracy before and after, and where the weights are."""
+def closing(console: Console, state: TrainState, folders: Sequence[Path], unreached: Sequence[Part]) -> None:
+    """Accuracy before and after, what learned nothing, and where the weights are.
+
+    unreached: see train.optim.unreached_parts.
+    """
     if state.evaluations:
         table = Table("held-out conversations", "right", "accuracy", "95 % interval", "loss per token")
         for name, entry in (("before training", state.evaluations[0]), ("after training", state.evaluations[-1])):
@@ -149,6 +153,9 @@ def closing(console: Console, state: TrainState, folders: Sequence[Path]) -> Non
         console.print(table)
     if state.skipped:
         console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")
+    if unreached:
+        names = ", ".join(part.value for part in unreached)
+        console.print(f"note      no gradient ever reached {names}: nothing was learned there. Is it in the data?")
     kinds = {"adapter": "an adapter for peft and peft.init_from=..."}
     for folder in folders:
         kind = kinds.get(folder.name, "a folder for transformers, vLLM and model.checkpoint=...")

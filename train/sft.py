@@ -23,7 +23,7 @@ from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
-from train.optim import build_optimizer, learning_rate
+from train.optim import build_optimizer, learning_rate, unreached_parts
 from train.policy import Policy
 from train.progress import Progress
 from train.router import RouterLosses
@@ -205,7 +205,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
     elif on_main:
         folders = weights.publish(run.folder, "export", processor)
-        report.closing(console, state, folders)
+        report.closing(console, state, folders, unreached_parts(optimizer))
         report.left_out(console, source.report, data.quarantine)
         sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
         if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):

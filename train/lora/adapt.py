@@ -197,12 +197,6 @@ class Adapters:
             table.add_row(part.value, str(modules), str(rank), f"{alpha:g}", human(parameters))
         return table
 
-    def untouched(self) -> list[Part]:
-        """Parts whose every B is still zero: no token of this run reached them, or nothing was trained yet."""
-        sites = self.sites[self.config.name]
-        moved = {site.part for site in sites for one in self.own(site.module).values() if one.B.any()}
-        return [covered.part for covered in self.coverage() if covered.part not in moved]
-
     # ------------------------------------------------------------------------------------------------------- weights
 
     def own(self, module: str, name: str | None = None) -> dict[str, Factors]:

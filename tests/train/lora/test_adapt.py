@@ -9,7 +9,6 @@ import torch
 
 from ernie_model.checkpoint import load_model, save_model
 from ernie_model.model import ErnieModel
-from ernie_model.parts import Part
 from tests.train import small
 from train import checkpoint
 from train.config import TARGETS, PeftConfig, PeftKind, UserError
@@ -17,6 +16,7 @@ from train.loop import train_step
 from train.lora.adapt import Adapters, adapt
 from train.lora.files import shortest
 from train.objectives.sft import SFT
+from train.optim import unreached_parts
 
 LORA = PeftConfig(kind=PeftKind.lora, targets=list(TARGETS), rank=4, alpha=8.0)
 PROCESSOR = SimpleNamespace(save=lambda folder: None)
@@ -66,7 +66,18 @@ def test_a_new_adapter_changes_nothing_and_every_part_is_covered():
     assert sum(row.parameters for row in table.values()) == sum(
         p.numel() for p in policy.model.parameters() if p.requires_grad
     )
-    assert set(adapters.untouched()) == {Part(name) for name in TARGETS}
+
+
+@pytest.mark.parametrize("kind", ["lora", "none"])
+def test_parts_that_no_token_reached_are_told(kind):
+    policy = adapted()[0] if kind == "lora" else small.policy()
+    optimizer, setting = small.optimizer(policy), dict(accelerator=small.accelerator(), max_grad_norm=1.0)
+    train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
+    assert [part.value for part in unreached_parts(optimizer)] == ["vision_experts", "vision", "resampler"]
+    train_step(policy, SFT, optimizer, ROWS[0], **setting)
+    assert unreached_parts(optimizer) == []
+    train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
+    assert unreached_parts(optimizer) == []  # once is enough
 
 
 def test_null_targets_are_the_language_model():
