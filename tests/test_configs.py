@@ -140,6 +140,8 @@ def message(*overrides: str) -> str:
         ("objective.orthogonal_decoupled=true", "but objective.orthogonal is 0 for both pools."),
         ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
         ("run.steps=10 optim=adamw evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),
+        ("peft.init_from=adapter", "peft.init_from is given, but peft.kind is none"),
+        ("experiment=lora_21b_text data.path=a peft=none", "peft.targets is given, but peft.kind is none"),
         ("model.config=null", "model.checkpoint and model.config are both null"),
         ("model.offload_activations=true", "recomputed layers, but model.recompute is none."),
         ("model.processor=null", "model.processor is null and there is no model.checkpoint"),

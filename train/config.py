@@ -647,6 +647,13 @@ class SFTConfig:
     def __post_init__(self):
         if self.run.steps is not None:
             check_steps(self, self.run.steps)
+        if self.peft.kind is PeftKind.none:
+            for name, default in vars(PeftConfig()).items():
+                check(
+                    getattr(self.peft, name) == default,
+                    f"peft.{name} is given, but peft.kind is none: nothing would have an adapter and every weight "
+                    "would train. Add peft=lora, or leave it out.",
+                )
         check(
             self.tracker.images_every % self.run.log_every == 0,
             f"tracker.images_every ({self.tracker.images_every}) is not a multiple of run.log_every "

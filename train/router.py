@@ -70,7 +70,8 @@ class RouterLosses(Beside):
                     raise UserError(f"{key} is {weight}, but the model has no {pool} router. Set {key}=0.")
                 if weight and not _trains(routers):
                     raise UserError(
-                        f"{key} is {weight}, but the {pool} routers are frozen. Set {key}=0, or train them."
+                        f"{key} is {weight}, but the {pool} routers are frozen. Set {key}=0, or train them: with every "
+                        "weight (peft=none), and router not in optim.freeze."
                     )
         if config.bias_update and not any(_trains(routers) for routers in self.routers.values()):
             what = (
