@@ -103,6 +103,32 @@ def test_a_whole_run_from_a_users_own_file(tmp_path, monkeypatch, capfd):
     assert (folder / "answers.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_models_of_the_family_without_eyes_train_too(tmp_path, monkeypatch, capfd, kind):
+    """On text that is evaluated, then with adapters from the exported weights: the recipes of the text models."""
+    path, run = tmp_path / "sums.jsonl", tmp_path / "run"
+    pairs = [(f"{i} + 2 =", str(i + 2)) for i in range(60)]
+    turns = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in pairs]
+    path.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+    shape = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, head_dim: 8"
+    shape += ", intermediate_size: 48, max_position_embeddings: 512, tie_word_embeddings: true"
+    experts = "moe_num_experts: 4, moe_k: 2, moe_num_shared_experts: 1, moe_intermediate_size: 16"
+    name, also, group = {
+        "dense": ("ernie4_5", "", "ernie_4_5_0_3b"),
+        "moe": ("ernie4_5_moe", f", {experts}, moe_layer_start_index: 1", "ernie_4_5_21b_a3b"),
+    }[kind]
+    text = ["data=files", f"data.path={path}", "data.eval_fraction=0.1", f"model={group}", "optim=ernie"]
+    new = ["model.checkpoint=null", "model.processor=tiny", f"model.config={{model_type: {name}, {shape}{also}}}"]
+    assert ernie_sft(monkeypatch, *text, *new, f"run.folder={run}") == 0
+    assert list(records(run, "loss_text")) == [1, 2, 3, 4, 5, 6] == list(records(run, "mfu"))
+    assert bool(records(run, "router_text_dead")) == (kind == "moe") and not records(run, "router_vision_dead")
+    capfd.readouterr()
+    base = [f"model.checkpoint={run / 'export'}", "peft=lora", "model.recompute=layers"]
+    assert ernie_sft(monkeypatch, *text, *base, f"run.folder={tmp_path / 'two'}") == 0
+    assert records(tmp_path / "two", "eval_nll")[0] == records(run, "eval_nll")[6]
+    assert "no gradient ever reached" not in capfd.readouterr().out
+
+
 def test_digits_from_memory_and_from_a_file_are_the_same_run(tmp_path, monkeypatch):
     paths = digits.write_jsonl(tmp_path / "digits")
     short = ["run.steps=3", "evaluate.every=0", "evaluate.sheet=0"]
