@@ -74,7 +74,8 @@ def test_parts_that_no_token_reached_are_told(kind):
     optimizer, setting = small.optimizer(policy), dict(accelerator=small.accelerator(), max_grad_norm=1.0)
     train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
     assert [part.value for part in unreached_parts(optimizer)] == ["vision_experts", "vision", "resampler"]
-    train_step(policy, SFT, optimizer, ROWS[0], **setting)
+    # The only sparse layer is the last one: its vision experts learn where the image's own last token has a target.
+    train_step(policy, SFT, optimizer, [small.row(small.example(1, 9, image=True, learned=6))], **setting)
     assert unreached_parts(optimizer) == []
     train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
     assert unreached_parts(optimizer) == []  # once is enough
