@@ -3,8 +3,8 @@
     whole    ───────────────────────────────────────────►  weights
     broken   ────X   ──SIGKILL in a save──X   ──SIGTERM─┤   ──X   ...  ──►  the same weights, bit for bit
 
-Packing, accumulation, workers, prefetch, evaluation and LoRA with dropout are on, and the trackers of this machine must
-show one run with every step once. The moments of the kills are random, from a fixed seed.
+Packing, a mixture, accumulation, workers, prefetch, evaluation and LoRA with dropout are on, and the trackers of this
+machine must show one run with every step once. The moments of the kills are random, from a fixed seed.
 """
 
 import json
@@ -19,11 +19,13 @@ from pathlib import Path
 
 import pytest
 
+from data.records import write_jsonl
 from train import checkpoint, sft
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "experiment=digits",
+    "data=files",
     "tracker=[trackio,tensorboard]",
     "tracker.project=kill",
     "optim.warmup_steps=3",
@@ -44,10 +46,18 @@ SETTINGS = [
 LORA = ["peft=lora", "peft.targets=[attention,shared,vision]", "peft.rank=4", "peft.dropout=0.1"]
 
 
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def settings(folder: Path, steps: int) -> list[str]:
     often = [f"run.steps={steps}", "run.save_every=4", "evaluate.every=6"]
     peft = LORA if "lora" in folder.name else []
-    return [*SETTINGS, *peft, *often, f"run.folder={folder}", f"run.name={folder.parent.name}-{folder.name}"]
+    chats = folder.parent / "chats.jsonl"
+    if not chats.exists():
+        write_jsonl(chats, [{"messages": [turn("user", f"{n}?"), turn("assistant", f"{n}!")]} for n in range(20)])
+    mixture = f"data.sets={{digits: {{task: digits, weight: 3}}, chats: {{path: '{chats}', weight: 1}}}}"
+    return [*SETTINGS, *peft, *often, mixture, f"run.folder={folder}", f"run.name={folder.parent.name}-{folder.name}"]
 
 
 def finish(monkeypatch, folder: Path, steps: int) -> None:
