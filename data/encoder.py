@@ -71,7 +71,8 @@ class Encoder:
         self._workers = Workers(workers or 1, slow_s=slow_s, dead_s=dead_s)
         self._disk = None if cache_folder is None else PixelCache(cache_folder, processor)
         self._sizes = [_Sizes(one.dataset) for one in self.dataset.sets]
-        self._refused_in_a_row = [0] * len(self.dataset.sets)
+        self._refused: list[set[int]] = [set() for _ in self.dataset.sets]
+        """Numbers of the records that cannot be used; of a stream, since the last that can."""
         self._fitted: dict[Key, Fitted] = {}
         """What decoding needs and could not be had again cheaply: of streams, and of what had to be made to fit."""
         self._undecodable: set[Key] = set()
@@ -156,16 +157,11 @@ class Encoder:
         try:
             fitted = self._workers.result(future, lambda: self._name(key))
         except RefusedError as error:
-            self.quarantine.add(error.refusal)
-            self._refused_in_a_row[key.set] += 1
-            most = TRIED_OF_A_STREAM if isinstance(one.dataset, StreamDataset) else len(one.dataset)
-            if self._refused_in_a_row[key.set] >= most:
-                raise DataError(
-                    f"none of {most} records of {one.name} can be used. The last of them: {error}"
-                ) from error
+            self._refuse(key, error.refusal)
             size = Size(0, 0)
         else:
-            self._refused_in_a_row[key.set] = 0
+            if isinstance(one.dataset, StreamDataset):
+                self._refused[key.set].clear()
             size = Size(fitted.example.num_tokens, fitted.example.num_patches)
             if fitted.is_whole:
                 self._keep(key, fitted.example)
@@ -197,7 +193,16 @@ class Encoder:
     def _leave_out(self, key: Key, refusal: Refusal) -> None:
         self._undecodable.add(key)
         self._fitted.pop(key, None)
+        self._refuse(key, refusal)
+
+    def _refuse(self, key: Key, refusal: Refusal) -> None:
+        """Raises DataError when nothing of its dataset is left: rows would go on without it, unsaid."""
         self.quarantine.add(refusal)
+        one = self.dataset.sets[key.set]
+        self._refused[key.set].add(key.number)
+        most = TRIED_OF_A_STREAM if isinstance(one.dataset, StreamDataset) else len(one.dataset)
+        if len(self._refused[key.set]) >= most:
+            raise DataError(f"none of {most} records of {one.name} can be used. The last of them: {refusal.reason}")
 
     def _refusal(self, key: Key, stage: Stage, reason: str) -> Refusal:
         conversation = self.dataset[key]
@@ -212,6 +217,8 @@ class Encoder:
             return str(error)
 
     def _keep(self, key: Key, example: Example) -> None:
+        if (replaced := self._kept.pop(key, None)) is not None:  # of a stream, whose size was forgotten meanwhile
+            self._kept_bytes -= replaced.num_bytes
         self._kept[key] = example
         self._kept_bytes += example.num_bytes
         while self._kept_bytes > self._cache_bytes:

@@ -170,3 +170,13 @@ def test_a_dataset_of_nothing_but_broken_pictures_ends_the_run(photos, processor
     with pytest.raises(TooManyBadError, match="11 of photos, at stage media"):
         for _ in range(6):
             stream.next_step()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_few_records_of_which_none_is_left_end_the_run_too(photos, processor, workers):
+    """Fewer than are always tolerated: the rows would be empty from now on."""
+    (stream,) = streams(photos("x" * 8), processor, 1, workers=workers)
+    with pytest.raises(DataError, match="none of 8 records of photos can be used. The last of them: .*image"):
+        for _ in range(6):
+            stream.next_step()
+    stream.close()
