@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from data.batch import PackedBatch
 from data.encoder import Encoder
 from data.errors import DataError
+from data.mixture import Mixture
 from data.order import Key
 from data.pack import Packer, Sized, collate, deal, filler
 
@@ -145,11 +146,7 @@ class PackedStream:
 
         Measures every record. Call it before the first step. Raises DataError for a stream, which has no length.
         """
-        if self.encoder.dataset.streaming:
-            raise DataError(
-                f"the length of {self.encoder.dataset.name} is not known, because it is streaming, so run.epochs "
-                "cannot be counted in updates. Set run.steps."
-            )
+        check_countable(self.encoder.dataset)
         dataset, seed, shuffle = self.encoder.dataset, self._identity["data.seed"], self._identity["data.shuffle"]
         order = dataset.order(seed=seed, shuffle=shuffle)
 
@@ -182,6 +179,7 @@ class PackedStream:
             "tokens": self._num_tokens,
             "refused": self._num_refused,
             "cost": [self._dearest, self._mean],
+            "records": self.encoder.quarantine.num_records,
             "quarantine": self.encoder.quarantine.state_dict(),
         }
 
@@ -198,10 +196,21 @@ class PackedStream:
         self._packer.load_state_dict([[Key(*item), *size] for item, *size in state["buffer"]])
         self._num_rows, self._num_tokens, self._num_refused = state["rows"], state["tokens"], state["refused"]
         self._dearest, self._mean = state["cost"]
+        if self.encoder.dataset.streaming:  # as many more may be bad
+            self.encoder.quarantine.num_records = state["records"]
         self.encoder.quarantine.load_state_dict(state["quarantine"])
 
     def close(self) -> None:
         self.encoder.close()
+
+
+def check_countable(dataset: Mixture) -> None:
+    """Raises DataError for a stream: how many updates its epochs make is not known before it ends."""
+    if dataset.streaming:
+        raise DataError(
+            f"the length of {dataset.name} is not known, because it is streaming, so run.epochs cannot be counted in "
+            "updates. Set run.steps."
+        )
 
 
 def measured(encoder: Encoder, keys: Iterable[Key]) -> Iterator[Sized[Key]]:

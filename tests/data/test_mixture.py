@@ -178,3 +178,24 @@ def test_resuming_anywhere_is_never_stopping(source, streaming, cut):
     assert len(state) < 2000
     for stream in (whole, second):
         stream.close()
+
+
+def test_what_is_tolerated_of_a_stream_grows_with_what_was_seen_and_is_resumed(source):
+    first = source(streaming=True)
+    taken(first, 10)
+    seen = first.encoder.quarantine.num_records
+
+    second = source(streaming=True)
+    second.load_state_dict(first.state_dict())
+
+    assert second.encoder.quarantine.num_records == seen > 10
+
+
+def test_a_record_of_a_stream_that_is_measured_again_is_kept_once(source, monkeypatch):
+    monkeypatch.setattr("data.encoder.STREAM_SIZES_KEPT", 4)
+    stream = source(streaming=True)
+    stream.encoder._cache_bytes = 2**20  # all of it would fit
+    taken(stream, 60)
+
+    assert stream.report.epoch > 2
+    assert stream.encoder._kept_bytes == sum(example.num_bytes for example in stream.encoder._kept.values())
