@@ -261,9 +261,17 @@ class SetConfig:
         try:
             typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
         except OmegaConfBaseException as error:
-            raise UserError(f"{where}: {str(error).splitlines()[0]}") from error
+            key = f"{where}.{error.full_key}" if error.full_key else where
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
         assert isinstance(typed, cls)
         check((typed.path is None) != (typed.task is None), f"{where} needs a path or a task, and not both.")
+        if typed.task is not None:
+            unused = [key for key in settings if key not in ("task", "weight", "modality")]
+            check(
+                not unused,
+                f"{where}.{unused[0] if unused else ''} would do nothing: a task is made in memory, not read. Remove "
+                "it, or give a path.",
+            )
         check(0 <= typed.weight < math.inf, f"{where}.weight is {typed.weight}; it must be a finite number, 0 or more.")
         return typed
 
@@ -300,7 +308,7 @@ class FilesData(DataConfig):
     modality_ratio: dict[str, float] = field(default_factory=dict)
     """Scales the weights so that sets of text, image and video are drawn in this proportion; `{text: 1, image: 2}`."""
     eval_path: str | None = None
-    """Held-out conversations."""
+    """Held-out conversations; `format` and `columns` are for them too."""
     eval_fraction: float = 0.0
     """Share of every set that is held out when there is no `eval_path`; 0 holds out nothing (but what tasks bring)."""
 
@@ -308,7 +316,7 @@ class FilesData(DataConfig):
         super().__post_init__()
         self.sets = {name: SetConfig.of(name, settings) for name, settings in self.sets.items()}
         check(
-            self.path is not None or bool(self.sets),
+            bool(self.path or self.sets),
             "data.path and data.sets are both missing. Give data.path=chats.jsonl, or several sets: "
             "data.sets={name: {path: chats.jsonl}}.",
         )
