@@ -11,10 +11,12 @@ A dataset is fixed: it has a length (a stream has none), `dataset[i]` is the sam
 import hashlib
 import itertools
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +35,8 @@ TASKS = ("digits",)
 
 TRIES = 10
 """Records from the beginning of a dataset that are looked at for its format and modality; the first readable counts."""
+
+_KEY = re.compile(r"\bdata\.(path|format|columns|split|subset|media_root)\b")
 
 BLOCKS_KEPT = 4
 """Blocks of a stream held in memory: the one that is drawn from, the next, and two that workers may still read."""
@@ -219,8 +223,8 @@ class SetSpec:
     """Where a dataset is, and what it is; the fields are those of `data` in the settings."""
 
     path: str | None = None
-    key: str = "data.path"
-    """The setting that `path` comes from, for errors."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """For errors: which setting a field comes from, where that is not `data.FIELD`."""
     task: str | None = None
     """One of `TASKS`, made in memory, instead of a path."""
     format: str | None = None
@@ -241,6 +245,11 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
     """
     if spec.task is not None:
         return open_task(name, spec.task, seed)
+    with _keys_of(spec):
+        return _open_path(name, spec, eval_fraction, seed, block_size)
+
+
+def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_size: int) -> Splits:
     assert spec.path is not None
     media = _media_folder(spec)
     if spec.streaming:
@@ -252,7 +261,7 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
         stream = open_stream(spec.path, split=spec.split, subset=spec.subset)
         first = next((row for row in itertools.islice(stream.read_from(0), TRIES) if isinstance(row, Record)), None)
         return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
-    records = open_records(spec.path, split=spec.split, subset=spec.subset, key=spec.key)
+    records = open_records(spec.path, split=spec.split, subset=spec.subset)
     read = _reader(spec, _first(records))
     twins = find_twins(records)
     if not eval_fraction:
@@ -269,6 +278,16 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
         RecordDataset(name, records, media, read, train, twins),
         RecordDataset(name, records, media, read, heldout, twins),
     )
+
+
+@contextmanager
+def _keys_of(spec: SetSpec) -> Iterator[None]:
+    """The readers call settings `data.path`, `data.format`, ...; errors shall call them as the user wrote them."""
+    try:
+        yield
+    except DataError as error:
+        said = _KEY.sub(lambda match: spec.keys.get(match[1], match[0]), str(error))
+        raise DataError(said) from error
 
 
 def open_task(name: str, task: str, seed: int = 0) -> Splits:

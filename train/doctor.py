@@ -16,12 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from data.loader import check_countable
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -42,13 +42,6 @@ from train.weights import trained_weights
 register()
 
 Add = Callable[[Sequence[Finding]], None]
-
-
-class Packed(NamedTuple):
-    """The training data, and the rows it packs into."""
-
-    statistics: records.Statistics
-    rows: cost.Rows
 
 
 @program("sft")
@@ -82,29 +75,31 @@ def examine(config: SFTConfig, found: Report) -> None:
     with found.section("settings") as add:
         if architecture is not None:
             add(check_settings(config, architecture, device))
-    packed = None
+    rows = None
     with found.section("data") as add:
         if processor is None:
             add([warning("not looked at: that needs the tokenizer (see weights).")])
         else:
-            packed = examine_data(config, processor, found, add)
+            rows = examine_data(config, processor, found, add)
     with found.section("training") as add:
         if architecture is not None:
-            examine_training(config, architecture, packed, device, found, add)
+            examine_training(config, architecture, rows, device, found, add)
     with found.section("trackers") as add:
         add(check_trackers(config.tracker))
 
 
-def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Add) -> Packed | None:
+def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Add) -> cost.Rows | None:
+    """The rows that an epoch packs into; None when there is nothing to pack."""
     data, folder = config.data, Path(config.run.folder)
     parts = open_parts(data)
+    if not config.run.steps:
+        check_countable(parts.train)
     known = sum(part.num_records or 0 for part in parts if part is not None)
     quarantine = records.quarantine_for(folder, known, anew=not (folder / "metrics.jsonl").exists())
-    packed = None
+    epoch = None
     for name, part in (("training data", parts.train), ("held-out data", parts.heldout)):
         if part is None:
             continue
-        before = len(quarantine)
         statistics = records.check_records(
             part,
             processor,
@@ -115,20 +110,19 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
             stream_records=config.doctor.stream_records,
             progress=found.console.is_terminal,
         )
-        add(records.judge(statistics, quarantine, data, len(quarantine) - before))
+        add(records.judge(statistics, quarantine, data))
         if not statistics.ids or part is parts.heldout:
             continue
         for line in records.describe(statistics):
             found.console.print(f"    {line}", markup=False)
         rows = records.rows_of(statistics, part, data)
-        fill = sum(int(statistics.tokens[row].sum()) for row in rows) / (len(rows) * data.max_tokens)
-        patches = [int(statistics.patches[row].sum()) for row in rows]
-        packed = Packed(statistics, cost.Rows(len(rows), fill, sum(patches) / len(rows), max(patches)))
+        epoch = cost.Rows.of(statistics, rows)
+        fill = epoch.tokens / data.max_tokens
         steps = -(-len(rows) // data.accumulation)
         add(records.judge_packing(fill, len(rows), steps, data))
         found.numbers |= {
             "records": len(statistics.ids),
-            "refused": len(quarantine),
+            "refused": len(statistics.refusals),
             "tokens": int(statistics.tokens.sum()),
             "trained_tokens": int(statistics.trained.sum()),
             "patches": int(statistics.patches.sum()),
@@ -137,13 +131,11 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
             "fill": round(fill, 4),
             "updates_per_epoch": steps,
         }
-        length = config.run.steps or max(1, round(config.run.epochs * steps))
-        check_steps(config, length)
-    return packed
+    return epoch
 
 
 def examine_training(
-    config: SFTConfig, architecture: ErnieConfig, packed: Packed | None, device: torch.device, found: Report, add: Add
+    config: SFTConfig, architecture: ErnieConfig, rows: cost.Rows | None, device: torch.device, found: Report, add: Add
 ) -> None:
     adapted = config.peft.kind is not PeftKind.none
     with torch.device("meta"):  # shapes and names, no values
@@ -162,12 +154,14 @@ def examine_training(
     plan = cost.Plan(model, parts, adapted)
     total = sum(part.parameters for part in parts)
     add([ok(f"{human(plan.trained)} of {human(total)} parameters train")])
-    add(cost.check_memory(config, plan, packed and packed.rows, device))
-    if packed is not None:
-        findings, numbers = cost.check_time(config, plan, packed.statistics, packed.rows, device)
+    add(cost.check_memory(config, plan, rows, device))
+    if rows is not None:
+        findings, numbers = cost.check_time(config, plan, rows, device)
         add(findings)
         found.numbers |= numbers
     add(cost.check_disk(config, plan))
+    if rows is not None:
+        check_steps(config, cost.count_updates(config, rows))
     found.numbers |= {"parameters": total, "trained_parameters": plan.trained}
 
 

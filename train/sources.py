@@ -24,6 +24,9 @@ from ernie_model.flops import forward_flops
 from ernie_model.processor import Processor
 from train.config import DataConfig, DigitsData, FilesData, SetConfig
 
+OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root")
+"""Settings of a set that its errors may name."""
+
 
 class Data(NamedTuple):
     train: PackedStream
@@ -49,7 +52,14 @@ def open_parts(config: DataConfig) -> Parts:
         modality_ratio=ratio or None,
         eval_set=None
         if config.eval_path is None
-        else SetSpec(path=config.eval_path, key="data.eval_path", media_root=config.media_root, fetch=config.fetch),
+        else SetSpec(
+            path=config.eval_path,
+            keys={"path": "data.eval_path"},
+            format=config.format,
+            columns=config.columns,
+            media_root=config.media_root,
+            fetch=config.fetch,
+        ),
         eval_fraction=config.eval_fraction,
         seed=config.seed,
         block_size=config.shuffle_block,
@@ -73,9 +83,10 @@ def _sets(config: FilesData) -> dict[str, SetConfig]:
 
 
 def _share(name: str, one: SetConfig, config: FilesData) -> Share:
+    own = [field for field in OF_A_SET if field != "media_root" or one.media_root] if config.sets else []
     spec = SetSpec(
         path=one.path,
-        key=f"data.sets.{name}.path" if config.sets else "data.path",
+        keys={field: f"data.sets.{name}.{field}" for field in own},
         task=one.task,
         format=one.format,
         columns=one.columns,

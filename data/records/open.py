@@ -56,25 +56,16 @@ T = TypeVar("T")
 
 
 def open_records(
-    path: str | os.PathLike[str],
-    *,
-    split: str | None = None,
-    subset: str | None = None,
-    revision: str | None = None,
-    key: str = "data.path",
+    path: str | os.PathLike[str], *, split: str | None = None, subset: str | None = None, revision: str | None = None
 ) -> Records:
     """The records that `path` names, by number. Raises DataError, naming the key to mend, where it names none.
 
-    `split`, `subset` and `revision` choose within a Hugging Face dataset; files have none. `key` is the setting that
-    `path` was given by.
+    `split`, `subset` and `revision` choose within a Hugging Face dataset; files have none.
     """
-    try:
-        path, files = _look(path, split=split, subset=subset, revision=revision)
-        if files:
-            return _one_or_many(path, [_kind(file).records(file) for file in files], ManyRecords)
-        return saved_records(path, split) if path.is_dir() else hub_records(path.as_posix(), split, subset, revision)
-    except DataError as error:
-        raise DataError(str(error).replace("data.path", key)) from error
+    path, files = _look(path, split=split, subset=subset, revision=revision)
+    if files:
+        return _one_or_many(path, [_kind(file).records(file) for file in files], ManyRecords)
+    return saved_records(path, split) if path.is_dir() else hub_records(path.as_posix(), split, subset, revision)
 
 
 def open_stream(

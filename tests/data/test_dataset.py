@@ -36,7 +36,9 @@ def opened(path, **settings):
     seed, fraction = settings.pop("seed", 0), settings.pop("eval_fraction", 0.0)
     return open_mixture(
         {"set": Share(spec=SetSpec(path=str(path), **settings))},
-        eval_set=None if eval_path is None else SetSpec(path=str(eval_path), key="data.eval_path", **settings),
+        eval_set=None
+        if eval_path is None
+        else SetSpec(path=str(eval_path), keys={"path": "data.eval_path"}, **settings),
         eval_fraction=fraction,
         seed=seed,
     )

@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from data.errors import DataError
 from data.tasks import digits
 from ernie_model.model import ErnieModel
 from tests.test_configs import load
 from train import doctor
 from train.build import build_processor, read_config
-from train.checks import records
-from train.sources import build_data
+from train.checks import cost, records
+from train.sources import build_data, open_parts
 
 QUESTION = {"role": "user", "content": "Which digit?"}
 ANSWER = {"role": "assistant", "content": "7"}
@@ -192,3 +193,76 @@ def test_what_cannot_be_opened_is_one_problem_among_others(tmp_path, monkeypatch
     assert run(monkeypatch, tmp_path / "run", *gone) == 1
     assert any("gone.jsonl" in text for text in texts(said(tmp_path / "run"), "problem"))
     assert "  1. data: " in capsys.readouterr().out
+
+
+def test_of_the_bad_records_that_a_run_has_met_those_still_bad_are_told(tmp_path, monkeypatch, broken):
+    few = broken.with_name("few.jsonl")
+    few.write_bytes(b"\n".join(broken.read_bytes().splitlines()[:43]))
+    settings = ["data=files", f"data.path={few}", "data.max_tokens=256", "optim=adamw", "optim.lr=1e-3"]
+    assert run(monkeypatch, tmp_path / "run", *settings) == 0
+    (tmp_path / "run" / "metrics.jsonl").write_text("")  # a run stands there, and its quarantine stays
+    (broken.parent / "cut.jpg").write_bytes(picture())
+    assert run(monkeypatch, tmp_path / "run", *settings) == 0
+    warnings = " ".join(texts(said(tmp_path / "run"), "warning"))
+    assert "empty.png" in warnings and "cut.jpg" not in warnings and "1 records are refused" in warnings
+    assert said(tmp_path / "run")["numbers"]["refused"] == 1
+
+
+def test_a_stream_whose_epochs_cannot_be_counted_is_a_problem(tmp_path, monkeypatch):
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
+    settings = ["data=files", f"data.path={path}", "data.streaming=true"]
+    assert run(monkeypatch, tmp_path / "run", *settings, "run.steps=null", "run.epochs=1") == 1
+    assert any("Set run.steps" in text for text in texts(said(tmp_path / "run"), "problem"))
+    assert run(monkeypatch, tmp_path / "run", *settings, "run.steps=200") == 0
+
+
+def test_a_warmup_longer_than_the_run_does_not_hide_what_a_step_takes(tmp_path, monkeypatch):
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
+    settings = ["data=files", f"data.path={path}", "run.steps=null", "run.epochs=1", "optim.warmup_steps=5"]
+    assert run(monkeypatch, tmp_path / "run", *settings) == 1
+    assert any("optim.warmup_steps (5) is not shorter" in text for text in texts(said(tmp_path / "run"), "problem"))
+    assert said(tmp_path / "run")["numbers"]["update_s_least"] > 0
+
+
+def test_rows_are_those_that_are_drawn_not_all_there_are():
+    found = records.Statistics("data", sizes=[(10, 1, 0, 0), (20, 2, 8, 1), (1000, 900, 4000, 1)])
+    rows = cost.Rows.of(found, [[0, 1], [0], [1, 1, 0]])  # of a mixture: nothing of the large third one
+    assert rows == cost.Rows(num_rows=3, records=2, tokens=90 / 3, trained=9 / 3, patches=24 / 3, most_patches=16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ("path: gone.jsonl", r"data\.sets\.a\.path \(gone.jsonl\) does not exist"),
+        ("path: gone.jsonl, streaming: true", r"data\.sets\.a\.path \(gone.jsonl\) does not exist"),
+        ("path: FILE, split: train", r"data\.sets\.a\.split is 'train', .* Remove data\.sets\.a\.split"),
+        ("path: FILE, format: letters", r"data\.sets\.a\.format is 'letters'"),
+        ("path: FILE, columns: {messages: m}", r"data\.sets\.a\.columns says that messages is 'm'"),
+        ("path: FILE, media_root: /gone", r"data\.sets\.a\.media_root \(/gone\) is not a folder"),
+    ],
+)
+def test_errors_of_a_set_name_its_own_keys(tmp_path, settings, key):
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
+    config = load("data=files", f"data.sets={{a: {{{settings.replace('FILE', str(path))}}}}}")
+    with pytest.raises(DataError, match=key):
+        open_parts(config.data)
+
+
+def test_the_media_root_of_all_sets_keeps_its_name(tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
+    config = load("data=files", f"data.sets={{a: {{path: {path}}}}}", "data.media_root=/gone")
+    with pytest.raises(DataError, match=r"data\.media_root \(/gone\) is not a folder"):
+        open_parts(config.data)
+
+
+def test_held_out_records_are_read_like_those_of_the_set(tmp_path):
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"dialogue": [QUESTION, ANSWER]}))
+    paths = [f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'eval.jsonl'}"]
+    parts = open_parts(load("data=files", *paths, "data.columns={messages: dialogue}").data)
+    assert parts.heldout is not None
+    assert [len(parts.heldout[key].messages) for key in parts.heldout.keys()] == [2]

@@ -4,6 +4,7 @@ Memory and disk are arithmetic. Time is the operations of a typical row (ernie_m
 this machine multiplies matrices, measured for a moment; real steps reach a part of that rate.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +30,28 @@ TIGHT = 0.85
 
 
 class Rows(NamedTuple):
-    """How the data packs."""
+    """How an epoch of the data packs; numbers per row are means."""
 
     num_rows: int
-    fill: float
+    records: float
+    tokens: float
+    trained: float
     patches: float
-    """Per row, on average."""
     most_patches: int
     """In one row."""
+
+    @staticmethod
+    def of(found: Statistics, rows: Sequence[Sequence[int]]) -> "Rows":
+        """`rows`: indices into the statistics. A mixture draws some records often and others never."""
+        drawn = [index for row in rows for index in row]
+        return Rows(
+            num_rows=len(rows),
+            records=len(drawn) / len(rows),
+            tokens=float(found.tokens[drawn].sum()) / len(rows),
+            trained=float(found.trained[drawn].sum()) / len(rows),
+            patches=float(found.patches[drawn].sum()) / len(rows),
+            most_patches=max(int(found.patches[list(row)].sum()) for row in rows),
+        )
 
 
 class Plan(NamedTuple):
@@ -86,14 +101,19 @@ def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch
     return [ok(f"{text}; {where}")]
 
 
+def count_updates(config: SFTConfig, rows: Rows) -> int:
+    """Of the whole run, on one process."""
+    return config.run.steps or math.ceil(config.run.epochs * rows.num_rows / config.data.accumulation)
+
+
 def check_time(
-    config: SFTConfig, plan: Plan, found: Statistics, rows: Rows, device: torch.device
+    config: SFTConfig, plan: Plan, rows: Rows, device: torch.device
 ) -> tuple[list[Finding], dict[str, float]]:
     """Seconds per update, from a row made of average records."""
-    flops = row_flops(plan, found, rows, config.data.max_tokens)
+    flops = row_flops(plan, rows)
     rate = matmul_rate(device, config.model.precision)
     least, most = (config.data.accumulation * flops / rate / share for share in reversed(REACHED))
-    steps = config.run.steps or -(-round(config.run.epochs * rows.num_rows) // config.data.accumulation)
+    steps = count_updates(config, rows)
     numbers = {"flops_per_row": flops, "matmul_flops_per_s": rate, "update_s_least": least, "update_s_most": most}
     text = (
         f"{human(flops * config.data.accumulation)} operations per update; {device} multiplies {human(rate)} a second, "
@@ -103,15 +123,14 @@ def check_time(
     return [ok(text)], numbers
 
 
-def row_flops(plan: Plan, found: Statistics, rows: Rows, max_tokens: int) -> float:
+def row_flops(plan: Plan, rows: Rows) -> float:
     """Operations of forward and backward for one row of average conversations."""
-    per_row = max(1, round(len(found.ids) / rows.num_rows))
-    length = max(1, round(rows.fill * max_tokens / per_row))
+    per_row = max(1, round(rows.records))
+    length = max(1, round(rows.tokens / per_row))
     # Patches as square images, of which the token count follows.
     side = round((rows.patches / per_row) ** 0.5 / 2) * 2
     grids = [(1, side, side)] * per_row if side and plan.architecture.vision is not None else []
-    learned = round(float(found.trained.sum()) / rows.num_rows)
-    forward = forward_flops(plan.architecture, lengths=[length] * per_row, grids=grids, learned=learned)
+    forward = forward_flops(plan.architecture, lengths=[length] * per_row, grids=grids, learned=round(rows.trained))
     learning = [part.part for part in plan.parts if part.trained]
     return training_flops(forward, () if plan.adapted else learning, adapted=learning if plan.adapted else ())
 

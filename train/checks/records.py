@@ -21,6 +21,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.dataset import StreamDataset
+from data.errors import Refusal
 from data.fit import Rules
 from data.mixture import Mixture
 from data.order import Key
@@ -52,7 +53,7 @@ class Statistics:
     ids: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int, int, int]] = field(default_factory=list)
     """tokens, trained tokens, patches, images and videos"""
-    num_refused: int = 0
+    refusals: list[Refusal] = field(default_factory=list)
     is_whole: bool = True
     """False for a stream, of which only the beginning was looked at."""
 
@@ -107,7 +108,7 @@ def check_records(
         for key, one in zip(bar.track(keys, description=name), results, strict=True):
             if one.refusal is not None:
                 quarantine.add(one.refusal)
-                found.num_refused += 1
+                found.refusals.append(one.refusal)
                 continue
             found.keys.append(key)
             found.ids.append(one.id)
@@ -146,14 +147,13 @@ def _check(key: Key) -> Checked:
 # ------------------------------------------------------------------------------------------------------ what it means
 
 
-def judge(found: Statistics, quarantine: Quarantine, config: DataConfig, new: int) -> list[Finding]:
-    """`new`: refused records of this part, the last ones in the quarantine."""
+def judge(found: Statistics, quarantine: Quarantine, config: DataConfig) -> list[Finding]:
     told = [f"{len(found.ids):,} records of {found.name} can be trained on"]
     if not found.is_whole:
         told.append("(a stream: only its beginning was looked at)")
     findings = [ok(" ".join(told))] if found.ids else [problem(f"no record of {found.name} can be trained on.")]
-    if new:
-        findings += refused(quarantine, config, new)
+    if found.refusals:
+        findings += refused(found.refusals, quarantine, config)
     if twice := duplicates(found):
         named = ", ".join(twice[:LONGEST]) + (", ..." if len(twice) > LONGEST else "")
         findings.append(
@@ -182,20 +182,20 @@ def duplicates(found: Statistics) -> list[str]:
     return [id for of_set in ids.values() for id, count in Counter(of_set).items() if count > 1]
 
 
-def refused(quarantine: Quarantine, config: DataConfig, new: int) -> list[Finding]:
+def refused(refusals: Sequence[Refusal], quarantine: Quarantine, config: DataConfig) -> list[Finding]:
+    """`refusals`: of one part of the data; the quarantine has those of all, against which the limit is."""
     tolerated = Quarantine(max_bad=config.max_bad, num_records=quarantine.num_records).tolerated
     mark = problem if len(quarantine) > tolerated else warning
-    latest = quarantine.refusals[len(quarantine) - new :]
-    counts = Counter(refusal.stage.value for refusal in latest)
+    counts = Counter(refusal.stage.value for refusal in refusals)
     stages = ", ".join(f"{count} at stage {stage}" for stage, count in counts.most_common())
-    findings = [mark(f"{refusal.stage.value}: {refusal.reason}") for refusal in latest[:NAMED]]
+    findings = [mark(f"{refusal.stage.value}: {refusal.reason}") for refusal in refusals[:NAMED]]
     rest = f"; all of them are in {quarantine.path}" if quarantine.path else ""
     if len(quarantine) > tolerated:
         way_out = f"more than data.max_bad={config.max_bad:g} tolerates ({tolerated}), so training would stop. Mend or "
         way_out += "remove them, or raise data.max_bad"
     else:
         way_out = f"data.max_bad={config.max_bad:g} tolerates {tolerated}; training would leave them out"
-    return [*findings, mark(f"{new} records are refused ({stages}): {way_out}{rest}.")]
+    return [*findings, mark(f"{len(refusals)} records are refused ({stages}): {way_out}{rest}.")]
 
 
 def rows_of(found: Statistics, mixture: Mixture, config: DataConfig) -> list[list[int]]:
