@@ -31,6 +31,7 @@ from data.quarantine import Quarantine
 from ernie_model.processor import Processor
 from train.checks.findings import Finding, ok, problem, warning
 from train.config import DataConfig
+from train.memory import keep_freed_memory
 from train.sources import rules_of
 
 CHUNK = 16
@@ -136,6 +137,7 @@ def _start(mixture: Mixture, processor: Processor, rules: Rules) -> None:
     """In a process of the pool, once."""
     global _work
     torch.set_num_threads(1)  # the processes share the cores already
+    keep_freed_memory()  # every picture takes the megabytes that the last one had
     _work = mixture, processor, rules
 
 
