@@ -6,6 +6,7 @@ Counted are the experts that tokens visit, not all of them, and the vision tower
 its weights. Seconds are those of the whole step, waiting for data included.
 """
 
+import re
 import time
 from collections.abc import Sequence
 
@@ -20,18 +21,20 @@ from train.loop import Beside
 from train.trained import ADAPTER
 
 # Dense bfloat16 TFLOP/s from the vendors' data sheets, without sparsity, by what torch calls the device.
-# The first name that is part of the device's name counts, so longer names come first.
+# A name counts where it stands alone: an RTX A1000 is no A100, and an L40 no L4.
 BF16_TFLOPS = {
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
     "H200": 989,
+    "GH200": 989,
     "H800": 989,
     "H20": 148,
     "GB200": 2500,
     "B200": 2250,
     "A100": 312,
     "A800": 312,
+    "L40": 181,
     "L40S": 362,
     "L4": 121,
     "A10G": 70,
@@ -77,7 +80,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        known = [tflops for part, tflops in BF16_TFLOPS.items() if part in name]
+        known = [tflops for part, tflops in BF16_TFLOPS.items() if re.search(rf"\b{part}\b", name)]
         if known:
             return known[0] * 1e12
     return measured_flops(device, dtype)

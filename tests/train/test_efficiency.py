@@ -1,5 +1,7 @@
 """What a device could reach."""
 
+import re
+
 import pytest
 import torch
 
@@ -16,18 +18,25 @@ from train.trained import freeze
 @pytest.mark.parametrize(
     "name, tflops",
     [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H20", 148)]
-    + [("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GB200", 2500)],
+    + [("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA GB200", 2500)]
+    + [("NVIDIA L40", 181), ("NVIDIA GH200 480GB", 989)],
 )
 def test_known_devices_by_their_data_sheet(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert efficiency.peak_flops(torch.device("cuda"), torch.bfloat16) == tflops * 1e12
 
 
+def test_a_device_whose_name_begins_like_another_is_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000 Laptop GPU")
+    monkeypatch.setattr(efficiency, "measured_flops", lambda device, dtype: 1.0)
+    assert efficiency.peak_flops(torch.device("cuda"), torch.bfloat16) == 1.0
+
+
 def test_no_name_of_the_table_hides_a_later_one():
-    """The first match counts, so no name may be part of one that comes after it."""
+    """The first match counts, so no name may be a word of one that comes after it."""
     names = list(efficiency.BF16_TFLOPS)
     for index, name in enumerate(names):
-        assert not [later for later in names[index + 1 :] if name in later]
+        assert not [later for later in names[index + 1 :] if re.search(rf"\b{name}\b", later)]
 
 
 def test_an_update_counts_what_its_rows_ask_for():
