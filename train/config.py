@@ -684,6 +684,15 @@ def check_steps(config: SFTConfig, steps: int) -> None:
     )
 
 
+def check_heldout(config: SFTConfig, heldout: bool) -> None:
+    """The rule that needs the data: whether any conversation is held out."""
+    check(
+        heldout or config.evaluate.every == 0,
+        f"evaluate.every is {config.evaluate.every}, but no conversation is held out. Give data.eval_path or "
+        "data.eval_fraction, or set evaluate.every=0.",
+    )
+
+
 class ConvertMedia(Enum):
     path = "path"
     copy = "copy"

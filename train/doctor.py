@@ -33,7 +33,7 @@ from train.checks.machine import available_cores, check_machine
 from train.checks.settings import check_settings
 from train.checks.trackers import check_trackers
 from train.checks.weights import check_adapters, check_weights
-from train.config import PeftKind, SFTConfig, check_steps, register, to_typed
+from train.config import PeftKind, SFTConfig, check_heldout, check_steps, register, to_typed
 from train.run import USER_ERRORS, program
 from train.sources import open_parts
 from train.trained import freeze, trained_parts
@@ -131,6 +131,7 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
             "fill": round(fill, 4),
             "updates_per_epoch": steps,
         }
+    check_heldout(config, parts.heldout is not None)
     return epoch
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
-from train.config import PeftKind, SFTConfig, check_steps, plain, register, to_typed
+from train.config import PeftKind, SFTConfig, check_heldout, check_steps, plain, register, to_typed
 from train.efficiency import Work, peak_flops
 from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
@@ -76,6 +76,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     data = build_data(config.data, processor, rank=rank, world=ranks, folder=run.folder, max_heldout=heldout)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
+    check_heldout(config, data.heldout is not None)
     model.to(accelerator.device)
     notes += freeze(model, config.optim, random=config.model.checkpoint is None)
     objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])

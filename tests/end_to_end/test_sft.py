@@ -239,6 +239,12 @@ def test_a_group_that_is_null(monkeypatch, capfd):
     assert "model= takes the name of a file in configs/" in refused(monkeypatch, capfd, "model=null")
 
 
+def test_evaluations_without_anything_held_out_are_refused(tmp_path, monkeypatch, capfd):
+    path = digits.write_jsonl(tmp_path)["train"]
+    said = refused(monkeypatch, capfd, "data=files", f"data.path={path}", f"run.folder={tmp_path / 'run'}")
+    assert "evaluate.every is 3, but no conversation is held out. Give data.eval_path or" in said
+
+
 def test_held_out_conversations_that_are_all_too_long(monkeypatch, capfd):
     said = refused(monkeypatch, capfd, "data.max_patches=8")
     assert "none of the 6 held-out conversations can be used" in said and "data.max_patches=8" in said
@@ -320,6 +326,7 @@ def test_a_bad_record_in_the_middle_is_left_out_or_ends_the_run_as_max_bad_says(
         "data.shuffle=false",
         "data.lookahead=1",
         "data.prefetch=0",
+        "evaluate.every=0",
     ]
     here = f"run.folder={tmp_path / 'run'}"
     said = refused(monkeypatch, capfd, *settings, here, "run.steps=20", "data.max_bad=0")
