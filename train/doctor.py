@@ -34,7 +34,7 @@ from train.checks.settings import check_settings
 from train.checks.trackers import check_trackers
 from train.checks.weights import check_adapters, check_weights
 from train.config import PeftKind, SFTConfig, check_heldout, check_steps, register, to_typed
-from train.run import USER_ERRORS, program
+from train.run import USER_ERRORS, forget_earlier_looks, program
 from train.sources import open_parts
 from train.trained import freeze, trained_parts
 from train.weights import trained_weights
@@ -95,7 +95,8 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
     if not config.run.steps:
         check_countable(parts.train)
     known = sum(part.num_records or 0 for part in parts if part is not None)
-    quarantine = records.quarantine_for(folder, known, anew=not (folder / "metrics.jsonl").exists())
+    forget_earlier_looks(folder)
+    quarantine = records.quarantine_for(folder, known)
     epoch = None
     for name, part in (("training data", parts.train), ("held-out data", parts.heldout)):
         if part is None:

@@ -22,7 +22,7 @@ from train import contact_sheet
 from train.build import build_processor, read_config
 from train.config import SFTConfig, plain, register, to_typed
 from train.preview_page import Page, write_page
-from train.run import program
+from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Witness, samples_of, segments_of
 from train.sources import build_data
 from train.tracking import make_trackers
@@ -37,9 +37,10 @@ def main(cfg: DictConfig) -> None:
     began = time.perf_counter()
     architecture = read_config(config.model)
     processor = Witness(build_processor(config.model, architecture))
+    folder = Path(config.run.folder)
+    forget_earlier_looks(folder)
     samples, rows, stream = collect(config, processor)
 
-    folder = Path(config.run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     page = Page(
         title=f"What {config.run.name} is shown",

@@ -46,6 +46,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch.distributed.distributed_c10d import _get_default_store
 
 from data.errors import DataError
+from data.quarantine import Quarantine
 from ernie_model.atomic import atomic_folder, atomic_write
 from ernie_model.checkpoint import CheckpointError, write_model
 from ernie_model.config import ConfigError
@@ -114,6 +115,12 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
         return wrapped
 
     return decorate
+
+
+def forget_earlier_looks(folder: Path) -> None:
+    """What doctor and preview refused when they last looked at the data, which may have been mended. A run's stays."""
+    if not (folder / "metrics.jsonl").exists():
+        Quarantine.start_anew(folder)
 
 
 def first_to_say(message: str) -> bool:

@@ -94,6 +94,19 @@ def test_a_bad_record_is_named(tmp_path, monkeypatch, capsys):
     assert "bad.jsonl:1" in capsys.readouterr().err
 
 
+def test_records_that_were_mended_are_not_held_against_the_next_look(tmp_path, monkeypatch, capsys):
+    good = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+    bad = {"messages": good["messages"][:1]}
+    file = tmp_path / "chats.jsonl"
+    data = ["data=files", f"data.path={file}", f"run.folder={tmp_path / 'run'}", "data.max_tokens=64"]
+    file.write_text("\n".join(map(json.dumps, [good] * 12 + [bad] * 11)))
+    assert run(monkeypatch, *data) == 1
+    assert "11 records cannot be trained on" in capsys.readouterr().err
+    file.write_text("\n".join(map(json.dumps, [good] * 22 + [bad])))
+    assert run(monkeypatch, *data) == 0
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.fixture
 def hostile_page() -> str:
     from ernie_model.chat import SpanKind

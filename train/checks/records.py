@@ -282,8 +282,6 @@ def histogram(title: str, values: np.ndarray, edges: Sequence[float] | None = No
         yield f"    {label:>{label_width}}  {bar} {count:,}"
 
 
-def quarantine_for(folder: Path, num_records: int, *, anew: bool) -> Quarantine:
+def quarantine_for(folder: Path, num_records: int) -> Quarantine:
     """The file that the run would write, without its limit: here every bad record shall be named."""
-    if anew:
-        Quarantine.start_anew(folder)
     return Quarantine(folder, max_bad=1.0, num_records=num_records)
