@@ -555,7 +555,7 @@ class EvaluateConfig:
     every: int = 0
     """Updates between evaluations on the held-out conversations; 0 evaluates only before and after."""
     max_examples: int = 0
-    """Held-out conversations to use; 0 uses all of them."""
+    """Held-out conversations to use, evenly over all sets; 0 uses all of them."""
     sheet: int = 24
     """How many held-out images are drawn with the model's own answers at the end, the first ones; 0 draws none."""
     max_new_tokens: int = 32

@@ -6,7 +6,6 @@
 The work is in data/; this file turns settings into those parts.
 """
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -110,8 +109,8 @@ def rules_of(config: DataConfig) -> Rules:
     )
 
 
-class FirstOf(Mixture):
-    """The first `count` conversations of a mixture without streams."""
+class SomeOf(Mixture):
+    """`count` conversations of a mixture without streams, evenly over it, so that every set has its share."""
 
     def __init__(self, whole: Mixture, count: int):
         super().__init__(whole.sets, mix=whole.mix, stop=whole.stop)
@@ -122,7 +121,9 @@ class FirstOf(Mixture):
         return min(self.count, super().num_records or 0)
 
     def keys(self) -> Iterator[Key]:
-        return itertools.islice(super().keys(), self.count)
+        total = super().num_records or 0
+        chosen = {place * total // self.num_records for place in range(self.num_records)}
+        return (key for place, key in enumerate(super().keys()) if place in chosen)
 
 
 def build_data(
@@ -144,7 +145,7 @@ def build_data(
     parts = open_parts(config)
     heldout = parts.heldout
     if heldout is not None and max_heldout:
-        heldout = FirstOf(heldout, max_heldout)
+        heldout = SomeOf(heldout, max_heldout)
     known = (parts.train.num_records or 0) + (0 if heldout is None else len(heldout))
     quarantine = Quarantine(folder, max_bad=config.max_bad, num_records=known)
 

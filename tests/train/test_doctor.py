@@ -10,14 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from data.errors import DataError
 from data.tasks import digits
 from ernie_model.model import ErnieModel
 from tests.test_configs import load
 from train import doctor
 from train.build import build_processor, read_config
 from train.checks import cost, records
-from train.sources import build_data, open_parts
+from train.sources import build_data
 
 QUESTION = {"role": "user", "content": "Which digit?"}
 ANSWER = {"role": "assistant", "content": "7"}
@@ -230,39 +229,3 @@ def test_rows_are_those_that_are_drawn_not_all_there_are():
     found = records.Statistics("data", sizes=[(10, 1, 0, 0), (20, 2, 8, 1), (1000, 900, 4000, 1)])
     rows = cost.Rows.of(found, [[0, 1], [0], [1, 1, 0]])  # of a mixture: nothing of the large third one
     assert rows == cost.Rows(num_rows=3, records=2, tokens=90 / 3, trained=9 / 3, patches=24 / 3, most_patches=16)
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [
-        ("path: gone.jsonl", r"data\.sets\.a\.path \(gone.jsonl\) does not exist"),
-        ("path: gone.jsonl, streaming: true", r"data\.sets\.a\.path \(gone.jsonl\) does not exist"),
-        ("path: FILE, split: train", r"data\.sets\.a\.split is 'train', .* Remove data\.sets\.a\.split"),
-        ("path: FILE, format: letters", r"data\.sets\.a\.format is 'letters'"),
-        ("path: FILE, columns: {messages: m}", r"data\.sets\.a\.columns says that messages is 'm'"),
-        ("path: FILE, media_root: /gone", r"data\.sets\.a\.media_root \(/gone\) is not a folder"),
-    ],
-)
-def test_errors_of_a_set_name_its_own_keys(tmp_path, settings, key):
-    path = tmp_path / "few.jsonl"
-    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
-    config = load("data=files", f"data.sets={{a: {{{settings.replace('FILE', str(path))}}}}}")
-    with pytest.raises(DataError, match=key):
-        open_parts(config.data)
-
-
-def test_the_media_root_of_all_sets_keeps_its_name(tmp_path):
-    path = tmp_path / "few.jsonl"
-    path.write_text(json.dumps({"messages": [QUESTION, ANSWER]}))
-    config = load("data=files", f"data.sets={{a: {{path: {path}}}}}", "data.media_root=/gone")
-    with pytest.raises(DataError, match=r"data\.media_root \(/gone\) is not a folder"):
-        open_parts(config.data)
-
-
-def test_held_out_records_are_read_like_those_of_the_set(tmp_path):
-    for name in ("train", "eval"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"dialogue": [QUESTION, ANSWER]}))
-    paths = [f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'eval.jsonl'}"]
-    parts = open_parts(load("data=files", *paths, "data.columns={messages: dialogue}").data)
-    assert parts.heldout is not None
-    assert [len(parts.heldout[key].messages) for key in parts.heldout.keys()] == [2]
