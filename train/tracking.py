@@ -385,7 +385,7 @@ def charts(metrics: dict[str, float]) -> dict[str, float]:
             key = f"{section}/{rest}"
         elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb", "mfu"):
             key = f"speed/{key}"
-        elif key.endswith("tokens") or key in ("patches", "units", "skipped"):
+        elif key.endswith("tokens") or key in ("patches", "units", "flops", "skipped"):
             key = f"batch/{key}"
         named[key] = value
     return named

@@ -343,9 +343,10 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
 
 def test_charts_stand_in_sections():
     names = ["loss", "grad_norm", "eval_accuracy", "router_text_dead", "text_tokens_per_s", "memory_gb", "image_tokens"]
+    names += ["flops", "mfu", "data_fill", "data_wait"]
     assert list(charts(dict.fromkeys(names, 1.0))) == [
         *("loss", "grad_norm", "eval/accuracy", "router/text_dead", "speed/text_tokens_per_s", "speed/memory_gb"),
-        "batch/image_tokens",
+        *("batch/image_tokens", "batch/flops", "speed/mfu", "data/fill", "speed/data_wait"),
     ]
 
 
