@@ -102,6 +102,7 @@ def message(*overrides: str) -> str:
         ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, files."),
         ("experiment=digitz", "there is no configs/experiment/digitz.yaml; did you mean experiment=digits?"),
         ("data.path=a.jsonl", "data.path is not a setting of the chosen data; it belongs to data=files."),
+        ("run.folder=~/a", "run.folder=~/a cannot be read: a character in it has a meaning of its own. Put quotes"),
         ("garbage", "garbage is not a setting: settings are written as key=value."),
         # wrong types
         ("optim.lr=many", "optim.lr=many: could not be converted to Float."),

@@ -27,6 +27,12 @@ def explain(error: BaseException, entry: str = "sft") -> str:
             return f"{key} is not a setting of {entry}{suggestion(key, known)}"
         if match := re.match(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text):
             return f"{match[1]} is not a setting: settings are written as key=value."
+        if match := re.match(r"LexerNoViableAltException: ([^=]+)=(.*)", text):
+            key, value = match[1], match[2].splitlines()[0]
+            return (
+                f"{key}={value} cannot be read: a character in it has a meaning of its own. Put quotes inside the "
+                f"shell's: '{key}=\"...\"', and write out what ~ stands for."
+            )
         if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
             key = match[1]
             return f"{key} is not a group or a setting of {entry}{suggestion(key, [*known, *GROUPS])}"
