@@ -134,10 +134,6 @@ def message(*overrides: str) -> str:
             "objective.balance.txt is not a setting of sft; did you mean objective.balance.text?",
         ),
         # values that contradict each other
-        (
-            "tracker.images_every=15 run.log_every=10",
-            "tracker.images_every (15) is not a multiple of run.log_every (10)",
-        ),
         ("objective.orthogonal_decoupled=true", "but objective.orthogonal is 0 for both pools."),
         ("run.steps=10 optim.warmup_steps=10", "optim.warmup_steps (10) is not shorter than the run (run.steps=10)"),
         ("run.steps=10 optim=adamw evaluate.every=11", "evaluate.every (11) is longer than the run (run.steps=10)"),

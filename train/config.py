@@ -532,7 +532,7 @@ class TrackerConfig:
     tensorboard: bool = False
     wandb: bool = False
     images_every: int = 0
-    """Updates between pictures of the experts' load, a multiple of run.log_every; 0 draws them at evaluations only."""
+    """Updates between pictures of the experts' load, beside those every `evaluate.every` and of the last update."""
     peak_tflops: float | None = None
     """What one device could do, in 10^12 operations per second, for the share reached (mfu); null takes it from the
     data sheet of known GPUs, and measures it elsewhere."""
@@ -662,11 +662,6 @@ class SFTConfig:
                     f"peft.{name} is given, but peft.kind is none: nothing would have an adapter and every weight "
                     "would train. Add peft=lora, or leave it out.",
                 )
-        check(
-            self.tracker.images_every % self.run.log_every == 0,
-            f"tracker.images_every ({self.tracker.images_every}) is not a multiple of run.log_every "
-            f"({self.run.log_every}), and pictures are drawn when an update is logged. Change one of them.",
-        )
 
 
 def check_steps(config: SFTConfig, steps: int) -> None:

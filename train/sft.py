@@ -7,6 +7,7 @@ accelerate launch -m train.sft ...                           the same program on
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
+from data.batch import PackedBatch
 from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
@@ -90,7 +92,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         check_not_past(steps, state.step, run.resume_from)
     if config.objective.neftune_alpha:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
-    routing = RoutingRecord(model, run.folder if on_main else None, every=config.tracker.images_every, step=state.step)
+    often = (config.evaluate.every, config.tracker.images_every)
+    routing = RoutingRecord(model, run.folder if on_main else None, every=often, last=steps, step=state.step)
     beside = [
         RouterLosses(policy, config.objective, accelerator),
         SegmentLosses(model.config, data.names, accelerator.device),
@@ -118,8 +121,6 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
-        if routing.due(step):
-            routing.publish(step, trackers)
 
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:
@@ -128,10 +129,14 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
         log(state.step, score.metrics())
-        routing.publish(state.step, trackers)
         progress.note(report.score_line(state.step, score))
         if state.step and score.accuracy > best and on_main:
             weights.publish(run.folder, "best", processor)
+
+    def saw(step: int, microbatches: Sequence[PackedBatch]) -> None:
+        ledger.saw(step, microbatches)
+        if routing.due(step):
+            routing.publish(step, trackers)
 
     def nonfinite(step: int, metrics: dict[str, float], evidence: Evidence) -> None:
         entry = nonfinite_entry(step, metrics, evidence, gather_object(evidence.segments()))
@@ -183,7 +188,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         log=log,
         save=save,
         evaluate=evaluate,
-        saw=ledger.saw,
+        saw=saw,
         nonfinite=nonfinite,
         spiked=spiked,
         stop=StopSignal(at_end, grace_s=config.run.grace_s),

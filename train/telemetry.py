@@ -115,12 +115,15 @@ class RoutingRecord(Beside):
 
     Args:
         folder: of the run; pictures and the probe lie in its folder routing/. None on ranks that write nothing.
-        every: updates between pictures beside those of evaluations; 0 draws at evaluations only.
+        every: updates between pictures, in any number of rhythms: that of evaluations, and one of their own; 0 is none.
+        last: the update that is drawn whatever its number.
         step: where this start begins. Changes are counted from the first start in this folder.
     """
 
-    def __init__(self, model: ErnieModel, folder: Path | None, *, every: int = 0, step: int = 0):
-        self.model, self.every, self.new = model, every, step == 0
+    def __init__(
+        self, model: ErnieModel, folder: Path | None, *, every: Sequence[int] = (), last: int = 0, step: int = 0
+    ):
+        self.model, self.every, self.last, self.new = model, every, last, step == 0
         sparse = any(isinstance(layer.mlp, MoE) for layer in model.layers)
         self.folder = folder / "routing" if folder is not None and sparse else None
         self.stats: RouterStats | None = None
@@ -138,7 +141,8 @@ class RoutingRecord(Beside):
         self.stats = router
 
     def due(self, step: int) -> bool:
-        return self.every > 0 and step % self.every == 0
+        """By the number of the update alone: an evaluation that a stop has put off finds no routing to draw later."""
+        return step == self.last or any(every and step % every == 0 for every in self.every)
 
     def publish(self, step: int, trackers: Sequence[Any]) -> None:
         """Draw the last update's routing, once, and hand pictures and numbers to the trackers."""

@@ -177,8 +177,8 @@ class Tracker:
 
 def test_pictures_and_numbers_are_of_the_last_update(tmp_path):
     policy, tracker = small.policy(dtype=torch.float64), Tracker()
-    record = RoutingRecord(policy.model, tmp_path, every=2)
-    assert [record.due(at) for at in (1, 2, 3, 4)] == [False, True, False, True]
+    record = RoutingRecord(policy.model, tmp_path, every=(2, 0, 5), last=7)
+    assert [at for at in range(1, 10) if record.due(at)] == [2, 4, 5, 6, 7, 8]
     for at in (1, 2, 3):
         step(policy, [small.row(TEXT, IMAGE)], [record])
         assert record.stats is not None and record.stats.token_2.tolist() == [[12.0, 4.0]]
