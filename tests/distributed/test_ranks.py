@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,37 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.gloo import ROOT, environments
 from tests.distributed.one_step import CASES, one_step
 from tests.train import small
 from train import checkpoint, sft
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def launch(world: int, *arguments: str) -> None:
     """Run a Python program as `world` ranks, as `accelerate launch` would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-    }
     with tempfile.TemporaryFile("w+") as output:
         processes = [
             subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=ROOT,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-            for rank in range(world)
+            for environment in environments(world)
         ]
         try:
             # As a launcher does: when one rank fails, the others would wait for it for ever.

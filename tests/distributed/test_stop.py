@@ -1,18 +1,16 @@
 """What happens to all ranks when something happens to one."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.distributed.gloo import environments
 from train import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "experiment=digits",
     "tracker=none",
@@ -32,27 +30,15 @@ class TwoRanks:
 
     def __init__(self, folder: Path, *settings: str):
         self.folder = folder
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-        }
         self.said = [folder.parent / f"rank-{rank}.txt" for rank in (0, 1)]
         self.processes = []
-        for rank, said in enumerate(self.said):
+        for environment, said in zip(environments(2), self.said, strict=True):
             with said.open("w") as output:
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "train.sft", *SETTINGS, *settings, f"run.folder={folder}"],
                         cwd=folder.parent,
-                        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        env=environment,
                         stdout=output,
                         stderr=subprocess.STDOUT,
                     )
