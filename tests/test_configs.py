@@ -7,8 +7,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from train.build import read_architecture
-from train.config import (
+from train.compose import (
     GROUPS,
+    differences,
+    known_keys,
+    plain,
+    register,
+    to_typed,
+)
+from train.config import (
     DigitsData,
     FilesData,
     Precision,
@@ -16,12 +23,7 @@ from train.config import (
     SFTConfig,
     UserError,
     check_steps,
-    differences,
-    known_keys,
-    plain,
-    register,
     suggestion,
-    to_typed,
 )
 from train.explain import explain
 

@@ -32,8 +32,8 @@ TESTS_ONLY = ("transformers", "trl", "pytest", "hypothesis")
 CONFIG_LIBRARIES = ("hydra", "omegaconf")
 # Where the model may know of other devices. Everything else in ernie_model is maths on one.
 MAY_COMMUNICATE = ("ernie_model/expert_parallel.py",)
-# config.py turns settings into dataclasses, run.py tells Hydra's errors to the user.
-MAY_READ_HYDRA = re.compile(rf"train/(config|explain|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
+# config.py and compose.py turn settings into dataclasses, run.py tells Hydra's errors to the user.
+MAY_READ_HYDRA = re.compile(rf"train/(config|compose|explain|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
 
 
 def imports(source: str) -> list[str]:
@@ -56,7 +56,7 @@ def complaint(file: str, module: str) -> str | None:
     if top in TESTS_ONLY and package != "tests":
         return f"{top} is for tests only"
     if top in CONFIG_LIBRARIES and not MAY_READ_HYDRA.fullmatch(file):
-        return f"{top} stays in train/{{config,explain,run}}.py and the entry points; all below sees dataclasses"
+        return f"{top} stays in train/{{config,compose,explain,run}}.py and the entry points; all below sees dataclasses"
     parts = module.split(".")
     if parts[:2] == ["torch", "distributed"] and package == "ernie_model" and file not in MAY_COMMUNICATE:
         return "model maths knows one device; communication belongs to expert_parallel.py"

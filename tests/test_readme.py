@@ -101,7 +101,8 @@ def test_the_examples_name_their_model_files():
 
 def test_the_settings_that_pages_name_exist():
     """`group.key` in backticks, with or without a value."""
-    from train.config import SFTConfig, known_keys
+    from train.compose import known_keys
+    from train.config import SFTConfig
 
     known = set(known_keys(SFTConfig))
     groups = {key.split(".")[0] for key in known}

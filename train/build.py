@@ -17,7 +17,15 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.recompute import recompute, recompute_offload
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.config import ModelConfig, ParallelConfig, Precision, Recompute, UserError, flatten, suggestion
+from train.compose import flatten
+from train.config import (
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recompute,
+    UserError,
+    suggestion,
+)
 from train.footprint import Footprint, footprint
 from train.memory import keep_freed_memory
 

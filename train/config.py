@@ -1,26 +1,16 @@
 """Typed schemas for everything under configs/. YAML chooses values; this file owns names, types and rules.
 
-Merge order: the defaults below → the chosen file of each group (configs/<group>/<name>.yaml) → configs/sft.yaml →
-configs/experiment/<name>.yaml → the command line. For example
-
-    ernie sft experiment=digits optim.lr=1e-3
-
-takes `lr: 1e-5` from `OptimConfig`, another value from experiment/digits.yaml, and at last 1e-3.
-
-`to_typed` turns the result into plain dataclasses; nothing below the entry points sees OmegaConf.
+train/compose.py makes them from the files and the command line; nothing below the entry points sees OmegaConf.
 """
 
 import dataclasses
 import difflib
 import math
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 
@@ -64,8 +54,9 @@ class PeftKind(Enum):
     lora = "lora"
 
 
-class ParallelKind(Enum):
-    single = "single"
+class HeldIn(Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
 
 
 class DataKind(Enum):
@@ -512,8 +503,34 @@ class PeftConfig:
 
 @dataclass
 class ParallelConfig:
-    kind: ParallelKind = ParallelKind.single
-    """single: every rank holds the whole model. One process, or several under `accelerate launch` (data parallel)."""
+    """How a model and its training state lie on the processes that `accelerate launch` or torchrun started.
+
+    Nothing here changes what is computed. docs/parallel.md tells which layout to choose.
+    """
+
+    processes: int | None = None
+    """How many processes there must be; null takes however many were started."""
+    zero: int = 0
+    """Stage of DeepSpeed's ZeRO. 0: every process holds everything. 1: it holds its share of the optimizer's state;
+    2: of the gradients too; 3: of the weights too."""
+    expert: int = 1
+    """Processes that share the experts of a layer: each holds 1/expert of both pools. Divides the number of processes;
+    keep it within one machine."""
+    sequence: int = 1
+    """Processes that share one packed row."""
+    held_in: HeldIn = HeldIn.float32
+    """What trained weights are held in between updates, with zero=1 or 2; the optimizer has a float32 copy of its
+    share in any case. bfloat16 saves 4 bytes per weight and sums gradients in bfloat16."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in host memory, and update there (zero=1, 2 or 3)."""
+    offload_weights: bool = False
+    """Keep the weights in host memory until a layer needs them (zero=3)."""
+    overlap: bool = True
+    """Let ranks exchange gradients while the backward pass goes on."""
+    bucket_mb: int = 100
+    """Gradients that travel together, in 10^6 bytes."""
+    timeout_s: float = 600.0
+    """Seconds that a process waits for another one before it ends the run with the stack of every thread."""
     cpu: bool = False
     """Use the CPU even where there is a GPU."""
     threads: int = 0
@@ -521,6 +538,15 @@ class ParallelConfig:
 
     def __post_init__(self):
         check(self.threads >= 0, f"parallel.threads is {self.threads}; it must be 0 or more.")
+        check(
+            self.processes is None or self.processes >= 1,
+            f"parallel.processes is {self.processes}; it must be 1 or more, or null.",
+        )
+        check(self.zero in (0, 1, 2, 3), f"parallel.zero is {self.zero}; DeepSpeed's ZeRO has the stages 1, 2 and 3.")
+        for name in ("expert", "sequence", "bucket_mb"):
+            value = getattr(self, name)
+            check(value >= 1, f"parallel.{name} is {value}; it must be 1 or more.")
+        check(self.timeout_s > 0, f"parallel.timeout_s is {self.timeout_s}; it must be more than 0.")
 
 
 @dataclass
@@ -725,163 +751,6 @@ class ConvertConfig:
     def __post_init__(self):
         check(self.output.endswith(".jsonl"), f"output is {self.output}; it must end in .jsonl, one record per line.")
         check(self.to in ("messages", "erniekit"), f"to is {self.to}; it must be messages or erniekit.")
-
-
-ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig}
-DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
-GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "experiment")
-
-# What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
-FREE_TO_CHANGE: tuple[str, ...] = (
-    "run.name",
-    "run.folder",
-    "run.resume",
-    "run.save_every",
-    "run.keep",
-    "run.log_every",
-    "run.debug",
-    "run.spike",
-    "run.grace_s",
-    "evaluate",
-    "preview",
-    "doctor",
-    "tracker",
-    "parallel",
-    "data.cache_gib",
-    "data.cache_folder",
-    "data.slow_s",
-    "data.dead_s",
-    "data.max_bad",
-    "data.workers",
-    "data.prefetch",
-    "optim.max_skipped",
-    "model.name",
-    "model.recompute",  # the same gradients to the last bit
-    "model.offload_activations",
-    "peft.merge",
-    "data.accumulation",  # rows_per_update is compared instead: accumulation times ranks
-)
-ORDERED = ("optim.lr_scale", "peft.frozen")
-"""Settings whose keys mean something else in another order: a later glob wins, adapters are added up one by one."""
-
-
-def register() -> None:
-    """Tell Hydra the schemas. YAML files name them in their `defaults:` list."""
-    store = ConfigStore.instance()
-    for entry, schema in ENTRIES.items():
-        node = OmegaConf.structured(schema)
-        for key in open_keys(schema):
-            if not OmegaConf.is_missing(node, key.partition(".")[0]):
-                OmegaConf.set_struct(OmegaConf.select(node, key), False)  # Hydra refuses unknown keys everywhere else
-        store.store(name=f"{entry}_schema", node=node)
-    for kind, variant in DATA_SCHEMAS.items():
-        node = OmegaConf.structured(variant)
-        for key in open_keys(variant):
-            OmegaConf.set_struct(OmegaConf.select(node, key), False)
-        store.store(group="data", name=f"{kind}_schema", node=node)
-
-
-Schema = TypeVar("Schema")
-
-
-def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
-    """Leave OmegaConf behind.
-
-    Raises:
-        UserError: a value breaks a rule, a type is wrong, or a setting without a default was not given.
-    """
-    known = sorted(set(known_keys(schema)))
-    free = tuple(f"{key}." for key in open_keys(schema))
-    entry = next((name for name, one in ENTRIES.items() if one is schema), schema.__name__)
-    for key in flatten(OmegaConf.to_container(cfg)):  # `+optim.leer=1` gets past OmegaConf and would do nothing
-        check(
-            key in known or key.startswith(free),
-            f"{key} is not a setting of {entry}{suggestion(key, known)}",
-        )
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    if missing:
-        raise UserError(
-            f"these settings have no default and were not given: {', '.join(missing)}. "
-            f"Add them to the command line, for example {missing[0]}=..."
-        )
-    try:
-        typed = OmegaConf.to_object(cfg)
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from error
-    assert isinstance(typed, schema)
-    return typed
-
-
-def plain(config: Any) -> Any:
-    """Dataclasses and enums to what JSON and YAML can hold."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
-    if isinstance(config, Enum):
-        return config.value
-    if isinstance(config, dict):
-        return {str(key): plain(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [plain(value) for value in config]
-    return config
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` to `{"a.b": 1}`: keys as the user writes them."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that change the numbers and differ between two plain configurations: key → (old, new)."""
-    free: list[str] = list(FREE_TO_CHANGE)
-    if old.get("optim", {}).get("schedule") == Schedule.constant.value:
-        free += ["run.steps", "run.epochs"]  # a constant learning rate doesn't depend on where the run ends
-    old_flat, new_flat = flatten(old), flatten(new)
-    absent = object()
-    out = {}
-    for name in ORDERED:
-        before, after = ([key for key in flat if key.startswith(f"{name}.")] for flat in (old_flat, new_flat))
-        if before != after and sorted(before) == sorted(after):
-            out[name] = tuple(", ".join(key.removeprefix(f"{name}.") for key in keys) for keys in (before, after))
-    for key in sorted(old_flat.keys() | new_flat.keys()):
-        if any(key == name or key.startswith(name + ".") for name in free):
-            continue
-        before, after = old_flat.get(key, absent), new_flat.get(key, absent)
-        if before != after:
-            out[key] = tuple("(absent)" if value is absent else value for value in (before, after))
-    return out
-
-
-# ------------------------------------------------------------------------------------------------- help with typos
-
-
-def known_keys(schema: type) -> Iterator[str]:
-    """Every key of a schema in dotted form, including those of the data sources."""
-    return (key for key, _ in _typed_keys(schema))
-
-
-def _typed_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(schema)
-    for f in dataclasses.fields(schema):
-        kind = hints[f.name]
-        variants = list(DATA_SCHEMAS.values()) if kind is DataConfig else [kind]
-        yield prefix + f.name, kind
-        for variant in variants:
-            if dataclasses.is_dataclass(variant):
-                yield from _typed_keys(typing.cast(type, variant), f"{prefix}{f.name}.")
-
-
-def open_keys(schema: type) -> set[str]:
-    """The keys of a schema whose own keys are the user's: `model.config`, `optim.lr_scale`."""
-    keys = set()
-    for key, kind in _typed_keys(schema):
-        if dict in (typing.get_origin(kind), *map(typing.get_origin, typing.get_args(kind))):
-            keys.add(key)
-    return keys
 
 
 def suggestion(key: str, known: list[str]) -> str:

@@ -20,7 +20,13 @@ from data.convert import Converter, MediaCopy
 from data.errors import DataError
 from data.media import MediaFolder
 from data.records import open_stream
-from train.config import ConvertConfig, ConvertMedia, Keep, UserError, register, to_typed
+from train.compose import register, to_typed
+from train.config import (
+    ConvertConfig,
+    ConvertMedia,
+    Keep,
+    UserError,
+)
 from train.run import program
 
 register()

@@ -33,7 +33,13 @@ from train.checks.machine import available_cores, check_machine
 from train.checks.settings import check_settings
 from train.checks.trackers import check_trackers
 from train.checks.weights import check_adapters, check_weights
-from train.config import PeftKind, SFTConfig, check_heldout, check_steps, register, to_typed
+from train.compose import register, to_typed
+from train.config import (
+    PeftKind,
+    SFTConfig,
+    check_heldout,
+    check_steps,
+)
 from train.run import USER_ERRORS, forget_earlier_looks, program
 from train.sources import open_parts
 from train.trained import freeze, trained_parts

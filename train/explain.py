@@ -5,7 +5,13 @@ import re
 
 from omegaconf.errors import OmegaConfBaseException
 
-from train.config import DATA_SCHEMAS, ENTRIES, GROUPS, known_keys, suggestion
+from train.compose import (
+    DATA_SCHEMAS,
+    ENTRIES,
+    GROUPS,
+    known_keys,
+)
+from train.config import suggestion
 
 
 def explain(error: BaseException, entry: str = "sft") -> str:

@@ -25,7 +25,11 @@ from ernie_model.config import ErnieConfig
 from ernie_model.layers import Linear
 from ernie_model.model import ErnieModel, Layer
 from ernie_model.moe import Experts, MoE
-from train.config import ModelConfig, Precision, Recompute
+from train.config import (
+    ModelConfig,
+    Precision,
+    Recompute,
+)
 from train.logprobs import FEWEST_ROWS, chunk_size
 from train.trained import MOMENT_BYTES
 

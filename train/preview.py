@@ -20,7 +20,12 @@ from ernie_model.atomic import atomic_write
 from ernie_model.chat import SpanKind
 from train import contact_sheet
 from train.build import build_processor, read_config
-from train.config import SFTConfig, plain, register, to_typed
+from train.compose import (
+    plain,
+    register,
+    to_typed,
+)
+from train.config import SFTConfig
 from train.preview_page import Page, write_page
 from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Witness, samples_of, segments_of

@@ -55,7 +55,12 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
-from train.config import RunConfig, SFTConfig, UserError, differences, plain
+from train.compose import differences, plain
+from train.config import (
+    RunConfig,
+    SFTConfig,
+    UserError,
+)
 from train.explain import explain
 from train.tracking import Mark, Tracker, TrackerError, make_trackers
 

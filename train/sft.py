@@ -19,7 +19,17 @@ from data.batch import PackedBatch
 from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
 from train.build import build_accelerator, build_model
-from train.config import PeftKind, SFTConfig, check_heldout, check_steps, plain, register, to_typed
+from train.compose import (
+    plain,
+    register,
+    to_typed,
+)
+from train.config import (
+    PeftKind,
+    SFTConfig,
+    check_heldout,
+    check_steps,
+)
 from train.efficiency import Work, peak_flops
 from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry

@@ -21,7 +21,12 @@ from data.quarantine import Quarantine
 from ernie_model.config import ErnieConfig
 from ernie_model.flops import forward_flops
 from ernie_model.processor import Processor
-from train.config import DataConfig, DigitsData, FilesData, SetConfig
+from train.config import (
+    DataConfig,
+    DigitsData,
+    FilesData,
+    SetConfig,
+)
 
 OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root")
 """Settings of a set that its errors may name."""

@@ -17,7 +17,11 @@ from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from tests.bench.models import SIZES, packed, random_segments, transformers_config
 from tests.bench.timing import in_turn, ratio
-from train.config import TARGETS, PeftConfig, PeftKind
+from train.config import (
+    TARGETS,
+    PeftConfig,
+    PeftKind,
+)
 from train.lora.adapt import adapt
 from train.memory import keep_freed_memory
 from train.policy import Policy, on_device

@@ -20,7 +20,12 @@ from ernie_model.model import ErnieModel
 from tests.bench.memory import allocated_mib, reset_peak, status_mib
 from tests.bench.models import SIZES, packed, random_segments, transformers_config
 from train.build import compute_dtype, set_recompute
-from train.config import ModelConfig, OptimConfig, Precision, Recompute
+from train.config import (
+    ModelConfig,
+    OptimConfig,
+    Precision,
+    Recompute,
+)
 from train.footprint import footprint
 from train.memory import keep_freed_memory
 from train.optim import build_optimizer

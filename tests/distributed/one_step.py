@@ -13,7 +13,11 @@ from torch import nn
 from ernie_model.recompute import recompute
 from tests.train import small
 from train.build import build_accelerator
-from train.config import ObjectiveConfig, ParallelConfig, PoolWeights
+from train.config import (
+    ObjectiveConfig,
+    ParallelConfig,
+    PoolWeights,
+)
 from train.evaluate import exact
 from train.loop import all_sum, any_rank, train_step
 from train.objectives.sft import SFT

@@ -25,7 +25,12 @@ from tests.parity.reference import (
     run_ours,
     run_reference,
 )
-from train.config import TARGETS, PeftConfig, PeftKind, UserError
+from train.config import (
+    TARGETS,
+    PeftConfig,
+    PeftKind,
+    UserError,
+)
 from train.lora.adapt import Adapters, adapt, find_sites
 from train.lora.files import PREFIX, keys_by_tensor, to_peft
 

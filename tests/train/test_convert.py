@@ -10,7 +10,12 @@ import pytest
 from data import formats
 from data.errors import DataError
 from data.records import open_records, write_jsonl
-from train.config import ConvertConfig, ConvertMedia, Keep, UserError
+from train.config import (
+    ConvertConfig,
+    ConvertMedia,
+    Keep,
+    UserError,
+)
 from train.convert import convert, in_own_words
 
 ROOT = Path(__file__).resolve().parents[2]

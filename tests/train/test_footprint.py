@@ -12,7 +12,14 @@ from ernie_model.model import ErnieModel
 from tests.bench.memory import allocated_mib
 from tests.bench.models import SIZES, packed, random_segments, transformers_config
 from train.build import compute_dtype, set_recompute
-from train.config import ModelConfig, OptimConfig, PeftConfig, PeftKind, Precision, Recompute
+from train.config import (
+    ModelConfig,
+    OptimConfig,
+    PeftConfig,
+    PeftKind,
+    Precision,
+    Recompute,
+)
 from train.footprint import Footprint, _highest, _rounded, _Stage, footprint
 from train.optim import build_optimizer
 from train.policy import Policy, on_device

@@ -9,7 +9,12 @@ import torch
 from data.batch import PackedBatch
 from ernie_model.moe import RouterStats
 from tests.train import small
-from train.config import ObjectiveConfig, OptimConfig, Schedule, UserError
+from train.config import (
+    ObjectiveConfig,
+    OptimConfig,
+    Schedule,
+    UserError,
+)
 from train.loop import Hooks, Plan, TrainState, fit, router_summary, train_step
 from train.objectives import Objective, sft
 from train.objectives.sft import SFT

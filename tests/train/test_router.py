@@ -16,7 +16,11 @@ from ernie_model.recompute import keep_activations
 from ernie_model.recompute import recompute as recompute_layer
 from tests.train import small
 from train import checkpoint, neftune
-from train.config import ObjectiveConfig, PoolWeights, UserError
+from train.config import (
+    ObjectiveConfig,
+    PoolWeights,
+    UserError,
+)
 from train.loop import router_summary, train_step
 from train.objectives.sft import SFT
 from train.policy import Policy, PolicyOutput

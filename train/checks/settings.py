@@ -12,7 +12,12 @@ from data.errors import DataError
 from ernie_model.config import ErnieConfig
 from train import checkpoint
 from train.checks.findings import Finding, ok, problem, warning
-from train.config import Precision, SFTConfig, UserError, plain
+from train.compose import plain
+from train.config import (
+    Precision,
+    SFTConfig,
+    UserError,
+)
 from train.run import check_same_maths
 
 FINE_TUNING_LR = 1e-4

@@ -14,7 +14,11 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.build import TINY, build_processor, human, read_config
 from train.checks.findings import Finding, ok, problem, warning
-from train.config import ModelConfig, PeftConfig, UserError
+from train.config import (
+    ModelConfig,
+    PeftConfig,
+    UserError,
+)
 
 HUB_TIMEOUT_S = 5
 NEEDED = ("config.json", "tokenizer.json")

@@ -29,7 +29,11 @@ from ernie_model.processor import Processor
 from train.adapter_gate import check_adapter, check_merged
 from train.build import human
 from train.checkpoint import room_for
-from train.config import TARGETS, PeftConfig, UserError
+from train.config import (
+    TARGETS,
+    PeftConfig,
+    UserError,
+)
 from train.lora.files import Stored, keys_by_tensor, read_adapter, write_adapter
 from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
 

@@ -11,7 +11,11 @@ from train.checks.cost import duration, matmul_rate
 from train.checks.findings import Level
 from train.checks.machine import check_folder, check_threads, check_versions
 from train.checks.records import histogram
-from train.config import ParallelConfig, Precision, TrackerConfig
+from train.config import (
+    ParallelConfig,
+    Precision,
+    TrackerConfig,
+)
 
 
 def test_versions_are_compared_with_their_bounds():

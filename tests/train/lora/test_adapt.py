@@ -11,7 +11,12 @@ from ernie_model.checkpoint import load_model, save_model
 from ernie_model.model import ErnieModel
 from tests.train import small
 from train import checkpoint
-from train.config import TARGETS, PeftConfig, PeftKind, UserError
+from train.config import (
+    TARGETS,
+    PeftConfig,
+    PeftKind,
+    UserError,
+)
 from train.loop import train_step
 from train.lora.adapt import Adapters, adapt
 from train.lora.files import shortest
