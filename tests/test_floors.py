@@ -56,7 +56,7 @@ def complaint(file: str, module: str) -> str | None:
     if top in TESTS_ONLY and package != "tests":
         return f"{top} is for tests only"
     if top in CONFIG_LIBRARIES and not MAY_READ_HYDRA.fullmatch(file):
-        return f"{top} stays in train/{{config,compose,explain,run}}.py and the entry points; all below sees dataclasses"
+        return f"{top} belongs to train/{{config,compose,explain,run}}.py and entry points; all below sees dataclasses"
     parts = module.split(".")
     if parts[:2] == ["torch", "distributed"] and package == "ernie_model" and file not in MAY_COMMUNICATE:
         return "model maths knows one device; communication belongs to expert_parallel.py"
