@@ -1,11 +1,12 @@
 """Read and write Hugging Face checkpoints, one shard at a time.
 
-    load   headers of all shards -> all names and shapes checked -> memory allocated once -> tensors stream in
+    load   headers of all shards -> all names and shapes checked -> module after module allocated and filled
     save   names and sizes planned -> shard after shard assembled and written -> index, config.json -> one rename
 
 Nothing is allocated before the plan is known to be complete, so a wrong folder fails in seconds and names everything
 that is wrong with it. Peak memory is the model plus one shard, also when the dtype changes: the stacked expert tensors
-are allocated at their final place, and each stored expert is copied into its slice.
+are allocated at their final place, and each stored expert is copied into its slice. A rank that holds some of the
+experts allocates and reads no others, and one that keeps a part of every weight (`ready`) never has two modules whole.
 
 Read: the layout of the public repositories and that of transformers' modules (see hub.py), one file or many, flat
 (Baidu) or nested config.json, from a folder or from the hub. Written: always the public layout, with the nested config.
@@ -25,18 +26,19 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ernie_model.atomic import atomic_folder, atomic_write
 from ernie_model.config import ErnieConfig, PositionAfterVideo
-from ernie_model.hub import Piece, Read, assemble, hub_tensors, pieces_by_stored_name
+from ernie_model.expert_parallel import WHOLE, Shard, mark_experts, shard_experts, shard_of
+from ernie_model.hub import Index, Piece, Read, assemble, hub_tensors, pieces_by_stored_name
 from ernie_model.model import ErnieModel
 
 log = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ def load_model(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     position_after_video: PositionAfterVideo | None = None,
+    experts: Shard = WHOLE,
+    ready: Callable[[nn.Module], None] | None = None,
 ) -> ErnieModel:
     """Load weights from a local folder or a hub id (`baidu/ERNIE-4.5-0.3B-PT`).
 
@@ -92,11 +96,14 @@ def load_model(
         device: where the parameters are allocated; files stream through the CPU one tensor at a time.
         revision: branch, tag or commit of a hub repository; not for a folder.
         position_after_video: overrides the configuration (reference trap 7.1).
+        experts: which experts of every pool this rank holds. The others are neither allocated nor read.
+        ready: gets every module with weights of its own as soon as they are read, before the next one is allocated.
 
     Raises:
         CheckpointError: files missing, damaged, pickled or quantised; tensors missing, unexpected, of the wrong shape,
             stored twice; a tied model with a different head.
         ConfigError: see `load_config`.
+        ValueError: the experts cannot be shared out evenly.
     """
     folder = local_folder(source, revision, ["*.safetensors", "*.json"])
     config = ErnieConfig.load(folder)
@@ -108,17 +115,21 @@ def load_model(
         model = ErnieModel(config)
     assert {name for name, _ in model.named_buffers()} <= set(model.state_dict()), "to_empty would leave it unset"
     plan = _match(config, model.state_dict(), stored, folder)
-    model.set_dtype(dtype or _embedding_dtype(plan))
-    model.to_empty(device=device)
-    ours = model.state_dict()
+    model.set_dtype(dtype or plan["embed_tokens.weight"][0].stored.dtype)
     if dtype is None:
-        _warn_if_narrowed(plan, ours)
+        _warn_if_narrowed(plan, model.state_dict())
+    shard_experts(model, experts)
 
-    for file, tensors in plan.items():
-        with _open(file) as reader:
-            for item, pieces in tensors:
-                _copy_in(reader.get_tensor(item.name), pieces, ours)
-    _check_tied_head(config, stored, ours)
+    files = _Files()
+    for path, module in model.named_modules():
+        if own := [name for name, _ in _own_tensors(module)]:
+            module.to_empty(device=device, recurse=False)
+            mark_experts(module, experts)
+            _fill(module, {name: plan[f"{path}.{name}"] for name in own}, files)
+            if module is model.embed_tokens:
+                _check_tied_head(config, stored, model.embed_tokens.weight.detach())
+            if ready is not None:
+                ready(module)
     return model
 
 
@@ -153,34 +164,72 @@ def inspect_headers(source: str | Path, config: ErnieConfig, revision: str | Non
     )
 
 
-def _copy_in(stored: Tensor, pieces: list[Piece], ours: Mapping[str, Tensor]) -> None:
-    for piece in pieces:
-        # state_dict() detaches, so this writes into the parameter without autograd noticing; copy_ converts the dtype.
-        piece.view(ours[piece.ours]).copy_(stored if piece.row is None else stored[piece.row])
+class Source(NamedTuple):
+    """Where (part of) one of our tensors is stored."""
+
+    stored: Stored
+    piece: Piece
 
 
-def _embedding_dtype(plan: dict[Path, list[tuple[Stored, list[Piece]]]]) -> torch.dtype:
-    for tensors in plan.values():
-        for item, pieces in tensors:
-            if pieces[0].ours == "embed_tokens.weight":
-                return item.dtype
-    raise AssertionError("the plan was checked to hold the embedding")
+class _Files:
+    """Readers of the files of a checkpoint, one open at a time: what it has mapped counts as this process's memory."""
+
+    def __init__(self):
+        self.open: dict[Path, Any] = {}
+
+    def __getitem__(self, file: Path):
+        if file not in self.open:
+            self.open.clear()
+            self.open[file] = _open(file)
+        return self.open[file]
 
 
-def _warn_if_narrowed(plan: dict[Path, list[tuple[Stored, list[Piece]]]], ours: Mapping[str, Tensor]) -> None:
-    narrowed = [
-        item.name
-        for tensors in plan.values()
-        for item, pieces in tensors
-        if torch.promote_types(item.dtype, ours[pieces[0].ours].dtype) != ours[pieces[0].ours].dtype
-    ]
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _fill(module: nn.Module, sources: Mapping[str, list[Source]], files: _Files) -> None:
+    """Read a module's own tensors, file by file."""
+    ours = dict(_own_tensors(module))
+    wanted = [(source, ours[name]) for name, found in sources.items() for source in found]
+    for (stored, piece), tensor in sorted(wanted, key=lambda one: one[0].stored.file):
+        if (held := _held(piece, tensor)) is None:
+            continue
+        index, rows = held
+        values = files[stored.file].get_slice(stored.name)[rows]
+        # detached, so that autograd does not notice; copy_ converts the dtype
+        piece.view(tensor.detach(), index).copy_(values if piece.row is None else values[0])
+
+
+def _held(piece: Piece, tensor: Tensor) -> tuple[Index, slice] | None:
+    """The part of `tensor` to fill, and from which stored rows; None where another rank holds that expert."""
+    if piece.row is not None:
+        return piece.index, slice(piece.row, piece.row + 1)
+    if (shard := shard_of(tensor)) == WHOLE:
+        return piece.index, slice(None)
+    part = shard.part_of(shard.of * tensor.shape[0])
+    if not piece.index:  # all experts are one stored tensor, as in transformers' modules
+        return (), part
+    expert, *rest = piece.index
+    assert isinstance(expert, int)
+    return ((expert - part.start, *rest), slice(None)) if part.start <= expert < part.stop else None
+
+
+def _warn_if_narrowed(plan: Mapping[str, list[Source]], ours: Mapping[str, Tensor]) -> None:
+    narrowed = {
+        source.stored.name
+        for name, sources in plan.items()
+        for source in sources
+        if torch.promote_types(source.stored.dtype, ours[name].dtype) != ours[name].dtype
+    }
     if narrowed:
         log.warning(
             "%d tensors are stored wider than they are loaded and were rounded: %s", len(narrowed), _brief(narrowed)
         )
 
 
-def _check_tied_head(config: ErnieConfig, stored: list[Stored], ours: Mapping[str, Tensor]) -> None:
+def _check_tied_head(config: ErnieConfig, stored: list[Stored], embedding_VD: Tensor) -> None:
     """A tied model may store its embedding twice, but not two different ones.
 
     transformers would silently untie such a model, vLLM would silently drop the head. Neither may be what was meant.
@@ -188,7 +237,6 @@ def _check_tied_head(config: ErnieConfig, stored: list[Stored], ours: Mapping[st
     heads = [item for item in stored if item.name == HEAD]
     if not config.tie_word_embeddings or not heads:
         return
-    embedding_VD = ours["embed_tokens.weight"]
     with _open(heads[0].file) as reader:
         head = reader.get_slice(HEAD)
         for start in range(0, embedding_VD.shape[0], 4096):  # in rows, so that no second copy is ever made
@@ -208,10 +256,10 @@ def _check_tied_head(config: ErnieConfig, stored: list[Stored], ours: Mapping[st
 
 def _match(
     config: ErnieConfig, ours: Mapping[str, Tensor], stored: list[Stored], folder: Path
-) -> dict[Path, list[tuple[Stored, list[Piece]]]]:
-    """Stored tensors and their destinations, by file; every element of ours is written exactly once."""
+) -> dict[str, list[Source]]:
+    """Where each of our tensors is stored; every element of it exactly once."""
     table = pieces_by_stored_name(config)
-    plan: dict[Path, list[tuple[Stored, list[Piece]]]] = defaultdict(list)
+    plan: dict[str, list[Source]] = defaultdict(list)
     problems: list[str] = []
     unexpected, ignored = [], []
     written: Counter[str] = Counter()
@@ -227,8 +275,8 @@ def _match(
             problems.append(f"wrong shape: {item.name} is {item.shape}, the configuration asks for {expected}")
         if item.name == HEAD and config.tie_word_embeddings:
             continue
-        plan[item.file].append((item, pieces))
         for piece in pieces:
+            plan[piece.ours].append(Source(item, piece))
             written[piece.ours] += piece.view(ours[piece.ours]).numel()
 
     names = {item.name for item in stored}

@@ -46,9 +46,14 @@ class Piece:
     """The stored tensor has one more dimension in front, and this is our row of it."""
     num_rows: int = 0
 
-    def view(self, ours: Tensor) -> Tensor:
-        """The part of our tensor this piece is about, turned the way it is stored."""
-        return self.turn(ours[self.index] if self.index else ours)
+    def view(self, ours: Tensor, index: Index | None = None) -> Tensor:
+        """The part of our tensor this piece is about, turned the way it is stored.
+
+        Args:
+            index: where that part lies in a tensor that is itself a part; None: in the whole one.
+        """
+        index = self.index if index is None else index
+        return self.turn(ours[index] if index else ours)
 
     def turn(self, part: Tensor) -> Tensor:
         return part.t() if self.transpose else part

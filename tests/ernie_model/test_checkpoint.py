@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ernie_model import checkpoint
 from ernie_model.atomic import FolderExistsError, atomic_folder
 from ernie_model.checkpoint import CheckpointError, load_config, load_model, save_model, write_model
 from ernie_model.config import ConfigError, PositionAfterVideo
+from ernie_model.expert_parallel import Shard, shard_of
 from ernie_model.model import ErnieModel
 from tests.parity.reference import (
     MODELS,
@@ -113,6 +116,69 @@ def test_a_round_trip_is_bit_identical(shape: Shape, dtype: torch.dtype, saved, 
     assert same(model, load_model(tmp_path / "one"))
     assert same(model, load_model(tmp_path / "many"))
     assert load_config(tmp_path / "many") == model.config
+
+
+# ----------------------------------------------------------------------------------------------- what one rank holds
+
+
+@pytest.mark.parametrize("hub", [True, False], ids=["hub layout", "modules' layout"])
+@pytest.mark.parametrize("shape", [MOE_SHAPE, VL_SHAPE], ids=lambda shape: shape.name)
+def test_a_rank_reads_its_own_experts_only(shape: Shape, hub: bool, saved, monkeypatch):
+    whole = load_model(saved(shape, hub=hub))
+    experts = whole.config.num_experts
+    read: list[tuple[str, slice]] = []
+
+    class Spy:
+        def __init__(self, reader):
+            self.reader = reader
+
+        def get_slice(self, name):
+            self.name = name
+            return self
+
+        def __getitem__(self, rows):
+            read.append((self.name, rows))
+            return self.reader.get_slice(self.name)[rows]
+
+    shards = []
+    opened = checkpoint._Files.__getitem__
+    monkeypatch.setattr(checkpoint._Files, "__getitem__", lambda self, file: Spy(opened(self, file)))
+    for index in (0, 1):
+        read.clear()
+        shards.append(load_model(saved(shape, hub=hub), experts=Shard(index, 2)))
+        mine = Shard(index, 2).part_of(experts)
+        for name, rows in read:
+            if match := re.search(r"\.experts\.(\d+)\.", name):
+                assert mine.start <= int(match[1]) % experts < mine.stop, name
+            elif re.search(r"\.experts\.(gate_up|down)_proj", name):
+                assert rows == mine, name
+    parts = [model.state_dict() for model in shards]
+    for name, value in whole.state_dict().items():
+        if ".experts." in name:
+            assert torch.equal(torch.cat([part[name] for part in parts]), value), name
+            assert [shard_of(model.get_parameter(name)) for model in shards] == [Shard(0, 2), Shard(1, 2)]
+        else:
+            assert all(torch.equal(part[name], value) for part in parts), name
+    with pytest.raises(ValueError, match=f"{experts} experts cannot be shared out evenly among {experts + 1} ranks"):
+        load_model(saved(shape, hub=hub), experts=Shard(0, experts + 1))
+
+
+@each_shape
+def test_a_module_can_be_taken_away_as_soon_as_it_is_read(shape: Shape, saved):
+    """As ZeRO-3 does, which keeps a part of every weight."""
+    whole = load_model(saved(shape)).state_dict()
+    taken: dict[str, Tensor] = {}
+
+    def take(module: torch.nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            assert not parameter.is_meta
+            taken[f"{len(taken)} {name}"] = parameter.detach().clone()
+            parameter.data = torch.empty(0)
+
+    model = load_model(saved(shape), ready=take)
+    names = [name for name, _ in model.named_parameters()]
+    for name, (key, value) in zip(names, taken.items(), strict=True):
+        assert name.endswith(key.partition(" ")[2]) and torch.equal(value, whole[name]), name
 
 
 def test_shards_and_index(saved, tmp_path: Path):
