@@ -23,6 +23,29 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+class _Touch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *unused):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.unused = [(one.shape, one.dtype, one.device) for one in unused]  # ZeRO-3 takes the values away afterwards
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
+        zeros = (
+            torch.zeros((), dtype=dtype, device=device).expand(shape) if needed else None
+            for (shape, dtype, device), needed in zip(ctx.unused, ctx.needs_input_grad[1:], strict=True)
+        )
+        return grad, *zeros
+
+
+def touch(x: Tensor, *unused: Tensor) -> Tensor:
+    """`x`, and a gradient of zero, instead of none at all, for tensors that had nothing to compute.
+
+    Where ranks sum gradients they wait for each other parameter by parameter: every rank must have one for each.
+    """
+    return _Touch.apply(x, *unused)  # pyright: ignore[reportReturnType]
+
+
 class Linear(nn.Linear):
     """`nn.Linear` whose weight follows the dtype of its input."""
 

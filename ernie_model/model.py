@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ernie_model.attention import Attention, Context
 from ernie_model.config import ErnieConfig
-from ernie_model.layers import Linear, RMSNorm, SwiGLU
+from ernie_model.layers import Linear, RMSNorm, SwiGLU, touch
 from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats
 from ernie_model.recompute import Runner, keep_activations
 from ernie_model.resampler import Resampler
@@ -116,6 +116,7 @@ class ErnieModel(nn.Module):
         *,
         patch_PX: Tensor | None = None,
         grids: Sequence[Grid] = (),
+        join: bool = False,
     ) -> ModelOutput:
         """Run one packed row.
 
@@ -125,17 +126,20 @@ class ErnieModel(nn.Module):
             context: `Packed(lengths)` for training and prompts.
             patch_PX: pixels of all images and videos, in order of appearance, patches in merge-block order.
             grids: their (frames, rows, columns) in patches.
+            join: use every weight, also what only images and videos reach: another rank does, in a row of its own.
 
         Raises:
             ValueError: pixels, grids and placeholders disagree.
         """
         x_TD = self.embed_tokens(token_T)
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
-        pools, media_T = self._pools(token_T, grids)
+        pools, media_T = self._pools(token_T, grids, join)
         if grids:
             x_TD = self._place_media(x_TD, media_T, patch_PX, grids)
         elif patch_PX is not None:
             raise ValueError(f"{patch_PX.shape[0]} patches came without grids.")
+        elif join and self.vision is not None:
+            x_TD = touch(x_TD, self._features(x_TD.new_zeros(4, self.vision.config.patch_dim), [(1, 2, 2)]))
         rotation = text_rotation(position_3T, self.config, dtype=x_TD.dtype)
         stats: list[RouterStats] = []
         for layer in self.layers:
@@ -144,7 +148,7 @@ class ErnieModel(nn.Module):
                 stats.append(layer_stats)
         return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
 
-    def _pools(self, token_T: Tensor, grids: Sequence[Grid]) -> tuple[Pools, Tensor]:
+    def _pools(self, token_T: Tensor, grids: Sequence[Grid], join: bool) -> tuple[Pools, Tensor]:
         """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders.
 
         Vision tokens are placeholders and start/end tokens. A row whose placeholders and grids disagree is refused.
@@ -164,17 +168,20 @@ class ErnieModel(nn.Module):
             raise ValueError(
                 f"the row has {found} placeholder tokens, but its {len(grids)} images and videos need {expected}."
             )
-        return Pools(vision_T, num_vision), media_T
+        return Pools(vision_T, num_vision, join), media_T
 
     def _place_media(self, x_TD: Tensor, media_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]) -> Tensor:
         """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
-        assert self.vision is not None and self.resampler is not None
         patches = sum(t * h * w for t, h, w in grids)
         if patch_PX is None or patch_PX.shape[0] != patches:
             found = 0 if patch_PX is None else patch_PX.shape[0]
             raise ValueError(f"the grids describe {patches} patches, but {found} were given.")
-        feature_MD = self.resampler(self.vision(patch_PX.to(x_TD.dtype), grids), grids)
-        return x_TD.index_copy(0, media_T.nonzero()[:, 0], feature_MD)
+        return x_TD.index_copy(0, media_T.nonzero()[:, 0], self._features(patch_PX.to(x_TD.dtype), grids))
+
+    def _features(self, patch_PX: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(M, D): what the vision tower and the resampler make of pixels."""
+        assert self.vision is not None and self.resampler is not None
+        return self.resampler(self.vision(patch_PX, grids), grids)
 
 
 def _is_one_of(token_T: Tensor, ids: Sequence[int]) -> Tensor:

@@ -10,13 +10,16 @@ pools out expert by expert, `Experts` multiplies, `combine` adds the results bac
     expert_TK  20 31  6 5  31           K = 2, E = 4
     rows        a0 b1 c1 a2 b3 c3 | [img]5 [img]6
 
-Nothing here knows how many devices exist: expert parallelism replaces one function, `MoE.route`.
+Nothing here knows how many devices exist: expert parallelism replaces one function, `MoE.route`
+(expert_parallel.py). Where ranks wait for each other, a parameter that is used on one of them must be used on all:
+`join` calls both pools, and a pool without rows gives its weights a gradient of zero (`touch`).
 
 Shape letters:  T tokens   D model width   F expert hidden width   E experts of a pool   K experts per token
                 R = T*K routed rows, grouped by expert, text pool first   U rows of one pool
 Source: reference 2.8, 2.9.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ernie_model.config import ErnieConfig
-from ernie_model.layers import SwiGLU, silu_mul
+from ernie_model.layers import SwiGLU, silu_mul, touch
 
 
 class Pools(NamedTuple):
@@ -34,6 +37,8 @@ class Pools(NamedTuple):
     vision_T: Tensor  # bool
     num_vision: int
     """Their number, on the host: it is read once per forward, so that no layer has to wait for the device."""
+    join: bool = False
+    """Some rank has tokens for the vision pool: every rank calls both pools, whatever its own tokens are."""
 
 
 class Routing(NamedTuple):
@@ -42,6 +47,8 @@ class Routing(NamedTuple):
     expert_TK: Tensor  # int64 in [0, 2E): vision experts come after the text experts
     weight_TK: Tensor  # float32 (float64 in a float64 model)
     num_vision: int
+    join: bool = False
+    """As in `Pools`."""
 
 
 class RouterStats(NamedTuple):
@@ -104,6 +111,8 @@ class Experts(nn.Module):
         self.down_EDF = nn.Parameter(torch.empty(num_experts, width, hidden))
 
     def forward(self, x_UD: Tensor, count_E: Tensor) -> Tensor:
+        if not x_UD.shape[0]:
+            return touch(x_UD, self.gate_up_EFD, self.down_EDF)
         gate_UF, up_UF = grouped_linear(x_UD, self.gate_up_EFD, count_E).chunk(2, dim=-1)
         return grouped_linear(silu_mul(gate_UF, up_UF), self.down_EDF, count_E)
 
@@ -130,15 +139,14 @@ def sort_by_expert(routing: Routing, num_experts: int, *, multiple: int = 1) -> 
     Each expert's rows are padded to a `multiple`; padding costs work but no accuracy (nothing reads its results).
     """
     tokens, choices = routing.expert_TK.shape
-    flat = routing.expert_TK.flatten()
-    order = flat.argsort(stable=True)
-    count_X = torch.bincount(flat, minlength=num_experts)
-    row = torch.arange(tokens * choices, device=flat.device)
+    sorted_R, order = routing.expert_TK.flatten().sort(stable=True)
+    count_X = torch.searchsorted(sorted_R, torch.arange(1 + num_experts, device=order.device)).diff()
+    row = torch.arange(tokens * choices, device=order.device)
     num_rows, num_text = tokens * choices, (tokens - routing.num_vision) * choices
     if multiple > 1:
         padded_X = (count_X + multiple - 1) // multiple * multiple
         shift_X = (padded_X - count_X).cumsum(0) - (padded_X - count_X)  # padding before each expert's first row
-        row = row + shift_X[flat[order]]
+        row = row + shift_X[sorted_R]
         count_X, num_rows = padded_X, int(padded_X.sum())
         num_text = int(padded_X[: num_experts // 2].sum()) if routing.num_vision else num_rows
     place = torch.empty_like(order)
@@ -204,22 +212,31 @@ def _prefers_few_shapes(x_TD: Tensor) -> bool:
     return x_TD.device.type == "cpu" and x_TD.dtype in (torch.bfloat16, torch.float16)
 
 
-def route_local(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None) -> Tensor:
-    """Send every token through its experts; all experts of both pools live on this device."""
+def row_multiple(x_TD: Tensor) -> int:
+    """To what the rows of each expert are padded."""
+    return CPU_ROWS if _prefers_few_shapes(x_TD) else 1
+
+
+def route_local(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None, shared: SwiGLU | None) -> Tensor:
+    """Send every token through its experts and the shared ones; all experts of both pools live on this device."""
     num_experts = text.num_experts
-    rows = sort_by_expert(
-        routing, num_experts * (1 if vision is None else 2), multiple=CPU_ROWS if _prefers_few_shapes(x_TD) else 1
-    )
+    rows = sort_by_expert(routing, num_experts * (1 if vision is None else 2), multiple=row_multiple(x_TD))
     x_RD = dispatch(x_TD, rows)
-    if vision is None or rows.num_text == x_RD.shape[0]:
+    if vision is None or (rows.num_text == x_RD.shape[0] and not routing.join):
         y_RD = text(x_RD, rows.count_X[:num_experts])
-    elif rows.num_text == 0:
+    elif rows.num_text == 0 and not routing.join:
         y_RD = vision(x_RD, rows.count_X[num_experts:])
     else:
         x_text, x_vision = x_RD.split([rows.num_text, x_RD.shape[0] - rows.num_text])
         parts = text(x_text, rows.count_X[:num_experts]), vision(x_vision, rows.count_X[num_experts:])
         y_RD = torch.cat(parts)
-    return combine(y_RD, routing.weight_TK, rows)
+    y_TD = combine(y_RD, routing.weight_TK, rows)
+    return y_TD if shared is None else y_TD + shared(x_TD)
+
+
+Route = Callable[[Tensor, Routing, Experts, "Experts | None", "SwiGLU | None"], Tensor]
+"""(x_TD, routing, text, vision, shared) -> y_TD. The shared experts come along, so that whoever waits for rows from
+other ranks has something to compute meanwhile."""
 
 
 class Pool(nn.Module):
@@ -243,12 +260,12 @@ class MoE(nn.Module):
         self.vision = Pool(config, config.vision_expert_width) if config.vision_expert_width else None
         shared = config.num_shared_experts * config.text_expert_width
         self.shared_experts = SwiGLU(config.hidden_size, shared, bias=config.use_bias) if shared else None
-        self.route = route_local  # the seam: expert parallelism swaps this function
+        self.route: Route = route_local  # the seam: expert parallelism swaps this function
 
     def forward(self, x_TD: Tensor, pools: Pools) -> tuple[Tensor, RouterStats]:
         routing, stats = self.choose(x_TD, pools)
-        y_TD = self.route(x_TD, routing, self.text.experts, self.vision.experts if self.vision is not None else None)
-        return (y_TD if self.shared_experts is None else y_TD + self.shared_experts(x_TD)), stats
+        vision = self.vision.experts if self.vision is not None else None
+        return self.route(x_TD, routing, self.text.experts, vision, self.shared_experts), stats
 
     def choose(self, x_TD: Tensor, pools: Pools) -> tuple[Routing, RouterStats]:
         """Softmax over the token's own pool; the K best by probability + correction bias; weights without the bias."""
@@ -256,7 +273,7 @@ class MoE(nn.Module):
         logit_TE = self.text.router(score_TD)
         bias = self.text.router.correction_bias_E
         offset: Tensor | int = 0
-        if self.vision is not None and pools.num_vision:
+        if self.vision is not None and (pools.num_vision or pools.join):
             vision_T1 = pools.vision_T[:, None]
             logit_TE = torch.where(vision_T1, self.vision.router(score_TD), logit_TE)
             bias = torch.where(vision_T1, self.vision.router.correction_bias_E, bias)
@@ -265,7 +282,7 @@ class MoE(nn.Module):
         chosen_TK = (prob_TE.detach() + bias).topk(self.experts_per_token, dim=-1).indices
         weight_TK = prob_TE.gather(1, chosen_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
-        routing = Routing(chosen_TK + offset, weight_TK, pools.num_vision)
+        routing = Routing(chosen_TK + offset, weight_TK, pools.num_vision, pools.join)
         preferred_TK = prob_TE.detach().topk(self.experts_per_token, dim=-1).indices + offset
         return routing, self._stats(logit_TE, prob_TE, routing.expert_TK, preferred_TK, pools)
 
@@ -277,7 +294,9 @@ class MoE(nn.Module):
         logsumexp_T = logit_TE.logsumexp(-1)
 
         def counted(choice_TK: Tensor) -> Tensor:
-            return torch.bincount(choice_TK.flatten(), minlength=2 * self.num_experts).view(2, -1).to(logit_TE.dtype)
+            chosen = choice_TK.flatten()  # not bincount: it waits for the device to know the largest entry
+            count = chosen.new_zeros(2 * self.num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+            return count.view(2, -1).to(logit_TE.dtype)
 
         with torch.no_grad():
             # entropy = -sum p log p = logsumexp - sum p * logit

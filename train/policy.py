@@ -40,10 +40,15 @@ class Policy(nn.Module):
         self.model = model
         self.loss_is_linear = loss_is_linear
 
-    def forward(self, batch: PackedBatch, row_R: Tensor) -> PolicyOutput:
-        """`row_R`: the rows whose weight is not 0; see `on_device`."""
+    def forward(self, batch: PackedBatch, row_R: Tensor, *, join: bool = False) -> PolicyOutput:
+        """`row_R`: the rows whose weight is not 0; see `on_device`. `join`: see `ErnieModel.forward`."""
         output = self.model(
-            batch.token_T, batch.position_3T, Packed(batch.lengths), patch_PX=batch.patch_PX, grids=batch.grids
+            batch.token_T,
+            batch.position_3T,
+            Packed(batch.lengths),
+            patch_PX=batch.patch_PX,
+            grids=batch.grids,
+            join=join,
         )
         logprob_R, correct_R = token_logprobs(
             output.hidden_TD[row_R],

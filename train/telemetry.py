@@ -30,7 +30,7 @@ from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
-from ernie_model.moe import Experts, MoE, RouterStats, Routing
+from ernie_model.moe import MoE, RouterStats, Routing
 from train import heat_map
 from train.loop import Beside
 from train.policy import PolicyOutput
@@ -273,9 +273,9 @@ def _watched(model: ErnieModel, seen: list[Tensor]):
     originals = [layer.route for layer in layers]
 
     def watching(original: Callable[..., Tensor]):
-        def route(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None) -> Tensor:
+        def route(x_TD: Tensor, routing: Routing, *rest: Any) -> Tensor:
             seen.append(routing.expert_TK)
-            return original(x_TD, routing, text, vision)
+            return original(x_TD, routing, *rest)
 
         return route
 
