@@ -24,8 +24,9 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from ernie_model.expert_parallel import mark, shard_of
 from ernie_model.hub import Index
-from ernie_model.layers import Linear, cast, silu_mul, wide
+from ernie_model.layers import Linear, cast, silu_mul, touch, wide
 from ernie_model.moe import Experts, grouped_linear
 
 
@@ -147,14 +148,21 @@ class LoraExperts(nn.Module, LoraLayer):
         for tensor, (name_A, name_B) in self.PAIRS.items():
             weight_EOI = getattr(self.base_layer, tensor)
             experts, outputs, inputs = weight_EOI.shape
-            A_ELI = torch.empty(experts, r, inputs)
+            shard = shard_of(weight_EOI)
+            # All experts' values are drawn, so that a rank with some of them has those that one process would have.
+            A_ELI = torch.empty(experts * shard.of, r, inputs)
             nn.init.uniform_(A_ELI, -(inputs**-0.5), inputs**-0.5)  # what peft gives a Linear's A
-            getattr(self, name_A)[adapter_name] = nn.Parameter(A_ELI)
+            getattr(self, name_A)[adapter_name] = nn.Parameter(A_ELI[shard.part_of(len(A_ELI))].clone())
             getattr(self, name_B)[adapter_name] = nn.Parameter(torch.zeros(experts, outputs, r))
         _to_masters(self, adapter_name, self.base_layer.gate_up_EFD)
+        for name in self.adapter_layer_names:
+            mark(getattr(self, name)[adapter_name], shard_of(self.base_layer.gate_up_EFD))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x_UD: Tensor, count_E: Tensor) -> Tensor:
+        if not x_UD.shape[0]:
+            factors = [f for tensor in self.TENSORS for f in self.factors(tensor).values()]
+            return touch(x_UD, *(value for f in factors for value in (f.A, f.B)))
         gate_UF, up_UF = self.product("gate_up_EFD", x_UD, count_E).chunk(2, dim=-1)
         return self.product("down_EDF", silu_mul(gate_UF, up_UF), count_E)
 
