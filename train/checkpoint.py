@@ -1,11 +1,12 @@
-"""Training state on disk: what a run needs to go on as if it had never stopped.
+"""Training state on disk: what a run needs to go on as if it had never stopped, on as many processes as there are.
 
     RUN_FOLDER/checkpoints/
       step-000100/
-        model.safetensors         float32 master weights, our names
-        optimizer.safetensors     PARAMETER/exp_avg, PARAMETER/exp_avg_sq, PARAMETER/step
+        shard-00000.safetensors   pieces of NAME/weight, NAME/exp_avg, NAME/exp_avg_sq, NAME/step: those of rank 0
+        shard-00001.safetensors   rank 1's, and so on; together every element once (train/parallel/fragments.py)
         random.safetensors        generators of every rank
-        state.json                everything else, and size and checksum of every file, its own included; written last
+        state.json                everything else: shapes of the whole tensors, size and checksum of every file, its own
+                                  included; written last
       step-000200/
       step-000300.damaged/        found damaged by a later start, and set aside
 
@@ -13,7 +14,8 @@ This is for resuming only. Weights for others (transformers, vLLM) are another k
 
 A checkpoint is written under another name, synced to the disk, and appears by one rename. `fault` compares the sizes,
 which is quick enough to do often; `damage` also reads every byte and compares checksums, once, before a checkpoint is
-loaded.
+loaded. All ranks save, look for and load a checkpoint together, on a disk that all of them see: what one of them cannot
+do, none does.
 """
 
 import errno
@@ -22,13 +24,14 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,21 +39,33 @@ from torch import Tensor
 
 from ernie_model.atomic import atomic_folder, atomic_write
 from train.config import UserError
+from train.parallel.fragments import pieces_to_write, restore, whole_shape
+from train.pieces import PieceError, Pieces, write_pieces
 
-FORMAT = 2
-MODEL, OPTIMIZER, RANDOM, STATE = "model.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"
+FORMAT = 3
+RANDOM, STATE = "random.safetensors", "state.json"
 FOLDER_NAME = re.compile(r"step-(\d{6,})")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 CHECKSUM = "xxh3_128"  # finds damage at the speed of the memory; it isn't meant against forgery
 BLOCK = 2**24
 
+T = TypeVar("T")
 
-class Stateful(Protocol):
-    """The weights of a run: a module, or the adapters of one."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+class Resumable(Protocol):
+    """The weights of a run: all of a model's, or adapters beside frozen ones."""
 
-    def load_state_dict(self, state: Mapping[str, Any], /) -> Any: ...
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Parameters and buffers that a checkpoint holds, by name: the model's own, not copies."""
+        ...
+
+    def rests_on(self) -> str | None:
+        """What they are worthless without: a fingerprint of frozen weights that the checkpoint does not hold."""
+        ...
+
+
+def shard_name(rank: int) -> str:
+    return f"shard-{rank:05d}.safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -93,27 +108,50 @@ def fault(path: Path) -> str | None:
 
 def damage(path: Path) -> str | None:
     """As `fault`, and reads every file to compare its checksum."""
-    if problem := fault(path):
-        return problem
-    for name, expected in _read_sealed(path)["files"].items():
+    return fault(path) or _damaged_file(path, sorted(_read_sealed(path)["files"]))
+
+
+def _damaged_file(path: Path, names: list[str]) -> str | None:
+    files = _read_sealed(path)["files"]
+    for name in names:
         try:
             found = checksum(path / name)
         except OSError as error:
             return f"{name} cannot be read: {error}"
-        if found != expected[CHECKSUM]:
+        if found != files[name][CHECKSUM]:
             return f"{name} does not have the checksum it was written with"
     return None
 
 
 def newest_undamaged(root: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is whole to the last bit, and what is wrong with those that are newer."""
+    """The newest checkpoint that is whole to the last bit, and what is wrong with those that are newer.
+
+    All ranks ask together, and each reads some of the files.
+
+    Raises:
+        UserError: they do not see the same disk.
+    """
+    found = candidates(root)
+    if any(names != found for names in everyones(found)):
+        raise UserError(
+            f"{root} does not look alike to all ranks: {_counts(everyones(len(found)))} checkpoints. run.folder must "
+            "be on a disk that all machines share."
+        )
     problems: dict[Path, str] = {}
-    for path in reversed(candidates(root)):
-        problem = damage(path)
+    for path in reversed(found):
+        faults = everyones(fault(path))
+        if not any(faults):
+            rank, world = here()
+            faults = everyones(_damaged_file(path, sorted(_read_sealed(path)["files"])[rank::world]))
+        problem = next((text for text in faults if text), None)
         if problem is None:
             return path, problems
         problems[path] = problem
     return None, problems
+
+
+def _counts(numbers: list[int]) -> str:
+    return ", ".join(f"rank {rank} sees {number}" for rank, number in enumerate(numbers))
 
 
 def set_aside(path: Path) -> Path:
@@ -155,7 +193,10 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     if not whole:
         raise ValueError("it does not have the checksum it was written with")
     if state["format"] != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}.")
+        raise UserError(
+            f"{path} has checkpoint format {state['format']}; this version reads {FORMAT}. Finish that run with the "
+            "version that began it, or start anew in another run.folder."
+        )
     return state
 
 
@@ -169,49 +210,126 @@ def save(
     root: Path,
     step: int,
     *,
-    model: Stateful,
-    optimizer: torch.optim.Optimizer,
-    generators: Sequence[Mapping[str, Tensor]],
+    weights: Resumable,
+    optimizer: Any,
     state: dict[str, Any],
     keep: int,
 ) -> Saved:
-    """Write the checkpoint of `step`, then delete all but the newest `keep`.
+    """Write the checkpoint of `step`, then delete all but the newest `keep`. All ranks call it.
 
     Args:
-        generators: `generator_state()` of every rank, in order.
-        state: anything JSON can hold.
+        optimizer: PyTorch's, or that of DeepSpeed's engine.
+        state: anything JSON can hold; rank 0's is written.
 
     Raises:
-        UserError: the disk is full. Nothing was changed; earlier checkpoints are as they were.
+        UserError: the disk is full, or a rank cannot write. Nothing was changed; earlier checkpoints are as they were.
     """
     begin = time.perf_counter()
-    path = folder_of(root, step)
-    tensors = {
-        MODEL: {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()},
-        OPTIMIZER: optimizer_tensors(optimizer),
-        RANDOM: {f"{rank}/{name}": value for rank, values in enumerate(generators) for name, value in values.items()},
+    (rank, world), path, tensors = here(), folder_of(root, step), weights.tensors()
+    pieces, base = list(pieces_to_write(tensors, optimizer, rank=rank, world=world)), weights.rests_on()
+    generators = {
+        f"{one}/{name}": value
+        for one, values in enumerate(everyones(generator_state()))
+        for name, value in values.items()
     }
-    needed = sum(value.nbytes for values in tensors.values() for value in values.values())
-    with room_for(path, needed), atomic_folder(path, overwrite=True) as folder:
-        for file, values in tensors.items():
-            save_file(values, folder / file)
-        files = {file: {"bytes": (folder / file).stat().st_size, CHECKSUM: checksum(folder / file)} for file in tensors}
-        atomic_write(folder / STATE, _sealed({"format": FORMAT, "step": step, "files": files, **state}))
-    for old in complete(root)[:-keep]:
-        delete(old)
-    return Saved(path, sum(file["bytes"] for file in files.values()), time.perf_counter() - begin)
+    needed = sum(everyones(sum(piece.value.nbytes for piece in pieces)))
+    with ExitStack() as at_end:  # an error takes the half-written folder away
+
+        def open_folder() -> Path:
+            if rank:
+                return path  # rank 0's is used
+            check_room(path, needed)
+            return at_end.enter_context(atomic_folder(path, overwrite=True))
+
+        def write_shard() -> dict[str, Any]:
+            if not folder.is_dir():
+                raise UserError(
+                    f"rank {rank} does not see {folder}, which rank 0 has just made. run.folder must be on a disk that "
+                    "all machines share."
+                )
+            written = write_pieces(folder / shard_name(rank), pieces)
+            return {"bytes": written.num_bytes, CHECKSUM: written.checksum}
+
+        def seal() -> int:
+            if rank:
+                return 0
+            save_file(generators, folder / RANDOM)
+            files = {shard_name(one): file for one, file in enumerate(shards)}
+            files[RANDOM] = {"bytes": (folder / RANDOM).stat().st_size, CHECKSUM: checksum(folder / RANDOM)}
+            shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
+            about = {"format": FORMAT, "step": step, "files": files, "shapes": shapes, "rests_on": base}
+            atomic_write(folder / STATE, _sealed(about | state))
+            at_end.close()  # syncs and renames
+            return sum(file["bytes"] for file in files.values())
+
+        folder = all_or_none(path, needed, open_folder)[0]
+        shards = all_or_none(path, needed, write_shard)
+        num_bytes = all_or_none(path, needed, seal)[0]
+    if rank == 0:
+        for old in complete(root)[:-keep]:
+            delete(old)
+    return Saved(path, num_bytes, time.perf_counter() - begin)
+
+
+def all_or_none(path: Path, needed: int, act: Callable[[], T]) -> list[T]:
+    """What `act` returns on every rank. What fails on one fails on all, with the same words."""
+    result: list[T] = []
+    failure = None
+    try:
+        with _told(path, needed):
+            result = [act()]
+    except Exception as error:
+        failure = error
+    outcomes = everyones((result, None if failure is None else (type(failure).__name__, str(failure))))
+    if failure is not None and not isinstance(failure, UserError):
+        raise failure
+    for rank, (_, problem) in enumerate(outcomes):
+        if problem is not None:
+            kind, text = problem
+            whose = "" if kind == UserError.__name__ else f"{path}: rank {rank} failed. {kind}: "
+            raise UserError(whose + text) from failure
+    return [one for result, _ in outcomes for one in result]
+
+
+def here() -> tuple[int, int]:
+    """This rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def everyones(value: T) -> list[T]:
+    """`value` of every rank, in order."""
+    _, world = here()
+    if world == 1:
+        return [value]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 @contextmanager
 def room_for(path: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk, or another refusal of the system, into an error that says what was being written where.
+    """Look for room before anything is written, and tell a full disk by what was being written where.
 
-    Looks for room before anything is written.
+    Raises:
+        UserError: the disk is full, or the system refuses the file.
     """
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
+    check_room(path, needed)
+    with _told(path, needed):
+        yield
+
+
+def check_room(path: Path, needed: int) -> None:
+    if (free := _free(path)) < needed:
         raise UserError(_disk_full(path, needed, free))
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free
+
+
+@contextmanager
+def _told(path: Path, needed: int) -> Iterator[None]:
+    """Turn a full disk, or another refusal of the system, into an error that says what was being written where."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -224,7 +342,7 @@ def room_for(path: Path, needed: int) -> Iterator[None]:
                 f"{path} cannot be written ({error}). Nothing was changed: earlier checkpoints are whole. Put that "
                 "right, and the same command goes on from the newest one."
             ) from error
-        raise UserError(_disk_full(path, needed, shutil.disk_usage(existing).free)) from error
+        raise UserError(_disk_full(path, needed, _free(path))) from error
 
 
 def _disk_full(path: Path, needed: int, free: int) -> str:
@@ -261,16 +379,37 @@ def read_state(path: Path) -> dict[str, Any]:
     return _read_sealed(path)
 
 
-def load(path: Path, *, model: Stateful, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state back.
+def load(path: Path, *, weights: Resumable, optimizer: Any) -> None:
+    """Put weights and optimizer state back, whatever layout wrote them. All ranks call it, after the engine is made.
 
     Raises:
         UserError: the checkpoint is damaged or belongs to another model.
     """
+    saved, tensors, (rank, world) = read_state(path), weights.tensors(), here()
+    shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
+    if differing := sorted(name for name in shapes | saved["shapes"] if shapes.get(name) != saved["shapes"].get(name)):
+        there, mine = (found.get(name := differing[0], "nothing") for found in (saved["shapes"], shapes))
+        raise UserError(
+            f"{path} belongs to another model: {len(differing)} tensors differ. It has {name} of shape {there}, and "
+            f"this model {mine}. Restore model.* and peft.*, or choose another run.folder."
+        )
+    if weights.rests_on() != saved["rests_on"]:
+        raise UserError(
+            "the frozen weights under this adapter are not those it was trained on: model.checkpoint (or model.config "
+            "and run.seed), or a folder of peft.frozen, has other contents now. Bring them back, or choose another "
+            "run.folder and start there with peft.init_from=."
+        )
     with _readable(path):
-        weights, moments = (load_file(path / file) for file in (MODEL, OPTIMIZER))
-        model.load_state_dict(weights)
-    load_optimizer_tensors(optimizer, moments)
+        restore(pieces_of(path), tensors, optimizer, rank=rank, world=world)
+
+
+def pieces_of(path: Path) -> Pieces:
+    """The tensors of a checkpoint, read by range: NAME/weight and AdamW's state of it.
+
+    Raises:
+        PieceError, OSError: a file cannot be read.
+    """
+    return Pieces(path / name for name in read_state(path)["files"] if name != RANDOM)
 
 
 def load_generators(path: Path, *, rank: int) -> None:
@@ -288,40 +427,11 @@ def load_generators(path: Path, *, rank: int) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, PieceError) as error:
         raise UserError(
             f"{path} cannot be loaded: {error}. If the file is damaged, delete this folder: the same command then goes "
             "on from the checkpoint before it."
         ) from error
-
-
-# ------------------------------------------------------------------------------------------------------- optimizer
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every state tensor by the name of its parameter. Parameters that never had a gradient have none.
-
-    Needs the names that `train.optim.parameter_groups` puts beside the parameters.
-    """
-    out = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            for key, value in optimizer.state.get(parameter, {}).items():
-                out[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return out
-
-
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    number = {name: index for index, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition("/")
-        if name not in number:
-            raise UserError(f"the checkpoint's optimizer knows a parameter {name} that this model does not train.")
-        state.setdefault(number[name], {})[kind] = value
-    # load_state_dict moves every tensor to its parameter's device.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 # -------------------------------------------------------------------------------------------------- random generators

@@ -96,7 +96,6 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
     optimizer = build_optimizer(model, config.optim)
     state = TrainState()
     if run.resume_from is not None and saved is not None:
-        checkpoint.load(run.resume_from, model=weights, optimizer=optimizer)
         data.train.load_state_dict(saved["source"])
         state = TrainState(**saved["loop"])
         check_not_past(steps, state.step, run.resume_from)
@@ -111,6 +110,8 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         routing,
     ]
     wrapped, prepared = accelerator.prepare(policy, optimizer)
+    if run.resume_from is not None:
+        checkpoint.load(run.resume_from, weights=weights, optimizer=optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
 
@@ -162,24 +163,20 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
 
     def save(state: TrainState) -> None:
         ledger.sync()
-        generators = gather_object([checkpoint.generator_state()])
-        if on_main:
-            done = checkpoint.save(
-                run.checkpoints,
-                state.step,
-                model=weights,
-                optimizer=optimizer,
-                generators=generators,
-                state={
-                    "settings": settings,
-                    "loop": dataclasses.asdict(state),
-                    "source": source.state_dict(),
-                    "trackers": {tracker.name: tracker.mark() for tracker in trackers},
-                },
-                keep=config.run.keep,
-            )
-            progress.note(report.saved_line(done))
-        accelerator.wait_for_everyone()
+        done = checkpoint.save(
+            run.checkpoints,
+            state.step,
+            weights=weights,
+            optimizer=optimizer,
+            state={
+                "settings": settings,
+                "loop": dataclasses.asdict(state),
+                "source": source.state_dict(),
+                "trackers": {tracker.name: tracker.mark() for tracker in trackers},
+            },
+            keep=config.run.keep,
+        )
+        progress.note(report.saved_line(done))
 
     peak = config.tracker.peak_tflops
     peak = peak_flops(accelerator.device, model.compute_dtype or torch.float32) if peak is None else peak * 1e12

@@ -4,9 +4,8 @@ trained_weights(model, peft)  ──  peft=none   AllWeights        checkpoints:
                               └─  peft=lora   lora.Adapters     checkpoints: the adapter    adapter/ (+ merged export/)
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.table import Table
 from torch import Tensor
@@ -18,11 +17,13 @@ from train.run import export
 
 
 class Weights(Protocol):
-    def state_dict(self) -> dict[str, Tensor]:
-        """What must be saved to go on."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be saved to go on: the model's own tensors."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> Any: ...
+    def rests_on(self) -> str | None:
+        """A fingerprint of the frozen weights that they need beside them and that are not saved."""
+        ...
 
     def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
         """Write what others load, as `export` (the end) or `best`; the folders that were written."""
@@ -39,11 +40,11 @@ class AllWeights:
     def __init__(self, model: ErnieModel):
         self.model = model
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.model.state_dict()
+    def tensors(self) -> dict[str, Tensor]:
+        return self.model.state_dict(keep_vars=True)  # the parameters themselves, with their marks
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.model.load_state_dict(state)
+    def rests_on(self) -> None:
+        return None
 
     def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
         export(run_folder / name, self.model, processor)

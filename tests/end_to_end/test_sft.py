@@ -255,17 +255,17 @@ def test_a_damaged_checkpoint_is_never_gone_round_in_silence(tmp_path, monkeypat
     here, root = f"run.folder={tmp_path / 'run'}", tmp_path / "run" / "checkpoints"
     assert ernie_sft(monkeypatch, here) == 0
     whole = (tmp_path / "run" / "export" / "model.safetensors").read_bytes()
-    newest = root / "step-000006" / checkpoint.OPTIMIZER
+    newest = root / "step-000006" / checkpoint.shard_name(0)
     os.truncate(newest, 1000)
     capfd.readouterr()
     assert ernie_sft(monkeypatch, here) == 0  # the one before it is whole, and leads to the same weights
     assert "step 4 of 6" in capfd.readouterr().out
-    assert "step-000006 is damaged (optimizer.safetensors has 1,000 bytes, not" in caplog.text
+    assert "step-000006 is damaged (shard-00000.safetensors has 1,000 bytes, not" in caplog.text
     assert "going on from step-000004. Kept as step-000006.damaged." in caplog.text
     assert (tmp_path / "run" / "export" / "model.safetensors").read_bytes() == whole
 
     for path in root.glob("step-*"):
-        os.truncate(path / checkpoint.OPTIMIZER, 1000)
+        os.truncate(path / checkpoint.shard_name(0), 1000)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     said = refused(monkeypatch, capfd, here)
     assert "no whole checkpoint to go on from" in said and "step-000006 is damaged" in said
@@ -339,18 +339,18 @@ def test_a_bad_record_in_the_middle_is_left_out_or_ends_the_run_as_max_bad_says(
 
 
 def test_a_full_disk_names_the_path_and_keeps_the_last_checkpoint(tmp_path, monkeypatch, capfd):
-    real = checkpoint.save_file
+    real = checkpoint.write_pieces
 
-    def full(tensors, path):
-        if path.name == checkpoint.MODEL and "step-000004" in str(path):
+    def full(path, pieces):
+        if "step-000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+        return real(path, pieces)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
     said = refused(monkeypatch, capfd, f"run.folder={tmp_path / 'run'}")
     assert "the disk is full" in said and "step-000004 needs" in said and "GB" in said
     assert [path.name for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == ["step-000002"]
-    monkeypatch.setattr(checkpoint, "save_file", real)
+    monkeypatch.setattr(checkpoint, "write_pieces", real)
     assert ernie_sft(monkeypatch, f"run.folder={tmp_path / 'run'}") == 0  # room again: it goes on
     assert list(records(tmp_path / "run", "loss")) == [1, 2, 3, 4, 5, 6]
 

@@ -17,7 +17,9 @@ from train import checkpoint
 from train.config import UserError
 from train.loop import train_step
 from train.objectives.sft import SFT
+from train.weights import AllWeights
 
+SHARD = checkpoint.shard_name(0)
 ROWS = [[small.row(small.example(10 * step, 9, image=True), small.example(10 * step + 1, 7))] for step in range(6)]
 
 
@@ -30,9 +32,8 @@ def save(root, step, policy, optimizer, keep=2, **state):
     return checkpoint.save(
         root,
         step,
-        model=policy.model,
+        weights=AllWeights(policy.model),
         optimizer=optimizer,
-        generators=[checkpoint.generator_state()],
         state=state,
         keep=keep,
     ).path
@@ -55,7 +56,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path):
 
     other = small.policy(seed=1)  # other weights: everything must come from the checkpoint
     other_optimizer = small.optimizer(other, lr=1e-2)
-    checkpoint.load(path, model=other.model, optimizer=other_optimizer)
+    checkpoint.load(path, weights=AllWeights(other.model), optimizer=other_optimizer)
     assert steps(other, other_optimizer, ROWS[3:]) == losses[3:]
     for name, value in policy.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -87,7 +88,7 @@ def test_only_the_newest_stay(tmp_path, trained):
 def test_a_damaged_checkpoint_is_not_picked_up(tmp_path, trained, damage):
     good = save(tmp_path, 1, *trained)
     bad = save(tmp_path, 2, *trained)
-    state, weights = bad / checkpoint.STATE, bad / checkpoint.MODEL
+    state, weights = bad / checkpoint.STATE, bad / SHARD
     if damage == "no state.json":
         state.unlink()
     elif damage == "a short file":
@@ -114,14 +115,12 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path, trained):
 
 def test_a_full_disk_halfway_leaves_the_last_checkpoint(tmp_path, trained, monkeypatch):
     good = save(tmp_path, 1, *trained)
-    real = checkpoint.save_file
 
-    def full(tensors, path):
-        if path.name == checkpoint.OPTIMIZER:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(tensors, path)
+    def full(path, pieces):
+        path.write_bytes(bytes(100))
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
     with pytest.raises(UserError, match=r"the disk is full: .*step-000002 needs .* GB .*earlier checkpoints are whole"):
         save(tmp_path, 2, *trained)
     assert checkpoint.complete(tmp_path) == [good]
@@ -173,7 +172,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path
     save(tmp_path, 1, *trained)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 10**12 - 10, 10))
-    monkeypatch.setattr(checkpoint, "save_file", lambda *arguments: pytest.fail("wrote to a full disk"))
+    monkeypatch.setattr(checkpoint, "write_pieces", lambda *arguments: pytest.fail("wrote to a full disk"))
     with pytest.raises(UserError, match="the disk is full"):
         save(tmp_path, 2, *trained)
 
@@ -207,11 +206,11 @@ def test_state_is_kept_and_parameters_without_gradient_have_none(tmp_path, train
     steps(policy, optimizer, [text_only])  # the vision tower takes no part
     path = save(tmp_path, 1, policy, optimizer, loop={"step": 1})
     assert checkpoint.read_state(path)["loop"] == {"step": 1}
-    tensors = checkpoint.optimizer_tensors(optimizer)
-    assert "norm.weight/exp_avg" in tensors and not any(name.startswith("vision.") for name in tensors)
+    moments = {name for name in checkpoint.pieces_of(path).stored if not name.endswith("/weight")}
+    assert "norm.weight/exp_avg" in moments and not any(name.startswith("vision.") for name in moments)
     again = small.optimizer(policy, lr=1e-2)
-    checkpoint.load(path, model=policy.model, optimizer=again)
-    assert checkpoint.optimizer_tensors(again).keys() == tensors.keys()
+    checkpoint.load(path, weights=AllWeights(policy.model), optimizer=again)
+    assert again.state.keys() == optimizer.state.keys()
 
 
 def test_another_version_is_refused_and_not_called_damaged(tmp_path, trained):
@@ -220,7 +219,7 @@ def test_another_version_is_refused_and_not_called_damaged(tmp_path, trained):
     del state[checkpoint.CHECKSUM]
     for other in (state | {"format": 1}, json.loads(checkpoint._sealed(state | {"format": 99}))):
         (path / checkpoint.STATE).write_text(json.dumps(other))
-        with pytest.raises(UserError, match=f"checkpoint format {other['format']}; this version reads 2"):
+        with pytest.raises(UserError, match=f"checkpoint format {other['format']}; this version reads 3"):
             checkpoint.newest_undamaged(tmp_path)
 
 
@@ -231,7 +230,7 @@ def flip(path, at: float = 0.5) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("file", [checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.RANDOM, checkpoint.STATE])
+@pytest.mark.parametrize("file", [SHARD, checkpoint.RANDOM, checkpoint.STATE])
 def test_one_bit_is_enough(tmp_path, trained, file):
     good = save(tmp_path, 1, *trained)
     bad = save(tmp_path, 2, *trained, source={"position": 12345})
@@ -266,11 +265,10 @@ def test_what_was_written_is_told(tmp_path, trained):
     done = checkpoint.save(
         tmp_path,
         1,
-        model=policy.model,
+        weights=AllWeights(policy.model),
         optimizer=optimizer,
-        generators=[checkpoint.generator_state()],
         state={},
         keep=1,
     )
-    files = (checkpoint.MODEL, checkpoint.OPTIMIZER, checkpoint.RANDOM)
+    files = (SHARD, checkpoint.RANDOM)
     assert done.num_bytes == sum((done.path / file).stat().st_size for file in files) and done.seconds > 0

@@ -25,6 +25,7 @@ from train.loop import router_summary, train_step
 from train.objectives.sft import SFT
 from train.policy import Policy, PolicyOutput
 from train.router import RouterLosses, orthogonal
+from train.weights import AllWeights
 
 CONFIG = small.CONFIG.replace(num_hidden_layers=3, sparse_layers=(1, 2))
 SEGMENTS = [small.example(seed, length, image=seed % 2 == 0) for seed, length in enumerate((9, 7, 12, 6))]
@@ -387,14 +388,13 @@ def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
     path = checkpoint.save(
         tmp_path,
         1,
-        model=policy.model,
+        weights=AllWeights(policy.model),
         optimizer=optimizer,
-        generators=[checkpoint.generator_state()],
         state={},
         keep=1,
     ).path
     restored = ErnieModel(CONFIG)
-    checkpoint.load(path, model=restored, optimizer=small.optimizer(Policy(restored)))
+    checkpoint.load(path, weights=AllWeights(restored), optimizer=small.optimizer(Policy(restored)))
     from ernie_model.checkpoint import write_model
 
     (tmp_path / "export").mkdir()

@@ -13,6 +13,7 @@ from tests.train import small
 from train import checkpoint
 from train.config import RunConfig, UserError
 from train.run import Opened, check_same_maths, check_same_start, command, open_folder, start_trackers, write_start
+from train.weights import AllWeights
 
 
 def saved(folder, step):
@@ -20,9 +21,8 @@ def saved(folder, step):
     return checkpoint.save(
         folder / "checkpoints",
         step,
-        model=policy.model,
+        weights=AllWeights(policy.model),
         optimizer=small.optimizer(policy),
-        generators=[checkpoint.generator_state()],
         state={},
         keep=5,
     ).path
@@ -91,16 +91,16 @@ def test_ranks_that_see_different_disks_are_told(tmp_path, monkeypatch):
 
 def test_a_damaged_checkpoint_is_set_aside_by_the_main_rank_alone(tmp_path, caplog):
     good, bad = saved(tmp_path, 5), saved(tmp_path, 10)
-    data = bytearray((bad / checkpoint.OPTIMIZER).read_bytes())
+    data = bytearray((bad / checkpoint.shard_name(0)).read_bytes())
     data[len(data) // 2] ^= 1
-    (bad / checkpoint.OPTIMIZER).write_bytes(data)
+    (bad / checkpoint.shard_name(0)).write_bytes(data)
     with ExitStack() as at_end:
         assert open_folder(RunConfig(folder=str(tmp_path)), at_end, main=False).resume_from == good
     assert bad.exists() and not caplog.text
-    with pytest.raises(UserError, match=r"step-000010 is damaged \(optimizer.safetensors does not have the checksum"):
+    with pytest.raises(UserError, match=r"step-000010 is damaged \(shard-00000.safetensors does not have the checksum"):
         opened(tmp_path / "other", str(tmp_path))  # whoever names it must decide
     assert opened(tmp_path).resume_from == good
-    assert "step-000010 is damaged (optimizer.safetensors does not have the checksum" in caplog.text
+    assert "step-000010 is damaged (shard-00000.safetensors does not have the checksum" in caplog.text
     assert "going on from step-000005. Kept as step-000010.damaged." in caplog.text
     assert not bad.exists()
 

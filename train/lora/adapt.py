@@ -1,7 +1,7 @@
 """Put adapters into a model, and everything that is different about a model with adapters.
 
     adapt(model, config, seed)     freeze, adapt the chosen parts, read the adapters that are loaded   ->  Adapters
-    adapters.state_dict()          what a checkpoint holds: the trained adapter, and whose weights it belongs to
+    adapters.tensors()             what a checkpoint holds: the trained adapter; `rests_on` says on which weights
     adapters.merged_rows(...)      W + scale * B A, in pieces, so that a merged export never holds a second model
 
 Adapters live inside the model: after `adapt`, training, evaluation and generation run as they are.
@@ -9,7 +9,6 @@ Adapters live inside the model: after `adapt`, training, evaluation and generati
 
 import hashlib
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,6 @@ from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
 
 LANGUAGE = (Part.ATTENTION, Part.DENSE, Part.SHARED, Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
 EXPERTS = (Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
-BASE = "base_fingerprint"
 
 
 class Site(NamedTuple):
@@ -273,7 +271,7 @@ class Adapters:
             UserError: the disk is full, or the folder cannot be written.
         """
         folder = run_folder / ("adapter" if name == "export" else f"{name}_adapter")
-        needed = sum(value.nbytes for value in self.state_dict().values())
+        needed = sum(value.nbytes for value in self.tensors().values())
         with room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
             write_adapter(temporary, self)
             check_adapter(temporary, self)
@@ -289,28 +287,12 @@ class Adapters:
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The trained adapter under the model's names, and the fingerprint of the frozen weights."""
-        own = {name: p.detach() for name, p in self.model.named_parameters() if _belongs_to(name, self.config.name)}
-        return {**own, BASE: self.fingerprint()}
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained adapter under the model's names."""
+        return {name: p for name, p in self.model.named_parameters() if _belongs_to(name, self.config.name)}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Raises:
-        UserError: the checkpoint continues an adapter of other frozen weights.
-        RuntimeError: it holds other tensors.
-        """
-        own = self.state_dict()
-        if own.keys() != state.keys():
-            raise RuntimeError(f"adapter tensors differ: {sorted(own.keys() ^ state.keys())[:3]}")
-        if not torch.equal(own[BASE], state[BASE]):
-            raise UserError(
-                "the frozen weights under this adapter are not those it was trained on: model.checkpoint (or "
-                "model.config and run.seed), or a folder of peft.frozen, has other contents now. Bring them back, or "
-                "choose another run.folder and start there with peft.init_from=."
-            )
-        with torch.no_grad():
-            for name in own.keys() - {BASE}:
-                own[name].copy_(state[name])
+    def rests_on(self) -> str:
+        return self.fingerprint().numpy().tobytes().hex()
 
     def fingerprint(self) -> Tensor:
         """32 bytes that change when a frozen weight changes, wherever its values came from: shards do not matter.

@@ -136,21 +136,17 @@ def test_resumed_equals_uninterrupted_bit_for_bit_and_the_checkpoint_holds_the_a
     policy.train()
     optimizer = small.optimizer(policy, lr=1e-2)
     losses = steps(policy, optimizer, ROWS[:3])
-    generators = [checkpoint.generator_state()]
-    saved = checkpoint.save(tmp_path, 3, model=adapters, optimizer=optimizer, generators=generators, state={}, keep=2)
-    path = saved.path
+    path = checkpoint.save(tmp_path, 3, weights=adapters, optimizer=optimizer, state={}, keep=2).path
     losses += steps(policy, optimizer, ROWS[3:])
 
-    held = checkpoint.load_file(path / checkpoint.MODEL)
     trained = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-    assert held.keys() == trained | {"base_fingerprint"}
-    moments = checkpoint.load_file(path / checkpoint.OPTIMIZER)
-    assert {name.rpartition("/")[0] for name in moments} == trained
+    held = {f"{name}/{kind}" for name in trained for kind in ("weight", "exp_avg", "exp_avg_sq", "step")}
+    assert checkpoint.pieces_of(path).stored.keys() == held
 
     other, others = adapted(settings(targets=["attention", "dense", "resampler"], dropout=0.2), seed=9)
     other.train()
     other_optimizer = small.optimizer(other, lr=1e-2)
-    checkpoint.load(path, model=others, optimizer=other_optimizer)
+    checkpoint.load(path, weights=others, optimizer=other_optimizer)
     checkpoint.load_generators(path, rank=0)
     assert steps(other, other_optimizer, ROWS[3:]) == losses[3:]
     for name, value in policy.state_dict().items():
@@ -158,14 +154,15 @@ def test_resumed_equals_uninterrupted_bit_for_bit_and_the_checkpoint_holds_the_a
 
 
 @pytest.mark.parametrize("tensor", ["embed_tokens.weight", "layers.1.mlp.vision.experts.base_layer.down_EDF"])
-def test_a_checkpoint_knows_its_frozen_weights(tensor):
-    _, adapters = adapted()
-    state = adapters.state_dict()
-    adapters.load_state_dict(state)
+def test_a_checkpoint_knows_its_frozen_weights(tmp_path, tensor):
+    policy, adapters = adapted()
+    both = dict(weights=adapters, optimizer=small.optimizer(policy))
+    path = checkpoint.save(tmp_path, 1, **both, state={}, keep=1).path
+    checkpoint.load(path, **both)
     with torch.no_grad():
         adapters.model.state_dict()[tensor].view(-1)[5] += 1e-3
     with pytest.raises(UserError, match="frozen weights under this adapter are not those it was trained on"):
-        adapters.load_state_dict(state)
+        checkpoint.load(path, **both)
 
 
 def test_the_fingerprint_does_not_depend_on_the_adapter():
