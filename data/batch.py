@@ -44,6 +44,11 @@ class PackedBatch:
         return len(self.lengths)
 
     @property
+    def is_filler(self) -> bool:
+        """A row of no conversation (`data.pack.filler`)."""
+        return self.ids == ("",)
+
+    @property
     def segment_T(self) -> Tensor:
         """int64, 0..S-1: which segment each token belongs to."""
         lengths = torch.tensor(self.lengths, device=self.token_T.device)

@@ -56,3 +56,11 @@ def part_of(name: str) -> Part:
         if re.fullmatch(pattern, name):
             return part
     raise KeyError(f"{name} belongs to no part of the model (ernie_model/parts.py).")
+
+
+def only_media(name: str) -> bool:
+    """Do only images and videos reach this parameter? Text leaves it without a gradient."""
+    part = part_of(name)
+    return part in (Part.VISION, Part.RESAMPLER, Part.VISION_EXPERTS) or (
+        part is Part.ROUTER and ".mlp.vision." in name
+    )

@@ -7,7 +7,6 @@ model.config        random weights; the tokenizer's ids fill in vocab_size and t
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ernie_model.checkpoint import CheckpointError, load_config, load_model
 from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
@@ -20,14 +19,12 @@ from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.compose import flatten
 from train.config import (
     ModelConfig,
-    ParallelConfig,
     Precision,
     Recompute,
     UserError,
     suggestion,
 )
 from train.footprint import Footprint, footprint
-from train.memory import keep_freed_memory
 
 TINY = "tiny"
 WEIGHT_BYTES = 4
@@ -39,17 +36,6 @@ class Built(NamedTuple):
     processor: Processor
     notes: list[str]
     """What the user should know about how this was put together."""
-
-
-def build_accelerator(config: ParallelConfig) -> Accelerator:
-    """One process, or one of several started by `accelerate launch` (data parallel)."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    keep_freed_memory()
-    # A rank without an image leaves the vision tower without gradients; DDP must look which parameters took part.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # The model casts its own weights (model.compute_dtype), so accelerate's autocast stays off.
-    return Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[ddp])
 
 
 def build_model(config: ModelConfig, *, seed: int, frozen: bool = False) -> Built:

@@ -57,7 +57,7 @@ class Work(Beside):
         self.flops = 0.0
 
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
-        self.flops = sum(self.of(batch) for batch in microbatches)
+        self.flops = sum(self.of(batch) for batch in microbatches if not batch.is_filler)
 
     def of(self, batch: PackedBatch) -> float:
         learned = int(batch.weight_T.count_nonzero())

@@ -15,12 +15,12 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import PackedBatch
 from ernie_model.parts import part_of
@@ -53,15 +53,13 @@ class Evidence:
     def add(self, batch: PackedBatch, logprob_T: Tensor) -> None:
         self.rows.append((names(batch), batch.lengths, logprob_T.detach(), batch.weight_T))
 
-    def blame(self, model: nn.Module) -> None:
-        """Find the gradients that are not finite. Call it before they are cleared or scaled."""
-        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        if not named:
-            return
-        finite_N = torch.stack([gradient.isfinite().all() for _, gradient in named]).tolist()
-        for (name, _), finite in zip(named, finite_N, strict=True):
+    def blame(self, finite: Mapping[str, bool]) -> None:
+        """Args:
+        finite: is the gradient of a parameter finite, by its name.
+        """
+        for name, fine in finite.items():
             counts = self.gradients.setdefault(part_of(bare(name)).value, [0, 0])
-            counts[0] += not finite
+            counts[0] += not fine
             counts[1] += 1
         self.gradients = {part: counts for part, counts in self.gradients.items() if counts[0]}
 

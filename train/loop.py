@@ -5,7 +5,8 @@
     clip → update → report → maybe evaluate → maybe save
 
 It knows a policy (packed batch in, log-probabilities out), an objective (log-probabilities to a sum), a source
-(where batches come from) and what goes on beside the objective (`Beside`), and nothing about any algorithm.
+(where batches come from), what goes on beside the objective (`Beside`) and who turns gradients into an update
+(`Updates`), and nothing about any algorithm or layout.
 """
 
 import math
@@ -14,21 +15,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor
 
 from data.batch import PackedBatch
+from data.pack import filler
 from ernie_model.moe import RouterStats
 from ernie_model.rope import num_media_tokens
 from train.config import UserError
 from train.ledger import WINDOW, Evidence, is_spike
 from train.objectives import Objective
+from train.parallel.updates import Updates
 from train.policy import PolicyOutput, on_device
 
 
@@ -45,13 +46,15 @@ class TrainState:
     """One entry per evaluation, oldest first: {"step": ..., "accuracy": ..., ...}."""
     recent: list[float] = field(default_factory=list)
     """The last losses, for what is called a spike."""
+    reached: list[str] = field(default_factory=list)
+    """Parts of the model (values of `Part`) that have had a gradient other than zero."""
 
 
 class Source(Protocol):
     """Where batches come from."""
 
     def next_step(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next update; every rank gets equally many."""
+        """This rank's micro-batches of the next update. Ranks may have different numbers of them."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -68,9 +71,6 @@ class Beside:
     def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         """After each forward: this micro-batch's share of a loss over the whole update, with gradient."""
         return 0.0
-
-    def after_backward(self) -> None:
-        """Gradients are complete and equal on all ranks, and not clipped yet."""
 
     def sums(self) -> Tensor | None:
         """This rank's numbers to report (N,), on the device. They travel with everything else that is reported."""
@@ -122,9 +122,8 @@ class Hooks:
 
 
 def fit(
-    policy: nn.Module,
+    updates: Updates,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
     source: Source,
     state: TrainState,
     *,
@@ -138,7 +137,7 @@ def fit(
     Raises:
         UserError: more than `plan.max_skipped` updates were not finite.
     """
-    policy.train()
+    updates.policy.train()
     clock = Clock(state.step, plan.steps, plan.peak_flops)
     if evaluation_is_due(state, plan):  # the run was stopped before it
         hooks.evaluate(state)
@@ -147,13 +146,12 @@ def fit(
         microbatches = source.next_step()
         clock.data_arrived()
         lr = plan.learning_rate(state.step)
-        for group in optimizer.param_groups:
+        for group in updates.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         evidence = Evidence()
         metrics = train_step(
-            policy,
+            updates,
             objective,
-            optimizer,
             microbatches,
             accelerator=accelerator,
             max_grad_norm=plan.max_grad_norm,
@@ -211,9 +209,8 @@ def watch(state: TrainState, metrics: dict[str, float], evidence: Evidence, plan
 
 
 def train_step(
-    policy: nn.Module,
+    updates: Updates,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
     microbatches: Sequence[PackedBatch],
     *,
     accelerator: Accelerator,
@@ -230,44 +227,71 @@ def train_step(
         evidence: takes in what tells which records and parameters made an update fail.
     """
     device, ranks = accelerator.device, accelerator.num_processes
-    here = torch.stack([objective.count(batch).double() for batch in microbatches]).sum()
-    count = all_sum(accelerator, here.to(device))
+    work = agree(accelerator, objective, microbatches)
+    count = work.count
     divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
     for part in beside:
-        part.before(microbatches)
+        part.before(work.microbatches)
     tally, evidence = Tally(device), evidence or Evidence()
-    for index, batch in enumerate(microbatches):
+    for index, batch in enumerate(work.microbatches):
         batch, row_R = on_device(batch, device)
-        with meeting_of_ranks(accelerator, policy, meet=index == len(microbatches) - 1):
-            output = policy(batch, row_R)
+        with updates.microbatch(last=index == len(work.microbatches) - 1):
+            output = updates.policy(batch, row_R)
             loss = objective.loss(output.logprob_T, batch)
             terms = sum(part.terms(batch, output) for part in beside)
             # Ranks *average* their gradients, so each one's share is multiplied by their number.
-            accelerator.backward(loss.total * (ranks / divisor).to(loss.total.dtype) + ranks * terms)
+            updates.backward(loss.total * (ranks / divisor).to(loss.total.dtype) + ranks * terms)
         tally.add(batch, row_R, output.correct_T, loss.metrics, output.router)
         evidence.add(batch, output.logprob_T)
         del output, loss, terms  # or the next forward runs beside what is left of this graph
-    for part in beside:
-        part.after_backward()
-    parameters = [p for p in policy.parameters() if p.grad is not None]
-    grad_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    grad_norm = updates.grad_norm()
     # The one wait for the device in a step: everything the host wants to know, in one transfer.
     metrics, router = tally.reduce(accelerator, count, grad_norm.to(device), beside)
     if metrics["skipped"]:
-        evidence.blame(policy)
+        evidence.blame(finite_gradients(updates, accelerator))
+        updates.drop()
     else:
         # Only now: a norm that is not finite would make every gradient so, and hide where it came from.
-        clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
-        optimizer.step()
+        updates.step(max_grad_norm, media=work.media)
         for part in beside:
-            part.after_update(optimizer, router)
-    optimizer.zero_grad(set_to_none=True)
+            part.after_update(updates.optimizer, router)
     return metrics
 
 
-def meeting_of_ranks(accelerator: Accelerator, policy: nn.Module, *, meet: bool):
-    """Gradients travel between ranks in the backward pass of the last micro-batch only."""
-    return nullcontext() if meet else accelerator.no_sync(policy)
+class Work(NamedTuple):
+    """What all ranks know of an update before its first forward."""
+
+    count: Tensor
+    """Units over all ranks and micro-batches, float64 on the device."""
+    microbatches: Sequence[PackedBatch]
+    """This rank's, and rows that teach nothing until every rank has equally many."""
+    media: bool
+    """Some rank has an image or a video."""
+
+
+def agree(accelerator: Accelerator, objective: Objective, microbatches: Sequence[PackedBatch]) -> Work:
+    count = sum(float(objective.count(batch)) for batch in microbatches)
+    media = any(batch.grids for batch in microbatches)
+    mine = torch.tensor([[count, len(microbatches), media]], dtype=torch.float64)
+    if accelerator.num_processes == 1:
+        return Work(mine[0, 0].to(accelerator.device), microbatches, media)
+    everywhere = accelerator.gather(mine.to(accelerator.device))
+    assert isinstance(everywhere, Tensor)
+    _, most, media = everywhere.amax(0).tolist()
+    # Any word will do: nothing is learned from the row, and nothing is counted.
+    extra = [filler(0)] * (int(most) - len(microbatches))
+    return Work(everywhere[:, 0].sum(), [*microbatches, *extra], bool(media))
+
+
+def finite_gradients(updates: Updates, accelerator: Accelerator) -> dict[str, bool]:
+    """Is a parameter's gradient finite, wherever its elements lie? Those that have one."""
+    place = {name: index for index, name in enumerate(updates.names)}
+    seen_2N = torch.zeros(2, len(place), device=accelerator.device)  # has a gradient, and one that is not finite
+    for name, gradient in updates.gradients():
+        seen_2N[0, place[name]] = 1
+        seen_2N[1, place[name]] = ~gradient.isfinite().all()
+    has_N, bad_N = all_sum(accelerator, seen_2N).bool().tolist()
+    return {name: not bad for name, has, bad in zip(place, has_N, bad_N, strict=True) if has}
 
 
 def all_sum(accelerator: Accelerator, value: Tensor) -> Tensor:
@@ -309,7 +333,8 @@ class Tally:
         self.correct += correct_T.sum()
         media = sum(num_media_tokens(grid) for grid in batch.grids)
         patches = 0 if batch.patch_PX is None else batch.patch_PX.shape[0]
-        counted = (row_R.shape[0], batch.num_tokens, batch.num_tokens - media, media, patches)
+        tokens = 0 if batch.is_filler else batch.num_tokens
+        counted = (row_R.shape[0], tokens, tokens - media, media, patches)
         for name, number in zip(self.numbers, counted, strict=True):
             self.numbers[name] += number
         if router is not None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ernie_model.parts import Part, part_of
+from ernie_model.parts import only_media
 from train.config import OptimConfig, Schedule
 from train.trained import decays, lr_scales
 
@@ -13,17 +13,27 @@ FUSED_DEVICES = ("cpu", "cuda", "xpu")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
-    """One group for each pair of learning-rate scale and weight decay that occurs among the trained parameters.
+    """A group for each combination of what a group can have, as far as it occurs among the trained parameters.
 
-    The loop sets group["lr"] to the step's learning rate times group["lr_scale"]; checkpoints go by group["names"].
+    lr_scale       the loop sets group["lr"] to the step's learning rate times this
+    weight_decay
+    media          only images and videos reach these: the group rests in an update without any
+    names          of its parameters; checkpoints go by them
     """
     named = dict(model.named_parameters())
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple, dict] = {}
     for name, scale in lr_scales(model, config).items():
-        decay = config.weight_decay if decays(name, named[name]) else 0.0
+        decay, media = config.weight_decay if decays(name, named[name]) else 0.0, only_media(name)
         group = groups.setdefault(
-            (scale, decay),
-            {"params": [], "names": [], "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay},
+            (scale, decay, media),
+            {
+                "params": [],
+                "names": [],
+                "lr": config.lr * scale,
+                "lr_scale": scale,
+                "weight_decay": decay,
+                "media": media,
+            },
         )
         group["params"].append(named[name])
         group["names"].append(name)
@@ -45,20 +55,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         # One kernel for all parameters instead of several per parameter; same formula.
         fused=device.type in FUSED_DEVICES,
     )
-
-
-def unreached_parts(optimizer: torch.optim.Optimizer) -> list[Part]:
-    """Parts that were to learn and never had a gradient other than zero: no token of the run came by.
-
-    AdamW's moments tell, and checkpoints keep them, so all starts of a run count.
-    """
-    reached: dict[Part, bool] = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["names"], group["params"], strict=True):
-            state, part = optimizer.state.get(parameter, {}), part_of(name)
-            moved = any(bool(state[key].any()) for key in ("exp_avg", "exp_avg_sq") if key in state)
-            reached[part] = reached.get(part, False) or moved
-    return [part for part in Part if reached.get(part) is False]
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -8,6 +8,7 @@ of shape (T, V) never exist.
 Shape letters:  T tokens   D model width   V vocabulary   R rows whose target is learned
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ class PolicyOutput(NamedTuple):
     correct_T: Tensor
     """bool, the target is the most likely token; False where weight_T is 0."""
     router: RouterStats | None
+    penalty: Tensor | None = None
+    """`Policy.penalty()`, if there is one."""
 
 
 class Policy(nn.Module):
@@ -39,6 +42,9 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.loss_is_linear = loss_is_linear
+        self.penalty: Callable[[], Tensor] | None = None
+        """A function of the weights alone, to be minimised too. Computed in the forward pass, because DDP must be shown
+        there which weights will get a gradient."""
 
     def forward(self, batch: PackedBatch, row_R: Tensor, *, join: bool = False) -> PolicyOutput:
         """`row_R`: the rows whose weight is not 0; see `on_device`. `join`: see `ErnieModel.forward`."""
@@ -58,7 +64,11 @@ class Policy(nn.Module):
         )
         logprob_T = logprob_R.new_zeros(batch.num_tokens).index_copy(0, row_R, logprob_R)
         correct_T = torch.zeros_like(batch.token_T, dtype=torch.bool).index_copy(0, row_R, correct_R)
-        return PolicyOutput(logprob_T, correct_T, output.router)
+        router = output.router
+        if router is not None and batch.is_filler:  # its tokens are nobody's; the graph stays whole
+            router = RouterStats(*(0 * value for value in router))
+        penalty = self.penalty() if self.penalty is not None and torch.is_grad_enabled() else None
+        return PolicyOutput(logprob_T, correct_T, router, penalty)
 
 
 def on_device(batch: PackedBatch, device: torch.device) -> tuple[PackedBatch, Tensor]:

@@ -136,7 +136,7 @@ def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:
 def closing(console: Console, state: TrainState, folders: Sequence[Path], unreached: Sequence[Part]) -> None:
     """Accuracy before and after, what learned nothing, and where the weights are.
 
-    unreached: see train.optim.unreached_parts.
+    unreached: see train.reach.unreached_parts.
     """
     if state.evaluations:
         table = Table("held-out conversations", "right", "accuracy", "95 % interval", "loss per token")

@@ -13,7 +13,7 @@ Everything is over the tokens of the whole update, so micro-batches and ranks ch
     P, z         sums over tokens / tokens of the update, which the token ids give before the first forward
     c            known only after every forward. One micro-batch: ranks add their counts between forward and backward.
                  Several: a forward pass without gradients counts first.
-    orthogonal   no tokens in it: its gradient is added once, after the last backward
+    orthogonal   no tokens in it: each micro-batch of each rank adds an equal share
 
 Shape letters:  L sparse layers   E experts of a pool   2 pools, text then vision   D model width
 Source: reference 3.1 to 3.4, 3.6.
@@ -55,6 +55,10 @@ class RouterLosses(Beside):
         )
         self.balances, self.has_terms = _any(config.balance), _any(config.balance) or _any(config.z_loss)
         self._spread = [pool for pool, weight in vars(config.orthogonal).items() if weight]
+        if self._spread and not config.orthogonal_decoupled:
+            policy.penalty = self._penalty
+        self.share = 1.0
+        """Of what is to be minimised once per update, in each micro-batch of each rank."""
         self.token_2: Tensor | None = None
         self.preferred_L2E: Tensor | None = None
 
@@ -84,19 +88,22 @@ class RouterLosses(Beside):
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
         """Find what the losses divide by: each pool's tokens in this update and, where it takes a pass, the choices."""
         self.token_2 = self.preferred_L2E = None
+        self.share = 1 / (len(microbatches) * self.accelerator.num_processes)
         if self.balances and len(microbatches) > 1:
             self._remember(self._count(microbatches))
         elif self.has_terms and not self.balances:
             ids = torch.tensor(self.policy.model.config.vision_pool_token_ids, dtype=torch.int64)
-            tokens = sum(batch.num_tokens for batch in microbatches)
-            vision = sum(int(torch.isin(batch.token_T, ids).sum()) for batch in microbatches)
+            rows = [batch for batch in microbatches if not batch.is_filler]
+            tokens = sum(batch.num_tokens for batch in rows)
+            vision = sum(int(torch.isin(batch.token_T, ids).sum()) for batch in rows)
             here = torch.tensor([tokens - vision, vision], dtype=torch.float64, device=self.accelerator.device)
             self.token_2 = all_sum(self.accelerator, here)
 
     def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
-        """This micro-batch's share of the balance and z losses: the shares of an update add up to them."""
+        """This micro-batch's share of the losses: the shares of an update add up to them."""
+        penalty = 0.0 if output.penalty is None else output.penalty * self.share
         if not self.has_terms:
-            return 0.0
+            return penalty
         router = output.router
         assert router is not None  # without routers _check refuses
         if self.token_2 is None:
@@ -108,15 +115,7 @@ class RouterLosses(Beside):
         if self.preferred_L2E is not None:
             slope_L2E = (self.balance_2 * experts / token_2**2)[:, None] * self.preferred_L2E
             total = total + (router.prob_2E * slope_L2E.to(dtype)).sum()
-        return total
-
-    def after_backward(self) -> None:
-        """Add the gradient of the orthogonal loss, once, to what every rank already agrees on."""
-        if not self.config.orthogonal_decoupled:
-            for router, gradient_ED in self._orthogonal_gradients():
-                router.weight_ED.grad = (
-                    gradient_ED if router.weight_ED.grad is None else router.weight_ED.grad + gradient_ED
-                )
+        return penalty + total
 
     @torch.no_grad()
     def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
@@ -163,19 +162,19 @@ class RouterLosses(Beside):
         assert total is not None
         return total
 
+    def _penalty(self) -> Tensor:
+        """The orthogonal losses of all pools and layers, with gradient, times their weights."""
+        losses = [
+            vars(self.config.orthogonal)[pool] * orthogonal(_stacked(self.routers[pool])).sum() for pool in self._spread
+        ]
+        return torch.stack(losses).sum()
+
     def _orthogonal_gradients(self) -> list[tuple[Router, Tensor]]:
-        """(router, weight of its pool times the gradient of its loss), for the routers that train."""
-        found = []
-        for pool in self._spread:
-            with torch.enable_grad():
-                weight_LED = _stacked(self.routers[pool]).requires_grad_()
-                loss = vars(self.config.orthogonal)[pool] * orthogonal(weight_LED).sum()
-                (gradient_LED,) = torch.autograd.grad(loss, weight_LED)
-            # A gradient left on a frozen one would count in the norm that clips, and grow: no optimizer clears it.
-            found += [
-                pair for pair in zip(self.routers[pool], gradient_LED, strict=True) if pair[0].weight_ED.requires_grad
-            ]
-        return found
+        """(router, gradient of the penalty), for the routers that train."""
+        routers = [router for pool in self._spread for router in self.routers[pool] if router.weight_ED.requires_grad]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(self._penalty(), [router.weight_ED for router in routers])
+        return list(zip(routers, gradients, strict=True))
 
 
 def orthogonal(weight_LED: Tensor) -> Tensor:
@@ -188,7 +187,7 @@ def orthogonal(weight_LED: Tensor) -> Tensor:
 
 
 def _stacked(routers: Sequence[Router]) -> Tensor:
-    return torch.stack([router.weight_ED.detach() for router in routers])
+    return torch.stack([router.weight_ED for router in routers])
 
 
 def _trains(routers: Sequence[Router]) -> bool:

@@ -18,7 +18,7 @@ from rich.console import Console
 from data.batch import PackedBatch
 from data.quarantine import Quarantine
 from train import checkpoint, neftune, report
-from train.build import build_accelerator, build_model
+from train.build import build_model
 from train.compose import (
     plain,
     register,
@@ -35,9 +35,12 @@ from train.evaluate import draw_answers, measure
 from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
-from train.optim import build_optimizer, learning_rate, unreached_parts
+from train.optim import build_optimizer, learning_rate
+from train.parallel.layout import build_accelerator, build_layout
+from train.parallel.updates import Plain
 from train.policy import Policy
 from train.progress import Progress
+from train.reach import Reach, unreached_parts
 from train.router import RouterLosses
 from train.run import (
     StopSignal,
@@ -69,6 +72,7 @@ def main(cfg: DictConfig) -> None:
 def train(config: SFTConfig, at_end: ExitStack) -> None:
     # The parts, in order. Whatever can be wrong with the settings is found here, before the first step.
     accelerator = build_accelerator(config.parallel)
+    layout = build_layout(config.parallel, accelerator)
     rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
     run = open_folder(config.run, at_end, main=on_main)
@@ -103,13 +107,14 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
     often = (config.evaluate.every, config.tracker.images_every)
     routing = RoutingRecord(model, run.folder if on_main else None, every=often, last=steps, step=state.step)
+    updates = Plain(policy, optimizer, accelerator, layout)
     beside = [
         RouterLosses(policy, config.objective, accelerator),
         SegmentLosses(model.config, data.names, accelerator.device),
         Work(model, model.config, accelerator.device),
+        Reach(updates, state.reached, accelerator.device),
         routing,
     ]
-    wrapped, prepared = accelerator.prepare(policy, optimizer)
     if run.resume_from is not None:
         checkpoint.load(run.resume_from, weights=weights, optimizer=optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
@@ -212,13 +217,13 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         else:
             progress.note(report.resumed_line(run.resume_from, state, steps))
         finished = fit(
-            wrapped, objective, prepared, source, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
+            updates, objective, source, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
         )
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
     elif on_main:
         folders = weights.publish(run.folder, "export", processor)
-        report.closing(console, state, folders, unreached_parts(optimizer))
+        report.closing(console, state, folders, unreached_parts(model, state.reached))
         report.left_out(console, source.report, data.quarantine)
         sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
         if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):

@@ -8,11 +8,9 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from ernie_model.recompute import recompute
 from tests.train import small
-from train.build import build_accelerator
 from train.config import (
     ObjectiveConfig,
     ParallelConfig,
@@ -21,6 +19,8 @@ from train.config import (
 from train.evaluate import exact
 from train.loop import all_sum, any_rank, train_step
 from train.objectives.sft import SFT
+from train.parallel.layout import build_accelerator
+from train.parallel.updates import Plain
 from train.policy import Policy, on_device
 from train.router import RouterLosses
 
@@ -60,7 +60,7 @@ class Catch(torch.optim.SGD):
     """Keeps the gradients that an update would use."""
 
     def step(self, closure=None):
-        self.caught = [None if p.grad is None else p.grad.clone() for p in self.param_groups[0]["params"]]
+        self.caught = [p.grad.clone() for p in self.param_groups[0]["params"]]
 
 
 def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
@@ -70,12 +70,11 @@ def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
         assert policy.model.vision is not None
         policy.model.vision.run_block = recompute
     optimizer = Catch(policy.parameters(), lr=1.0)
-    wrapped = accelerator.prepare_model(policy)
-    assert isinstance(wrapped, nn.Module)
-    wrapped.train()
+    updates = Plain(policy, optimizer, accelerator)
+    updates.policy.train()
     rows = [small.in_double(small.row(SEGMENTS[name])) for name in names]
     routers = RouterLosses(policy, case.objective, accelerator)
-    metrics = train_step(wrapped, SFT, optimizer, rows, accelerator=accelerator, max_grad_norm=1e9, beside=[routers])
+    metrics = train_step(updates, SFT, rows, accelerator=accelerator, max_grad_norm=1e9, beside=[routers])
     row, row_R = on_device(rows[0], accelerator.device)
     right = exact(policy(row, row_R).correct_T, row).sum().double()
     return {

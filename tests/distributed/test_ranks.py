@@ -57,14 +57,12 @@ def test_two_ranks_equal_one(two_ranks, case):
     first, second = CASES[case].first, CASES[case].second
     one = one_step(small.accelerator(), first + second, CASES[case])
     two = two_ranks[case]
-    scale = max(g.abs().max().item() for g in one["gradients"].values() if g is not None)
+    scale = max(g.abs().max().item() for g in one["gradients"].values())
     for name, gradient in one["gradients"].items():
-        assert (gradient is None) == (two["gradients"][name] is None), name
-        if gradient is not None:
-            # float64 sums of a few hundred terms in another order
-            torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-12 * scale, msg=name)
+        # float64 sums of a few hundred terms in another order
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-12 * scale, msg=name)
     with_image = any(name.startswith("image") for name in first + second)
-    assert (one["gradients"]["model.vision.patch_embed.weight"] is not None) == with_image
+    assert one["gradients"]["model.vision.patch_embed.weight"].any() == with_image
     for key in ("loss", "accuracy", "units", "tokens", "grad_norm", "router_text_imbalance", "router_text_balance"):
         assert math.isclose(one["metrics"][key], two["metrics"][key], rel_tol=1e-12), key
     for name, bias in one["biases"].items():

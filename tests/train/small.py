@@ -11,6 +11,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.rope import position_ids
 from train.config import OptimConfig
 from train.optim import build_optimizer
+from train.parallel.updates import Plain
 from train.policy import Policy
 
 CONFIG = ErnieConfig(
@@ -81,3 +82,7 @@ def optimizer(parts: Policy, **settings) -> torch.optim.AdamW:
 
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
+
+
+def updates(parts: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None) -> Plain:
+    return Plain(parts, optimizer, accelerator or Accelerator(cpu=True))

@@ -50,7 +50,12 @@ def test_an_update_counts_what_its_rows_ask_for():
         forward = forward_flops(small.CONFIG, lengths=lengths, grids=grids, learned=learned)
         expected += training_flops(forward, set(Part) - {Part.VISION})
     metrics = train_step(
-        policy, SFT, small.optimizer(policy), rows, accelerator=small.accelerator(), max_grad_norm=1.0, beside=[work]
+        small.updates(policy, small.optimizer(policy)),
+        SFT,
+        rows,
+        accelerator=small.accelerator(),
+        max_grad_norm=1.0,
+        beside=[work],
     )
     assert metrics["flops"] == expected
 

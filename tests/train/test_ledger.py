@@ -25,9 +25,8 @@ def step(rows, policy=None) -> tuple[dict[str, float], Evidence]:
     policy = policy or small.policy()
     evidence = Evidence()
     metrics = train_step(
-        policy,
+        small.updates(policy, small.optimizer(policy)),
         SFT,
-        small.optimizer(policy),
         rows,
         accelerator=small.accelerator(),
         max_grad_norm=1.0,
@@ -138,9 +137,8 @@ def fitted(steps, **plan):
         spiked=lambda step, loss, usual, evidence: told.append(f"spike {step} {evidence.segments()[0].record}"),
     )
     fit(
-        policy,
+        small.updates(policy, optimizer),
         SFT,
-        optimizer,
         Rows(steps),
         state,
         accelerator=small.accelerator(),

@@ -33,9 +33,8 @@ def gradients(rows: list[PackedBatch], objective: Objective = SFT) -> tuple[dict
             caught.update({name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None})
 
     metrics = train_step(
-        policy,
+        small.updates(policy, Catch(policy.parameters(), lr=1.0)),
         objective,
-        Catch(policy.parameters(), lr=1.0),
         [small.in_double(row) for row in rows],
         accelerator=small.accelerator(),
         max_grad_norm=1e9,
@@ -63,9 +62,8 @@ def test_loss_is_the_mean_over_target_tokens_of_the_whole_step():
         output = policy(row, row.weight_T.nonzero()[:, 0])
         nll.append(-(output.logprob_T * row.weight_T).sum().item())
     metrics = train_step(
-        policy,
+        small.updates(policy, small.optimizer(policy)),
         SFT,
-        small.optimizer(policy),
         rows,
         accelerator=small.accelerator(),
         max_grad_norm=1.0,
@@ -155,11 +153,11 @@ def test_an_update_that_is_not_finite_is_left_out():
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimizer = small.optimizer(policy)
     step = dict(accelerator=small.accelerator(), max_grad_norm=1.0)
-    metrics = train_step(policy, SFT, optimizer, [small.row(E[1]), poisoned(small.row(E[0]))], **step)
+    metrics = train_step(small.updates(policy, optimizer), SFT, [small.row(E[1]), poisoned(small.row(E[0]))], **step)
     assert metrics["skipped"] == 1
     assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
     assert not optimizer.state  # nor did AdamW's moments see it
-    assert train_step(policy, SFT, optimizer, [small.row(E[0])], **step)["skipped"] == 0
+    assert train_step(small.updates(policy, optimizer), SFT, [small.row(E[0])], **step)["skipped"] == 0
     assert any(not torch.equal(value, before[name]) for name, value in policy.state_dict().items())
 
 
@@ -206,9 +204,8 @@ def run(source, *, steps: int, stop=lambda: False, state: TrainState | None = No
         stop=stop,
     )
     finished = fit(
-        policy,
+        small.updates(policy, small.optimizer(policy)),
         SFT,
-        small.optimizer(policy),
         source,
         state or TrainState(),
         accelerator=small.accelerator(),
@@ -262,7 +259,9 @@ def test_learning_rate_by_hand(schedule, expected):
 
 def test_only_matrices_decay():
     policy = small.policy()
-    groups = {group["weight_decay"]: group["names"] for group in small.optimizer(policy, weight_decay=0.1).param_groups}
+    groups: dict[float, list[str]] = {}
+    for group in small.optimizer(policy, weight_decay=0.1).param_groups:
+        groups.setdefault(group["weight_decay"], []).extend(group["names"])
     assert groups.keys() == {0.1, 0.0}
     decays, spared = groups[0.1], groups[0.0]
     assert "layers.1.mlp.text.experts.gate_up_EFD" in decays and "layers.0.self_attn.q_proj.weight" in decays

@@ -62,9 +62,8 @@ def step(policy: Policy, rows, config: ObjectiveConfig, optimizer=None):
     """(gradients by name, metrics) of one update."""
     optimizer = optimizer or Catch(policy.parameters(), lr=1.0)
     metrics = train_step(
-        policy,
+        small.updates(policy, optimizer),
         SFT,
-        optimizer,
         [small.in_double(row) for row in rows],
         accelerator=small.accelerator(),
         max_grad_norm=1e9,
@@ -381,7 +380,9 @@ def test_the_bias_is_in_checkpoints_and_exports(tmp_path):
     policy = Policy(ErnieModel(CONFIG)).train()
     optimizer = small.optimizer(policy)
     losses = RouterLosses(policy, ObjectiveConfig(bias_update=1e-3), small.accelerator())
-    train_step(policy, SFT, optimizer, CUT, accelerator=small.accelerator(), max_grad_norm=1.0, beside=[losses])
+    train_step(
+        small.updates(policy, optimizer), SFT, CUT, accelerator=small.accelerator(), max_grad_norm=1.0, beside=[losses]
+    )
     expected = [router.correction_bias_E.clone() for router in routers(policy.model)]
     assert any(bias.any() for bias in expected)
 

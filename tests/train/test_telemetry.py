@@ -36,7 +36,9 @@ def named(dataset: str, segment):
 def step(policy: Policy, rows, beside) -> dict[str, float]:
     rows = [small.in_double(row) for row in rows]
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
-    return train_step(policy, SFT, optimizer, rows, accelerator=small.accelerator(), max_grad_norm=1.0, beside=beside)
+    return train_step(
+        small.updates(policy, optimizer), SFT, rows, accelerator=small.accelerator(), max_grad_norm=1.0, beside=beside
+    )
 
 
 # ------------------------------------------------------------------------------------------ losses by what is learned

@@ -85,8 +85,15 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate_and_decay():
     assert sorted(names) == sorted(set(named) - {"embed_tokens.weight"})
     for group in groups:
         assert all(named[name] is p for name, p in zip(group["names"], group["params"], strict=True))
-    routers = next(group for group in groups if group["lr_scale"] == 0.01)["names"]
-    assert routers == ["layers.1.mlp.text.router.weight_ED", "layers.1.mlp.vision.router.weight_ED"]
+    routers = {group["media"]: group["names"] for group in groups if group["lr_scale"] == 0.01}
+    assert routers == {False: ["layers.1.mlp.text.router.weight_ED"], True: ["layers.1.mlp.vision.router.weight_ED"]}
+    text = {name for group in groups if not group["media"] for name in group["names"]}
+    assert {part_of(name) for name in text} == set(Part) - {
+        Part.EMBEDDINGS,
+        Part.VISION,
+        Part.RESAMPLER,
+        Part.VISION_EXPERTS,
+    }
 
 
 @pytest.mark.parametrize(
@@ -148,7 +155,7 @@ def test_the_table_adds_up_to_what_the_optimizer_will_hold():
 
 def step(policy, optimizer) -> dict[str, float]:
     row = small.row(small.example(0, 9, image=True), small.example(1, 7))
-    return train_step(policy, SFT, optimizer, [row], accelerator=small.accelerator(), max_grad_norm=1.0)
+    return train_step(small.updates(policy, optimizer), SFT, [row], accelerator=small.accelerator(), max_grad_norm=1.0)
 
 
 def test_frozen_parts_stay_and_leave_nothing_in_the_optimizer():
@@ -201,7 +208,15 @@ def test_the_loop_sets_each_group_to_its_own_rate():
 
     hooks = Hooks(log=lambda *_: None, save=lambda _: None, evaluate=lambda _: None)
     plan = Plan(steps=1, learning_rate=lambda _: 3.0, max_grad_norm=1.0, max_skipped=0)
-    fit(policy, SFT, optimizer, Rows(), TrainState(), accelerator=small.accelerator(), plan=plan, hooks=hooks)
+    fit(
+        small.updates(policy, optimizer),
+        SFT,
+        Rows(),
+        TrainState(),
+        accelerator=small.accelerator(),
+        plan=plan,
+        hooks=hooks,
+    )
     rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
     assert rates["layers.1.mlp.text.router.weight_ED"] == 0.03 and rates["norm.weight"] == 3.0
 

@@ -21,7 +21,7 @@ from train.loop import train_step
 from train.lora.adapt import Adapters, adapt
 from train.lora.files import shortest
 from train.objectives.sft import SFT
-from train.optim import unreached_parts
+from train.reach import Reach, unreached_parts
 
 LORA = PeftConfig(kind=PeftKind.lora, targets=list(TARGETS), rank=4, alpha=8.0)
 PROCESSOR = SimpleNamespace(save=lambda folder: None)
@@ -76,14 +76,18 @@ def test_a_new_adapter_changes_nothing_and_every_part_is_covered():
 @pytest.mark.parametrize("kind", ["lora", "none"])
 def test_parts_that_no_token_reached_are_told(kind):
     policy = adapted()[0] if kind == "lora" else small.policy()
-    optimizer, setting = small.optimizer(policy), dict(accelerator=small.accelerator(), max_grad_norm=1.0)
-    train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
-    assert [part.value for part in unreached_parts(optimizer)] == ["vision_experts", "vision", "resampler"]
+    updates, device = small.updates(policy, small.optimizer(policy)), small.accelerator().device
+    reached: list[str] = []
+
+    def step(row):
+        beside = [Reach(updates, reached, device)]
+        train_step(updates, SFT, [row], accelerator=small.accelerator(), max_grad_norm=1.0, beside=beside)
+        return [part.value for part in unreached_parts(policy.model, reached)]
+
+    assert step(small.row(small.example(0, 9))) == ["vision_experts", "vision", "resampler"]
     # The only sparse layer is the last one: its vision experts learn where the image's own last token has a target.
-    train_step(policy, SFT, optimizer, [small.row(small.example(1, 9, image=True, learned=6))], **setting)
-    assert unreached_parts(optimizer) == []
-    train_step(policy, SFT, optimizer, [small.row(small.example(0, 9))], **setting)
-    assert unreached_parts(optimizer) == []  # once is enough
+    assert step(small.row(small.example(1, 9, image=True, learned=6))) == []
+    assert step(small.row(small.example(0, 9))) == []  # once is enough
 
 
 def test_null_targets_are_the_language_model():
@@ -130,7 +134,7 @@ def test_frozen_weights_are_kept_as_they_are_computed_and_give_the_same_numbers(
 def test_resumed_equals_uninterrupted_bit_for_bit_and_the_checkpoint_holds_the_adapter_alone(tmp_path):
     def steps(policy, optimizer, rows):
         step = dict(accelerator=small.accelerator(), max_grad_norm=1.0)
-        return [train_step(policy, SFT, optimizer, row, **step)["loss"] for row in rows]
+        return [train_step(small.updates(policy, optimizer), SFT, row, **step)["loss"] for row in rows]
 
     policy, adapters = adapted(settings(targets=["attention", "dense", "resampler"], dropout=0.2))
     policy.train()
