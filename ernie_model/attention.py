@@ -3,19 +3,45 @@
 Shape letters:  T tokens   D model width   N query heads   G key/value heads   H head width
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
 
 from ernie_model.config import ErnieConfig
 from ernie_model.layers import Linear
-from ernie_model.rope import Rotation, rotate_text
+from ernie_model.rope import Grid, Rotation, rotate_text
 
 
 class Context(Protocol):
-    """The seam between training and decoding: `Packed` segments, or a key/value cache."""
+    """The seam between training and decoding, and between one process and several that share a row: `Packed` segments,
+    a key/value cache, or a `SharedRow` (sequence_parallel.py)."""
 
-    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor: ...
+    @property
+    def cuts(self) -> Sequence[int]:
+        """The row lies on as many ranks as there are parts, tokens cuts[p] to cuts[p + 1] on one; (0, T) when alone."""
+        ...
+
+    @property
+    def part(self) -> int:
+        """Which of them is here."""
+        ...
+
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """What the tokens that are here see."""
+        ...
+
+    def media(self, grids: Sequence[Grid]) -> Sequence[Grid]:
+        """Of the row's images and videos, those whose features are computed here."""
+        ...
+
+    def deliver(self, feature_MD: Tensor, grids: Sequence[Grid], media_P: Sequence[int]) -> Tensor:
+        """Features of `media(grids)` -> those of the placeholders that are here.
+
+        Args:
+            media_P: placeholders in each part.
+        """
+        ...
 
 
 class Attention(nn.Module):

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ernie_model.rope import Grid
 from ernie_model.tiles import tiled_attention
 
 LONGEST_TILED = 2048
@@ -44,6 +45,7 @@ class Packed:
         self.lengths = tuple(lengths)
         self.causal = causal
         self.num_tokens = sum(self.lengths)
+        self.cuts, self.part = (0, self.num_tokens), 0
         self._offsets: dict[torch.device, Tensor] = {}
         self._plan: _Plan | None = None
 
@@ -54,6 +56,14 @@ class Packed:
         if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
             return self._attend_varlen(q_TNH, k_TGH, v_TGH)
         return self._attend_buckets(q_TNH, k_TGH, v_TGH)
+
+    def media(self, grids: Sequence[Grid]) -> Sequence[Grid]:
+        """All of the row's images and videos are computed here, and"""
+        return grids
+
+    def deliver(self, feature_MD: Tensor, grids: Sequence[Grid], media_P: Sequence[int]) -> Tensor:
+        """so are all features that it needs."""
+        return feature_MD
 
     def _attend_varlen(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Flash attention over segment boundaries: one kernel for the whole row."""

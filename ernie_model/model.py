@@ -11,6 +11,7 @@ Shape letters:  T tokens   D model width   V vocabulary   P patches   X numbers 
 Source: reference section 2.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -123,24 +124,28 @@ class ErnieModel(nn.Module):
         Args:
             token_T: int64 ids.
             position_3T: int64 positions (time, height, width) of every token, from `rope.position_ids`.
-            context: `Packed(lengths)` for training and prompts.
-            patch_PX: pixels of all images and videos, in order of appearance, patches in merge-block order.
-            grids: their (frames, rows, columns) in patches.
+            context: `Packed(lengths)` for training and prompts. If it is a `SharedRow`, what comes out is of this
+                rank's tokens alone, though ids, positions and grids are those of the whole row.
+            patch_PX: pixels of `context.media(grids)`, that is of all images and videos unless ranks share the row, in
+                order of appearance, patches in merge-block order.
+            grids: (frames, rows, columns) of all images and videos, in patches.
             join: use every weight, also what only images and videos reach: another rank does, in a row of its own.
 
         Raises:
             ValueError: pixels, grids and placeholders disagree.
         """
-        x_TD = self.embed_tokens(token_T)
+        here = slice(context.cuts[context.part], context.cuts[context.part + 1])
+        x_TD = self.embed_tokens(token_T[here])
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
-        pools, media_T = self._pools(token_T, grids, join)
+        pools, media_T, media_P = self._pools(token_T, grids, context, join)
         if grids:
-            x_TD = self._place_media(x_TD, media_T, patch_PX, grids)
+            feature_MD = context.deliver(self._compute_media(patch_PX, context.media(grids), x_TD), grids, media_P)
+            x_TD = x_TD.index_copy(0, media_T.nonzero()[:, 0], feature_MD)  # placeholders in order (reference 2.4)
         elif patch_PX is not None:
             raise ValueError(f"{patch_PX.shape[0]} patches came without grids.")
         elif join and self.vision is not None:
-            x_TD = touch(x_TD, self._features(x_TD.new_zeros(4, self.vision.config.patch_dim), [(1, 2, 2)]))
-        rotation = text_rotation(position_3T, self.config, dtype=x_TD.dtype)
+            x_TD = touch(x_TD, self._features_of_nothing(x_TD))
+        rotation = text_rotation(position_3T[:, here], self.config, dtype=x_TD.dtype)
         stats: list[RouterStats] = []
         for layer in self.layers:
             x_TD, layer_stats = self.run_layer(layer, x_TD, rotation, context, pools)
@@ -148,35 +153,49 @@ class ErnieModel(nn.Module):
                 stats.append(layer_stats)
         return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
 
-    def _pools(self, token_T: Tensor, grids: Sequence[Grid], join: bool) -> tuple[Pools, Tensor]:
-        """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders.
+    def _pools(
+        self, token_T: Tensor, grids: Sequence[Grid], context: Context, join: bool
+    ) -> tuple[Pools, Tensor, list[int]]:
+        """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders; of the tokens that are here.
 
         Vision tokens are placeholders and start/end tokens. A row whose placeholders and grids disagree is refused.
+        Also returns the number of placeholders in each part of the row.
         """
+        parts = [slice(*ends) for ends in itertools.pairwise(context.cuts)]
+        here = parts[context.part]
         vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
         media_T = _is_one_of(token_T, self.config.placeholder_token_ids)
         if self.vision is None:
             if grids:
                 raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
-            return Pools(vision_T, 0), media_T
+            return Pools(vision_T[here], 0), media_T[here], [0] * len(parts)
         # The only wait for the device in a forward: every layer needs the size of both pools on the host.
-        num_vision, found = torch.stack((vision_T, media_T)).sum(1).tolist()
+        vision_P, media_P = torch.stack(
+            [torch.stack([x_T[part].sum() for part in parts]) for x_T in (vision_T, media_T)]
+        ).tolist()
         for grid in grids:
             check_grid(grid)
         expected = sum(num_media_tokens(grid) for grid in grids)
-        if found != expected:
+        if (found := sum(media_P)) != expected:
             raise ValueError(
                 f"the row has {found} placeholder tokens, but its {len(grids)} images and videos need {expected}."
             )
-        return Pools(vision_T, num_vision, join), media_T
+        return Pools(vision_T[here], vision_P[context.part], join), media_T[here], media_P
 
-    def _place_media(self, x_TD: Tensor, media_T: Tensor, patch_PX: Tensor | None, grids: Sequence[Grid]) -> Tensor:
-        """Overwrite placeholder rows, in order, with image and video features (reference 2.4)."""
-        patches = sum(t * h * w for t, h, w in grids)
-        if patch_PX is None or patch_PX.shape[0] != patches:
-            found = 0 if patch_PX is None else patch_PX.shape[0]
+    def _compute_media(self, patch_PX: Tensor | None, grids: Sequence[Grid], like: Tensor) -> Tensor:
+        """(M, D): the features of these images and videos, in the dtype of `like`."""
+        patches, found = sum(t * h * w for t, h, w in grids), 0 if patch_PX is None else patch_PX.shape[0]
+        if found != patches:
             raise ValueError(f"the grids describe {patches} patches, but {found} were given.")
-        return x_TD.index_copy(0, media_T.nonzero()[:, 0], self._features(patch_PX.to(x_TD.dtype), grids))
+        if patch_PX is None or not grids:
+            # All of the row's are computed on other ranks, which meet this one in the backward pass: take part in it.
+            return self._features_of_nothing(like)
+        return self._features(patch_PX.to(like.dtype), grids)
+
+    def _features_of_nothing(self, like: Tensor) -> Tensor:
+        """(0, D), with a graph that leads to every weight of the vision tower and the resampler."""
+        assert self.vision is not None
+        return self._features(like.new_zeros(4, self.vision.config.patch_dim), [(1, 2, 2)])[:0]
 
     def _features(self, patch_PX: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(M, D): what the vision tower and the resampler make of pixels."""

@@ -31,7 +31,7 @@ ENTRY_POINTS = ("cli", *(module.removeprefix("train.") for module, _ in COMMANDS
 TESTS_ONLY = ("transformers", "trl", "pytest", "hypothesis")
 CONFIG_LIBRARIES = ("hydra", "omegaconf")
 # Where the model may know of other devices. Everything else in ernie_model is maths on one.
-MAY_COMMUNICATE = ("ernie_model/expert_parallel.py",)
+MAY_COMMUNICATE = ("ernie_model/expert_parallel.py", "ernie_model/sequence_parallel.py")
 # config.py and compose.py turn settings into dataclasses, run.py tells Hydra's errors to the user.
 MAY_READ_HYDRA = re.compile(rf"train/(config|compose|explain|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
 
@@ -59,7 +59,7 @@ def complaint(file: str, module: str) -> str | None:
         return f"{top} belongs to train/{{config,compose,explain,run}}.py and entry points; all below sees dataclasses"
     parts = module.split(".")
     if parts[:2] == ["torch", "distributed"] and package == "ernie_model" and file not in MAY_COMMUNICATE:
-        return "model maths knows one device; communication belongs to expert_parallel.py"
+        return "model maths knows one device; communication belongs to expert_parallel.py, sequence_parallel.py"
     if package == "train" and parts[0] == "train" and len(parts) > 1 and parts[1] in ENTRY_POINTS:
         return f"train/{parts[1]}.py is an entry point; nobody imports it"
     return None

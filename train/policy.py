@@ -5,19 +5,25 @@
 The language-model head is inside, so that this one module is all that DDP or DeepSpeed has to wrap, and so that logits
 of shape (T, V) never exist.
 
+Where ranks share a row (`parallel.sequence`), each gets the whole batch and returns log-probabilities of the whole row;
+in between it computes its own tokens (ernie_model/sequence_parallel.py). Losses need not know.
+
 Shape letters:  T tokens   D model width   V vocabulary   R rows whose target is learned
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 from data.batch import PackedBatch
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
 from ernie_model.moe import RouterStats
+from ernie_model.sequence_parallel import SharedRow, pixels_of, whole
 from train.logprobs import token_logprobs
 
 
@@ -27,6 +33,7 @@ class PolicyOutput(NamedTuple):
     correct_T: Tensor
     """bool, the target is the most likely token; False where weight_T is 0."""
     router: RouterStats | None
+    """Of the tokens that this rank computed."""
     penalty: Tensor | None = None
     """`Policy.penalty()`, if there is one."""
 
@@ -36,34 +43,47 @@ class Policy(nn.Module):
     Args:
         loss_is_linear: the loss is -sum(weight_T * logprob_T) up to a factor (`Objective.linear`), so that the head's
             gradients can be made while its logits exist; see `token_logprobs`.
+        sequence_group: the ranks that share each row with this one; None is none.
     """
 
-    def __init__(self, model: ErnieModel, *, loss_is_linear: bool = False):
+    def __init__(self, model: ErnieModel, *, loss_is_linear: bool = False, sequence_group: ProcessGroup | None = None):
         super().__init__()
         self.model = model
         self.loss_is_linear = loss_is_linear
+        self.sequence_group = sequence_group
         self.penalty: Callable[[], Tensor] | None = None
         """A function of the weights alone, to be minimised too. Computed in the forward pass, because DDP must be shown
         there which weights will get a gradient."""
 
+    def context(self, batch: PackedBatch) -> Packed | SharedRow:
+        group = self.sequence_group
+        return Packed(batch.lengths) if group is None else SharedRow(batch.lengths, group)
+
+    def first_token(self, batch: PackedBatch) -> int:
+        """Of those of the row that this rank computes."""
+        context = self.context(batch)
+        return context.cuts[context.part]
+
     def forward(self, batch: PackedBatch, row_R: Tensor, *, join: bool = False) -> PolicyOutput:
         """`row_R`: the rows whose weight is not 0; see `on_device`. `join`: see `ErnieModel.forward`."""
+        group, context = self.sequence_group, self.context(batch)
+        first = context.cuts[context.part]
+        if group is not None:
+            ends = torch.tensor([first, context.cuts[context.part + 1]], device=row_R.device)
+            row_R = row_R[slice(*torch.searchsorted(row_R, ends).tolist())]
         output = self.model(
-            batch.token_T,
-            batch.position_3T,
-            Packed(batch.lengths),
-            patch_PX=batch.patch_PX,
-            grids=batch.grids,
-            join=join,
+            batch.token_T, batch.position_3T, context, patch_PX=batch.patch_PX, grids=batch.grids, join=join
         )
         logprob_R, correct_R = token_logprobs(
-            output.hidden_TD[row_R],
+            output.hidden_TD[row_R - first],
             self.model.head_VD,
             batch.target_T[row_R],
             slope_T=batch.weight_T[row_R] if self.loss_is_linear else None,
         )
         logprob_T = logprob_R.new_zeros(batch.num_tokens).index_copy(0, row_R, logprob_R)
         correct_T = torch.zeros_like(batch.token_T, dtype=torch.bool).index_copy(0, row_R, correct_R)
+        if group is not None:
+            logprob_T, correct_T = whole(logprob_T, group), whole(correct_T.to(logprob_T.dtype), group) > 0
         router = output.router
         if router is not None and batch.is_filler:  # its tokens are nobody's; the graph stays whole
             router = RouterStats(*(0 * value for value in router))
@@ -71,7 +91,15 @@ class Policy(nn.Module):
         return PolicyOutput(logprob_T, correct_T, router, penalty)
 
 
-def on_device(batch: PackedBatch, device: torch.device) -> tuple[PackedBatch, Tensor]:
-    """The batch and its learned rows, moved. The rows are found on the host, where counting them waits for nobody."""
+def on_device(
+    batch: PackedBatch, device: torch.device, sequence_group: ProcessGroup | None = None
+) -> tuple[PackedBatch, Tensor]:
+    """The batch and its learned rows, moved. The rows are found on the host, where counting them waits for nobody.
+
+    Of a row that ranks share, only the pixels of the images that this rank computes are moved.
+    """
     row_R = batch.weight_T.nonzero()[:, 0]
+    if sequence_group is not None and batch.patch_PX is not None:
+        mine = pixels_of(batch.grids, get_world_size(sequence_group), get_rank(sequence_group))
+        batch = dataclasses.replace(batch, patch_PX=batch.patch_PX[mine])
     return batch.to(device), row_R.to(device, non_blocking=True)

@@ -1,0 +1,117 @@
+"""Forward and backward of rows that all ranks share; test_sequence.py runs them alone and as several processes.
+
+python -m tests.distributed.shared_rows OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
+"""
+
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from data.batch import PackedBatch
+from data.encode import Example
+from ernie_model.config import ErnieConfig
+from ernie_model.model import ErnieModel
+from ernie_model.recompute import recompute
+from ernie_model.rope import Grid, num_media_tokens, position_ids
+from tests.train import small
+from train.neftune import install
+from train.policy import Policy, on_device
+
+CONFIG = small.CONFIG.replace(num_attention_heads=4, num_key_value_heads=2)
+ONE_KEY = small.CONFIG.replace(num_attention_heads=4, num_key_value_heads=1)
+DENSE = CONFIG.replace(
+    num_experts=0, experts_per_token=0, text_expert_width=0, vision_expert_width=0, num_shared_experts=0,
+    sparse_layers=(), vision=None, mrope_section=None, image_token_id=None, image_start_token_id=None,
+    image_end_token_id=None, video_token_id=None, video_start_token_id=None, video_end_token_id=None,
+)  # fmt: skip
+IMAGE, WIDE, VIDEO = (1, 2, 4), (1, 4, 8), (6, 2, 4)  # 2, 8 and 6 tokens
+
+
+def segment(seed: int, before: int, grid: Grid | None = None, after: int = 6, config: ErnieConfig = CONFIG) -> Example:
+    """`before` text tokens, an image or video, `after` text tokens of which all but the first are learned."""
+    generator = torch.Generator().manual_seed(seed)
+    text_T = torch.randint(3, 40, (before + after,), generator=generator)
+    media = [] if grid is None else [43] * num_media_tokens(grid) if grid[0] > 1 else [40] * num_media_tokens(grid)
+    ends = [] if grid is None else [44, 45] if grid[0] > 1 else [41, 42]
+    media_T = torch.tensor([*ends[:1], *media, *ends[1:]], dtype=torch.int64)
+    token_T = torch.cat([text_T[:before], media_T, text_T[before:]])
+    weight_T = torch.zeros(len(token_T))
+    weight_T[len(token_T) - after : -1] = torch.rand(after - 1, generator=generator) + 0.5
+    grids = () if grid is None else (grid,)
+    return Example(
+        id=f"{seed}",
+        token_T=token_T,
+        target_T=torch.cat([token_T[1:], token_T.new_zeros(1)]),
+        weight_T=weight_T,
+        position_3T=position_ids(token_T, grids, config),
+        grids=grids,
+        patch_PX=None if grid is None else torch.randn(grid[0] * grid[1] * grid[2], 588, generator=generator),
+    )
+
+
+class Case(NamedTuple):
+    segments: list[Example]
+    config: ErnieConfig = CONFIG
+    recompute: bool = False
+    noise: float = 0.0
+    linear: bool = True
+
+
+CASES = {
+    "a segment over the cut": Case([segment(0, 3), segment(1, 12), segment(2, 2)]),
+    "an image over the cut": Case([segment(0, 5, WIDE)]),
+    "a video over the cut, dealt by pairs of frames": Case([segment(0, 1), segment(1, 3, VIDEO), segment(2, 1)]),
+    "images and a video": Case([segment(0, 2, IMAGE), segment(1, 1, WIDE), segment(2, 7, VIDEO, 3), segment(3, 4)]),
+    "all images at the end": Case([segment(0, 20, None, 9), segment(1, 0, IMAGE, 4), segment(2, 0, IMAGE, 4)]),
+    "one image at the beginning": Case([segment(0, 1, IMAGE, 3), segment(1, 25)]),
+    "fewer tokens than ranks": Case([segment(0, 1, None, 2)]),
+    "one key head": Case([segment(0, 2, WIDE), segment(1, 9)], config=ONE_KEY),
+    "no experts and no images": Case([segment(0, 8, config=DENSE), segment(1, 11, config=DENSE)], config=DENSE),
+    "recomputed": Case([segment(0, 2, WIDE), segment(1, 3, VIDEO), segment(2, 4)], recompute=True),
+    "noise on embeddings": Case([segment(0, 2, WIDE), segment(1, 9), segment(2, 5)], noise=5.0),
+    "a loss whose slope is not known": Case([segment(0, 2, WIDE), segment(1, 9)], linear=False),
+}  # fmt: skip
+
+
+def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
+    """Gradients and sums are those of this rank."""
+    torch.manual_seed(0)
+    policy = Policy(
+        ErnieModel(case.config).set_dtype(torch.float64), loss_is_linear=case.linear, sequence_group=group
+    ).train()
+    if case.recompute:
+        policy.model.run_layer = recompute
+        assert policy.model.vision is not None
+        policy.model.vision.run_block = recompute
+    if case.noise:
+        install(policy, case.noise, seed=3, step=lambda: 7)
+    batch, row_R = on_device(small.in_double(small.row(*case.segments)), torch.device("cpu"), group)
+    output = policy(batch, row_R)
+    total = -(output.logprob_T * batch.weight_T).sum() if case.linear else pairs(output.logprob_T, batch)
+    if output.router is not None:
+        total = total + output.router.square_2.sum()  # losses of routers are sums over this rank's tokens
+    total.backward()
+    return {
+        "gradients": {name: None if p.grad is None else p.grad for name, p in policy.named_parameters()},
+        "logprob_T": output.logprob_T.detach(),
+        "correct_T": output.correct_T,
+        "router": None if output.router is None else list(output.router.detach()),
+        "patches": 0 if batch.patch_PX is None else batch.patch_PX.shape[0],
+    }
+
+
+def pairs(logprob_T: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """A loss of neighbouring segments: no sum over tokens, so every rank needs the log-probabilities of all of them."""
+    sum_S = logprob_T.new_zeros(batch.num_segments).index_add(0, batch.segment_T, logprob_T * batch.weight_T)
+    return torch.sigmoid(sum_S[1:] - sum_S[:-1]).sum()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    group = dist.new_group(list(range(dist.get_world_size())))
+    results = {name: one_row(case, group) for name, case in CASES.items()}
+    torch.save(results, f"{sys.argv[1]}.{dist.get_rank()}")
+    dist.destroy_process_group()
