@@ -19,6 +19,7 @@ from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.compose import flatten
 from train.config import (
     ModelConfig,
+    ParallelConfig,
     Precision,
     Recompute,
     UserError,
@@ -164,6 +165,7 @@ def arithmetic(
     max_tokens: int,
     max_patches: int | None,
     accumulation: int,
+    parallel: ParallelConfig,
     ranks: int,
     device: torch.device,
 ) -> Arithmetic:
@@ -179,6 +181,7 @@ def arithmetic(
             max_tokens=max_tokens,
             max_patches=max_patches,
             accumulation=accumulation,
+            parallel=parallel,
             ranks=ranks,
             device=device,
         ),

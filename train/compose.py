@@ -34,7 +34,7 @@ from train.config import (
 
 ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig}
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
-GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "experiment")
+GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "plan", "experiment")
 
 # What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
 FREE_TO_CHANGE: tuple[str, ...] = (
@@ -50,6 +50,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "evaluate",
     "preview",
     "doctor",
+    "plan",
     "tracker",
     "parallel",
     "data.cache_gib",

@@ -623,6 +623,72 @@ class DoctorConfig:
 
 
 @dataclass
+class PlanConfig:
+    """`ernie plan`; training reads none of it. Rates are those of the chosen file of configs/plan/."""
+
+    gpus: int = 8
+    """Ranks, one on each GPU."""
+    gpus_per_node: int = 8
+    device: str = MISSING
+    """A GPU of train/efficiency.py's table, for `tflops`; cpu measures this machine."""
+    gpu_gb: float = MISSING
+    """Memory of one GPU, in 10^9 bytes."""
+    tflops: float | None = None
+    """10^12 operations per second of one GPU in the precision that is trained in; null: by `device`."""
+    mfu: float = 0.4
+    """Share of `tflops` that the products of a step reach."""
+    memory_gb_s: float = MISSING
+    """A GPU and its own memory, in 10^9 bytes per second."""
+    node_gb_s: float = MISSING
+    """What a GPU sends to others of its node."""
+    network_gb_s: float = MISSING
+    """What a GPU sends to other nodes."""
+    host_gb_s: float = MISSING
+    """Between a GPU and host memory, each way."""
+    host_memory_gb_s: float = MISSING
+    """One GPU's share of the host's memory bandwidth, where an offloaded optimizer works."""
+    host_gb: float = MISSING
+    """Host memory of one node."""
+    disk_gb_s: float = MISSING
+    """Writing a checkpoint, by all ranks together."""
+    reserve: float = 0.08
+    """Share of a GPU's memory that stays free: CUDA's context, the library of collectives, fragmentation."""
+    imbalance: float = 1.2
+    """Rows that the busiest rank's experts receive, over the mean, with parallel.expert > 1."""
+    segment_tokens: int | None = None
+    """Length of a conversation; null: each fills its row. Attention costs the square of it."""
+    media_share: float = 0.5
+    """Share of the tokens that stand for images, for the time of a step; memory expects data.max_patches."""
+    answers: int = 0
+    """Conversations that each rank writes at once, for the size of the KV cache; 0: none."""
+    answer_tokens: int = 4096
+    """Tokens of each, with its prompt."""
+    tokens: float | None = None
+    """In the data, all epochs together; null: by run.steps, or by what `ernie doctor` found."""
+    search: bool = False
+    """Go through layouts, offloading, recomputation, held_in and row lengths, and rank what fits by time."""
+    show: int = 8
+    """Layouts shown."""
+
+    def __post_init__(self):
+        for name in ("gpus", "gpus_per_node", "answer_tokens", "show"):
+            check(getattr(self, name) >= 1, f"plan.{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, rate in vars(self).items():
+            if name.endswith(("_gb_s", "_gb")) or name in ("tflops", "tokens") and rate is not None:
+                check(0 < rate < math.inf, f"plan.{name} is {rate}; it must be a positive number.")
+        check(0 < self.mfu <= 1, f"plan.mfu is {self.mfu}; it must be more than 0 and at most 1.")
+        for name in ("reserve", "media_share"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"plan.{name} is {value}; it must lie in 0..1, 1 excluded.")
+        check(1 <= self.imbalance < math.inf, f"plan.imbalance is {self.imbalance}; it must be 1 (even) or more.")
+        check(self.answers >= 0, f"plan.answers is {self.answers}; it must be 0 or more.")
+        check(
+            self.segment_tokens is None or self.segment_tokens >= 1,
+            f"plan.segment_tokens is {self.segment_tokens}; it must be at least 1, or null.",
+        )
+
+
+@dataclass
 class RunConfig:
     name: str = "sft"
     folder: str = "runs/${run.name}"
@@ -677,6 +743,7 @@ class SFTConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     doctor: DoctorConfig = field(default_factory=DoctorConfig)
+    plan: PlanConfig = MISSING
 
     def __post_init__(self):
         if self.run.steps is not None:

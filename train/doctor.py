@@ -11,7 +11,6 @@ Exit code 1, and a list of what to put right, when anything is in the way. RUN_F
 programs, RUN_FOLDER/quarantine.jsonl the records that cannot be trained on.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train import report
-from train.build import compute_dtype, human
+from train.build import human
 from train.checks import cost, records
 from train.checks.findings import Finding, Level, Report, ok, warning
 from train.checks.machine import available_cores, check_machine
@@ -40,10 +39,10 @@ from train.config import (
     check_heldout,
     check_steps,
 )
+from train.outline import outline
 from train.run import USER_ERRORS, forget_earlier_looks, program
 from train.sources import open_parts
-from train.trained import freeze, trained_parts
-from train.weights import trained_weights
+from train.trained import trained_parts
 
 register()
 
@@ -146,17 +145,13 @@ def examine_training(
     config: SFTConfig, architecture: ErnieConfig, rows: cost.Rows | None, device: torch.device, found: Report, add: Add
 ) -> None:
     adapted = config.peft.kind is not PeftKind.none
-    with torch.device("meta"):  # shapes and names, no values
-        model = ErnieModel(architecture)
-        model.compute_dtype = compute_dtype(config.model)
-        if adapted:
-            add(check_adapters(config.peft, model))
-            fresh = dataclasses.replace(config.peft, init_from=None, frozen={})
-            table = trained_weights(model, fresh, seed=config.run.seed, base=config.model.checkpoint).table()
-            if table is not None:
-                found.show(table)
-    random = config.model.checkpoint is None
-    add([warning(note) for note in freeze(model, config.optim, random=random)])
+    if adapted:
+        with torch.device("meta"):
+            add(check_adapters(config.peft, ErnieModel(architecture)))
+    model, notes, table = outline(config, architecture)
+    if table is not None:
+        found.show(table)
+    add([warning(note) for note in notes])
     parts = trained_parts(model, config.optim)
     found.show(report.parts_table(parts, config.optim.weight_decay))
     plan = cost.Plan(model, parts, adapted)

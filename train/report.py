@@ -39,6 +39,7 @@ def opening(
         max_tokens=config.data.max_tokens,
         max_patches=config.data.max_patches,
         accumulation=config.data.accumulation,
+        parallel=config.parallel,
         ranks=ranks,
         device=device,
     )

@@ -23,6 +23,7 @@ from train.build import compute_dtype, set_recompute
 from train.config import (
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     Precision,
     Recompute,
 )
@@ -73,6 +74,7 @@ def one_step(way: str, tokens: int, precision: Precision) -> dict[str, float]:
         max_tokens=tokens,
         max_patches=images * IMAGE_SIDE**2,
         accumulation=1,
+        parallel=ParallelConfig(),
         ranks=1,
         device=device,
     )
@@ -84,7 +86,7 @@ def one_step(way: str, tokens: int, precision: Precision) -> dict[str, float]:
     reset_peak()
     step(row)
     process = status_mib("VmHWM") - empty
-    held = (memory.weights + memory.moments) / 2**20
+    held = (memory.weights + memory.optimizer) / 2**20
     return found | dict(
         peak_mib=held + allocated_mib(lambda: step(row)),
         process_mib=process,

@@ -79,7 +79,8 @@ def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch
         max_tokens=config.data.max_tokens,
         max_patches=config.data.max_patches if rows is None else rows.most_patches,
         accumulation=config.data.accumulation,
-        ranks=1,
+        parallel=config.parallel,
+        ranks=config.parallel.processes or config.parallel.expert,
         device=device,
     )
     needed = sums.memory.process
