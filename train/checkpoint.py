@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ernie_model.atomic import atomic_folder, atomic_write
 from train.config import UserError
-from train.parallel.fragments import pieces_to_write, restore, whole_shape
+from train.parallel.fragments import bit_sums, pieces_to_write, restore, whole_shape
 from train.pieces import PieceError, Pieces, write_pieces
 
 FORMAT = 3
@@ -432,6 +432,17 @@ def _readable(path: Path) -> Iterator[None]:
             f"{path} cannot be loaded: {error}. If the file is damaged, delete this folder: the same command then goes "
             "on from the checkpoint before it."
         ) from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A number that changes when a value does, and not with the layout. All ranks call it; each reads its share."""
+    rank, world = here()
+    mine = {name: bit_sums(tensor, rank=rank, world=world) for name, tensor in tensors.items()}
+    ranks, digest = everyones(mine), xxhash.xxh3_128()
+    for name in sorted(tensors):
+        sums = [sum(numbers) % 2**64 for numbers in zip(*(found[name] for found in ranks), strict=True)]
+        digest.update(f"{name} {whole_shape(tensors[name])} {sums}".encode())
+    return digest.hexdigest()
 
 
 # -------------------------------------------------------------------------------------------------- random generators

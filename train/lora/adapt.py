@@ -7,7 +7,6 @@
 Adapters live inside the model: after `adapt`, training, evaluation and generation run as they are.
 """
 
-import hashlib
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from ernie_model.parts import Part, part_of
 from ernie_model.processor import Processor
 from train.adapter_gate import check_adapter, check_merged
 from train.build import human
-from train.checkpoint import room_for
+from train.checkpoint import fingerprint, room_for
 from train.config import (
     TARGETS,
     PeftConfig,
@@ -175,6 +174,7 @@ class Adapters:
         self.layers: dict[str, LoraLinear | LoraExperts] = {
             name: module for name, module in model.named_modules() if isinstance(module, LoraLinear | LoraExperts)
         }
+        self._rests_on: str | None = None
         active = [*config.frozen, config.name]
         for layer in self.layers.values():
             layer.set_adapter(active)
@@ -292,21 +292,12 @@ class Adapters:
         return {name: p for name, p in self.model.named_parameters() if _belongs_to(name, self.config.name)}
 
     def rests_on(self) -> str:
-        return self.fingerprint().numpy().tobytes().hex()
-
-    def fingerprint(self) -> Tensor:
-        """32 bytes that change when a frozen weight changes, wherever its values came from: shards do not matter.
-
-        Every value counts through a sum over its bits; a sum forgets the order, so evenly spaced values are hashed too.
-        """
-        digest = hashlib.blake2b(digest_size=32)
-        for name, value in sorted(self.model.state_dict().items()):
-            if f".{self.config.name}" in name and _belongs_to(name, self.config.name):
-                continue
-            bits = value.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()])
-            picked = bits[:: max(1, bits.numel() // 1024)].cpu().numpy().tobytes()
-            digest.update(f"{name} {tuple(value.shape)} {int(bits.sum(dtype=torch.int64))}".encode() + picked)
-        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+        """A number that changes when a frozen weight changes. All ranks ask together."""
+        if self._rests_on is None:  # every frozen weight is read for it
+            own = self.tensors().keys()
+            frozen = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name not in own}
+            self._rests_on = fingerprint(frozen)
+        return self._rests_on
 
 
 def _detached(factors: Factors) -> Factors:

@@ -184,3 +184,28 @@ def _check_one_step(steps: dict[str, float], trained: list[str]) -> None:
             f"{many} has seen {counts[many]:.0f} updates and {few} {counts[few]:.0f}, and ZeRO counts one number for "
             "both. Resume with parallel.zero=0."
         )
+
+
+# ----------------------------------------------------------------------------------------------------- fingerprints
+
+SAMPLES = 1024
+SCATTER = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio, odd, as int64: neighbours get unlike factors
+
+
+def bit_sums(tensor: Tensor, *, rank: int, world: int) -> tuple[int, int]:
+    """Of this rank's share of a frozen tensor: the sum of its bits as integers, and one that knows the order.
+
+    Sums of all ranks add up to those of the whole tensor, modulo 2**64. The second is over evenly spaced values, each
+    times a factor that goes by its place.
+    """
+    part = part_of(tensor, None, rank=rank, world=world)
+    if part is None:
+        return 0, 0
+    first = part.start + part.share.indices(part.weight_N.numel())[0]
+    value_N = part.weight_N[part.share]
+    bits_N = value_N.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[value_N.element_size()])
+    total = sum(int(block.sum(dtype=torch.int64)) for block in bits_N.split(2**22))  # sum would widen a copy of all
+    stride = max(1, math.prod(whole_shape(tensor)) // SAMPLES)
+    picked = bits_N[-first % stride :: stride].to(torch.int64)
+    place = torch.arange(picked.numel(), device=picked.device) + math.ceil(first / stride)
+    return total, int((picked * (2 * place + 1) * SCATTER).sum())

@@ -160,9 +160,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit_and_the_checkpoint_holds_the_a
 @pytest.mark.parametrize("tensor", ["embed_tokens.weight", "layers.1.mlp.vision.experts.base_layer.down_EDF"])
 def test_a_checkpoint_knows_its_frozen_weights(tmp_path, tensor):
     policy, adapters = adapted()
+    path = checkpoint.save(tmp_path, 1, weights=adapters, optimizer=small.optimizer(policy), state={}, keep=1).path
+    policy, adapters = adapted()
     both = dict(weights=adapters, optimizer=small.optimizer(policy))
-    path = checkpoint.save(tmp_path, 1, **both, state={}, keep=1).path
     checkpoint.load(path, **both)
+    policy, adapters = adapted()
+    both = dict(weights=adapters, optimizer=small.optimizer(policy))
     with torch.no_grad():
         adapters.model.state_dict()[tensor].view(-1)[5] += 1e-3
     with pytest.raises(UserError, match="frozen weights under this adapter are not those it was trained on"):
@@ -173,7 +176,7 @@ def test_the_fingerprint_does_not_depend_on_the_adapter():
     _, one = adapted()
     _, two = adapted(seed=5)
     randomise(two)
-    assert torch.equal(one.fingerprint(), two.fingerprint())
+    assert one.rests_on() == two.rests_on()
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -209,7 +212,7 @@ def test_the_same_adapter_on_a_base_with_other_shards(tmp_path):
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 3
     model = load_model(tmp_path / "base")
     other = adapt(model, settings(init_from=str(folder)), seed=1)
-    assert torch.equal(other.fingerprint(), adapters.fingerprint())
+    assert other.rests_on() == adapters.rests_on()
     assert torch.equal(logprobs(small.Policy(model)), logprobs(policy))
 
 
