@@ -116,7 +116,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
         routing,
     ]
     if run.resume_from is not None:
-        checkpoint.load(run.resume_from, weights=weights, optimizer=optimizer)
+        checkpoint.load(run.resume_from, weights=weights, optimizer=updates.optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
 
@@ -172,7 +172,7 @@ def train(config: SFTConfig, at_end: ExitStack) -> None:
             run.checkpoints,
             state.step,
             weights=weights,
-            optimizer=optimizer,
+            optimizer=updates.optimizer,
             state={
                 "settings": settings,
                 "loop": dataclasses.asdict(state),
