@@ -18,7 +18,6 @@ Errors that only the user can put right end in a short message and exit code 1; 
 import faulthandler
 import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -37,13 +36,11 @@ from typing import Any, NamedTuple, TextIO
 
 import hydra
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch.distributed.distributed_c10d import _get_default_store
 
 from data.errors import DataError
 from data.quarantine import Quarantine
@@ -62,6 +59,7 @@ from train.config import (
     UserError,
 )
 from train.explain import explain
+from train.peers import trace
 from train.tracking import Mark, Tracker, TrackerError, make_trackers
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
@@ -107,12 +105,10 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
                 if caught:
                     raise caught.pop()
             except (*USER_ERRORS, *HYDRA_ERRORS) as error:
-                if os.environ.get("ERNIE_DEBUG", "0") not in ("", "0"):
+                if debugging():
                     raise
                 message = explain(error, entry) if isinstance(error, HYDRA_ERRORS) else str(error)
-                if first_to_say(message):
-                    print(f"error: {message}", file=sys.stderr, flush=True)
-                # Under `accelerate launch` other ranks may be waiting for this one; the exit code tells the launcher.
+                print(f"error: {message}", file=sys.stderr, flush=True)
                 sys.exit(1)
             finally:
                 faulthandler.cancel_dump_traceback_later()
@@ -128,15 +124,13 @@ def forget_earlier_looks(folder: Path) -> None:
         Quarantine.start_anew(folder)
 
 
-def first_to_say(message: str) -> bool:
-    """False where another rank has said the same: all ranks read the same data and meet the same bad record."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return True
-    try:
-        # The store through which the ranks found each other; no rank has to wait for another one there.
-        return _get_default_store().add(f"error {hashlib.blake2b(message.encode()).hexdigest()}", 1) == 1
-    except RuntimeError:  # the process that keeps it has ended
-        return True
+def debugging() -> bool:
+    return os.environ.get("ERNIE_DEBUG", "0") not in ("", "0")
+
+
+def described(error: BaseException) -> str:
+    """What the user is told about an error that ends a run of several ranks."""
+    return f"error: {error}" if isinstance(error, USER_ERRORS) and not debugging() else trace(error)
 
 
 class StopSignal:

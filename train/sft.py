@@ -38,6 +38,7 @@ from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import build_accelerator, build_layout
 from train.parallel.updates import Plain
+from train.peers import Peers
 from train.policy import Policy
 from train.progress import Progress
 from train.reach import Reach, unreached_parts
@@ -47,6 +48,7 @@ from train.run import (
     check_not_past,
     check_same_maths,
     check_same_start,
+    described,
     open_folder,
     program,
     start_trackers,
@@ -65,13 +67,15 @@ def main(cfg: DictConfig) -> None:
     config = to_typed(cfg, SFTConfig)
     if config.run.debug:
         os.environ["ERNIE_DEBUG"] = "1"
-    with ExitStack() as at_end:  # whatever was opened is closed, after an error too
-        train(config, at_end)
+    # Whatever was opened is closed, after an error too; the other ranks hear of the error first.
+    with ExitStack() as at_end, Peers(described) as peers:
+        train(config, at_end, peers)
 
 
-def train(config: SFTConfig, at_end: ExitStack) -> None:
+def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     # The parts, in order. Whatever can be wrong with the settings is found here, before the first step.
     accelerator = build_accelerator(config.parallel)
+    peers.watch()
     layout = build_layout(config.parallel, accelerator)
     rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
