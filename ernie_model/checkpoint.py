@@ -474,19 +474,27 @@ def write_tensors(
     read: Read | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    writer: Shard = WHOLE,
 ) -> None:
-    """`write_model` for tensors under our names. With `read`, `ours` gives shapes and dtypes, and `read` the values."""
+    """`write_model` for tensors under our names. With `read`, `ours` gives shapes and dtypes, and `read` the values.
+
+    Args:
+        writer: this process writes every `writer.of`-th shard; the first one also the index and config.json. All plan
+            the same shards, so that they need not speak with each other, and several write what one would.
+    """
     tensors = hub_tensors(config)
-    _refuse_strangers(config, ours, tensors)
+    _refuse_strangers(config, ours, tensors, valued=read is None)
     sizes = {name: _stored_bytes(pieces, ours, dtype) for name, pieces in tensors.items()}
     shards = _plan_shards(sizes, max_shard_bytes)
     files = [SINGLE_FILE]
     if len(shards) > 1:
         files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, names in zip(files, shards, strict=True):
+    for file, names in list(zip(files, shards, strict=True))[writer.index :: writer.of]:
         shard = {n: assemble(tensors[n], ours, _stored_dtype(tensors[n], ours, dtype), read).cpu() for n in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard  # before the next one is assembled
+    if writer.index:
+        return
     if len(shards) > 1:
         index = {
             "metadata": {
@@ -500,7 +508,9 @@ def write_tensors(
     atomic_write(folder / "config.json", json.dumps(config.to_json() | {"dtype": main}, indent=2) + "\n")
 
 
-def _refuse_strangers(config: ErnieConfig, ours: Mapping[str, Tensor], tensors: dict[str, list[Piece]]) -> None:
+def _refuse_strangers(
+    config: ErnieConfig, ours: Mapping[str, Tensor], tensors: dict[str, list[Piece]], *, valued: bool
+) -> None:
     known = {piece.ours for pieces in tensors.values() for piece in pieces}
     if strangers := sorted(set(ours) - known):
         raise CheckpointError(
@@ -508,7 +518,7 @@ def _refuse_strangers(config: ErnieConfig, ours: Mapping[str, Tensor], tensors: 
         )
     if absent := sorted(known - set(ours)):
         raise CheckpointError(f"the model lacks parameters its configuration asks for: {_brief(absent)}.")
-    if empty := sorted(name for name in known if ours[name].is_meta):
+    if valued and (empty := sorted(name for name in known if ours[name].is_meta)):
         raise CheckpointError(f"the model has no values (meta device) for: {_brief(empty)}.")
     if config.use_bias and config.model_type == "ernie4_5_moe":
         raise CheckpointError(

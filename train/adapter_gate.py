@@ -13,26 +13,33 @@ for its function: row i of the effective weight is the gradient of output i by t
     check_merged    after a merged folder was written: two rows of every tensor in it, adapted or not
 
 What sampling cannot see is damage of single rows in a merged folder that are not among those read.
+
+Where the model lies on several ranks, all of them look, each at the experts that it holds; under ZeRO-3 they put the
+weights of one module after the other together for it (`whole`), so none of them stops at the first difference.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections import OrderedDict
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ernie_model.checkpoint import INDEX_FILE, SINGLE_FILE
+from ernie_model.expert_parallel import WHOLE, Shard, shard_of
 from ernie_model.hub import Piece, hub_tensors
 from ernie_model.layers import wide
 from train.config import UserError
 from train.lora.files import CONFIG, WEIGHTS, keys_by_tensor
-from train.lora.layers import LoraExperts, LoraLinear, effective_rows
+from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
+from train.parallel.partition import whole
 
 if TYPE_CHECKING:
     from train.lora.adapt import Adapters
@@ -67,28 +74,45 @@ def check_adapter(folder: Path, adapters: "Adapters", name: str | None = None) -
     name = name or adapters.config.name
     config, tensors = _read(folder)
     keys = keys_by_tensor(adapters.model.config)
-    names: set[str] = set()
+    sampled, names = _sample(adapters, name), set[str]()
+    rows, worst, problem = 0, 0.0, None
     for site in adapters.sites[name]:
-        for tensor, live in adapters.own(site.module, name).items():
-            experts = live.A.shape[0] if live.A.ndim == 3 else None
-            pairs = [(keys[tensor].A, "A", live.A, experts), (keys[tensor].B, "B", live.B, experts)]
-            if live.magnitude_O is not None:
-                pairs.append((keys[tensor].magnitude, "magnitude", live.magnitude_O, None))
-            for key, role, value, count in pairs:
-                names.add(key)
-                _same(folder, key, role, tensors.get(key), value.detach().cpu(), count)
-            if (scale := _scale(config, keys[tensor].target, site.rank, folder)) != live.scale:
-                raise AdapterError(
-                    f"{folder}: {CONFIG} scales {keys[tensor].target} by {scale:.6g}, and it was trained with "
-                    f"{live.scale:.6g} (alpha / rank, or alpha / sqrt(rank) with rslora). {WAY_OUT}"
-                )
+        with whole(adapters.layers[site.module]):
+            for tensor, live in adapters.own(site.module, name).items():
+                names |= {keys[tensor].A, keys[tensor].B, *([keys[tensor].magnitude] * (live.magnitude_O is not None))}
+                try:
+                    _compare_factors(folder, adapters, tensor, live, site.rank, config, tensors)
+                    stacked = live.A.ndim == 3
+                    experts = _spread(live.A.shape[0], EXPERTS) if stacked else [None]
+                    for expert in experts if site.module in sampled else ():
+                        count, share = _compare_rows(folder, adapters, name, tensor, expert, config, tensors)
+                        rows, worst = rows + count, max(worst, share)
+                except AdapterError as error:
+                    problem = problem or error
+    if problem is not None:
+        raise problem
     if strangers := sorted(tensors.keys() - names):
         raise AdapterError(f"{folder}: {WEIGHTS} holds {strangers[0]}, which no live adapter has. {WAY_OUT}")
-    rows, worst = 0, 0.0
-    for tensor, expert in _sample(adapters, name):
-        count, share = _compare_rows(folder, adapters, name, tensor, expert, config, tensors)
-        rows, worst = rows + count, max(worst, share)
     return Checked(len(names), rows, worst)
+
+
+def _compare_factors(
+    folder: Path, adapters: "Adapters", tensor: str, live: Factors, rank: int, config: dict, tensors: dict[str, Tensor]
+) -> None:
+    """A and B of one tensor, or of those of its experts that are here, and their scale."""
+    keys = keys_by_tensor(adapters.model.config)[tensor]
+    shard = shard_of(adapters.base_tensor(tensor))
+    experts = live.A.shape[0] if live.A.ndim == 3 else None
+    pairs = [(keys.A, "A", live.A, experts), (keys.B, "B", live.B, experts)]
+    if live.magnitude_O is not None:
+        pairs.append((keys.magnitude, "magnitude", live.magnitude_O, None))
+    for key, role, value, count in pairs:
+        _same(folder, key, role, tensors.get(key), value.detach().cpu(), count, shard)
+    if (scale := _scale(config, keys.target, rank, folder)) != live.scale:
+        raise AdapterError(
+            f"{folder}: {CONFIG} scales {keys.target} by {scale:.6g}, and it was trained with "
+            f"{live.scale:.6g} (alpha / rank, or alpha / sqrt(rank) with rslora). {WAY_OUT}"
+        )
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -112,8 +136,10 @@ def _scale(config: dict, target: str, rank: int, folder: Path) -> float:
     return value("alpha_pattern", "lora_alpha") / (math.sqrt(r) if config.get("use_rslora") else r)
 
 
-def _same(folder: Path, key: str, role: str, found: Tensor | None, live: Tensor, experts: int | None) -> None:
-    """One stored tensor against the live one, value by value."""
+def _same(
+    folder: Path, key: str, role: str, found: Tensor | None, live: Tensor, experts: int | None, shard: Shard
+) -> None:
+    """One stored tensor against the live one, or the part of it that is here, value by value."""
 
     def refuse(reason: str) -> None:
         raise AdapterError(f"{folder}: {key} {reason}. {WAY_OUT}")
@@ -125,9 +151,17 @@ def _same(folder: Path, key: str, role: str, found: Tensor | None, live: Tensor,
     want = live if experts is None else live.reshape(-1, live.shape[-1])
     if experts is not None and role == "B":
         want = torch.stack([live[e, :, j] for j in range(live.shape[2]) for e in range(experts)], dim=1)
-    if found.shape != want.shape:
-        transposed = " (transposed)" if found.shape == want.shape[::-1] else ""
-        refuse(f"is {tuple(found.shape)}{transposed}, not {tuple(want.shape)}")
+    of = shard.of if experts is not None else 1
+    shape = (want.shape[0], want.shape[1] * of) if role == "B" else (want.shape[0] * of, *want.shape[1:])
+    if tuple(found.shape) != tuple(shape):
+        transposed = " (transposed)" if tuple(found.shape) == tuple(shape)[::-1] else ""
+        refuse(f"is {tuple(found.shape)}{transposed}, not {tuple(shape)}")
+    if of > 1 and experts is not None:
+        first = shard.index * experts
+        if role == "B":
+            found = torch.cat([found[:, j : j + experts] for j in range(first, shape[1], of * experts)], dim=1)
+        else:
+            found = found[shard.index * len(want) : (shard.index + 1) * len(want)]
     if not torch.isfinite(found).all() or not torch.isfinite(live).all():
         refuse("is not finite")
     if not found.any() and (live.any() or role != "B"):  # B is zero until training moves it, and nothing else ever is
@@ -139,17 +173,12 @@ def _same(folder: Path, key: str, role: str, found: Tensor | None, live: Tensor,
         refuse(f"differs from the live tensor by up to {difference:.3g}{also}")
 
 
-def _sample(adapters: "Adapters", name: str) -> Iterator[tuple[str, int | None]]:
-    """Every part: its first and last module and one between; of a pool the first and last expert and two between."""
+def _sample(adapters: "Adapters", name: str) -> set[str]:
+    """Modules of which rows are compared: of every part the first and the last, and one between."""
     by_part: dict[object, list[str]] = {}
     for site in adapters.sites[name]:
         by_part.setdefault(site.part, []).append(site.module)
-    for modules in by_part.values():
-        for module in [modules[i] for i in _spread(len(modules), 3)]:
-            for tensor, factors in adapters.own(module, name).items():
-                stacked = factors.A.ndim == 3
-                for expert in _spread(factors.A.shape[0], EXPERTS) if stacked else [None]:
-                    yield tensor, expert
+    return {modules[i] for modules in by_part.values() for i in _spread(len(modules), 3)}
 
 
 def _spread(length: int, count: int) -> list[int]:
@@ -168,15 +197,17 @@ def _compare_rows(
 ) -> tuple[int, float]:
     """Rows of W + BA: from the files in float64, and as the gradient of the live layer's outputs by its input."""
     keys = keys_by_tensor(adapters.model.config)[tensor]
-    weight_OI = adapters.base_tensor(tensor) if expert is None else adapters.base_tensor(tensor)[expert]
+    weight_OI = adapters.base_tensor(tensor).detach()
+    weight_OI = weight_OI if expert is None else weight_OI[expert]
     row_N = torch.tensor(_spread(weight_OI.shape[0], ROWS))
     live_NI = live_rows(adapters, tensor, expert, row_N).double().cpu()
 
     A, B = tensors[keys.A].double(), tensors[keys.B].double()
     if expert is not None:
-        experts = adapters.base_tensor(tensor).shape[0]
+        shard, here = shard_of(adapters.base_tensor(tensor)), adapters.base_tensor(tensor).shape[0]
+        experts, stored = here * shard.of, here * shard.index + expert
         rank = A.shape[0] // experts
-        A, B = A[expert * rank : (expert + 1) * rank], B[:, expert::experts]
+        A, B = A[stored * rank : (stored + 1) * rank], B[:, stored::experts]
     scale = _scale(config, keys.target, A.shape[0], folder)
     base_NI = weight_OI[row_N.to(weight_OI.device)].double().cpu()
     change_NI = scale * (B[row_N] @ A)
@@ -216,6 +247,7 @@ def live_rows(adapters: "Adapters", tensor: str, expert: int | None, row_N: Tens
     x_NI.requires_grad_()
     was_training = layer.training
     layer.eval()  # no dropout
+    hooks = _take_hooks(layer)
     try:
         if isinstance(layer, LoraExperts):
             count_E = torch.zeros(layer.num_experts, dtype=torch.int64, device=weight.device)
@@ -226,8 +258,22 @@ def live_rows(adapters: "Adapters", tensor: str, expert: int | None, row_N: Tens
             y_NO = layer(x_NI)
     finally:
         layer.train(was_training)
+        _take_hooks(layer, hooks)
     (grad_NI,) = torch.autograd.grad(y_NO.gather(1, row_N[:, None]).sum(), x_NI)
     return grad_NI
+
+
+def _take_hooks(layer: nn.Module, back: list | None = None) -> list:
+    """What runs around the forward of every module in a layer, taken away and, with `back`, given back.
+
+    ZeRO-3's would put the weights together, and away again, in an order that they expect to be that of the model.
+    """
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    modules = list(layer.modules())
+    before = [{kind: getattr(module, kind) for kind in kinds} for module in modules]
+    for module, hooks in zip(modules, back or [{kind: OrderedDict() for kind in kinds}] * len(modules), strict=True):
+        vars(module).update(hooks)
+    return before
 
 
 # --------------------------------------------------------------------------------------------------- a merged folder
@@ -241,13 +287,36 @@ def check_merged(folder: Path, adapters: "Adapters") -> Checked:
     """
     tensors = hub_tensors(adapters.model.config)
     files = _files(folder, tensors)
-    rows, worst = 0, 0.0
+    rows, worst, problem = 0, 0.0, None
     for file in sorted(set(files.values())):
         with safe_open(folder / file, framework="pt") as reader:
-            for name in [name for name in tensors if files[name] == file]:
-                count, share = _compare_stored(folder, name, tensors[name], reader.get_slice(name), adapters)
-                rows, worst = rows + count, max(worst, share)
+            here = [name for name in tensors if files[name] == file]
+            for module, names in groupby(here, key=lambda name: tensors[name][0].ours.rpartition(".")[0]):
+                with whole(adapters.layers.get(module) or adapters.model.get_submodule(module)):
+                    for name in names:
+                        if (pieces := _held(tensors[name], adapters)) is None:
+                            continue
+                        try:
+                            count, share = _compare_stored(folder, name, pieces, reader.get_slice(name), adapters)
+                            rows, worst = rows + count, max(worst, share)
+                        except AdapterError as error:
+                            problem = problem or error
+    if problem is not None:
+        raise problem
     return Checked(len(tensors), rows, worst)
+
+
+def _held(pieces: list[Piece], adapters: "Adapters") -> list[Piece] | None:
+    """The pieces of a stored tensor, by their place on this rank; None for an expert that another one holds."""
+    first = pieces[0]
+    shard, here = shard_of(ours := adapters.base_tensor(first.ours)), ours.shape[0]
+    if shard == WHOLE:
+        return pieces
+    expert, *rest = first.index
+    assert isinstance(expert, int) and len(pieces) == 1
+    if expert // here != shard.index:
+        return None
+    return [replace(first, index=(expert % here, *rest))]
 
 
 def _files(folder: Path, tensors: dict[str, list[Piece]]) -> dict[str, str]:
@@ -266,12 +335,12 @@ def _files(folder: Path, tensors: dict[str, list[Piece]]) -> dict[str, str]:
 
 
 def _compare_stored(folder: Path, name: str, pieces: list[Piece], stored, adapters: "Adapters") -> tuple[int, float]:
-    ours = adapters.base_tensor(pieces[0].ours)
+    ours = adapters.base_tensor(pieces[0].ours).detach()
     if tuple(stored.get_shape()) != pieces[0].stored_shape(ours):
         shape, wanted = tuple(stored.get_shape()), pieces[0].stored_shape(ours)
         raise AdapterError(f"{folder}: {name} is {shape}, not {wanted}. {WAY_OUT}")
     if pieces[0].row is not None or not (factors := adapters.factors(pieces[0].ours)):
-        parts = [piece.view(adapters.base_tensor(piece.ours)).double().cpu() for piece in pieces]
+        parts = [piece.view(adapters.base_tensor(piece.ours).detach()).double().cpu() for piece in pieces]
         row_N = torch.tensor(_spread(stored.get_shape()[0], 2))
         expected, terms, size = (torch.stack(parts) if pieces[0].row is not None else parts[0])[row_N], 0, None
     else:

@@ -4,13 +4,16 @@ model.checkpoint    weights, config.json and processor of a folder or a hub repo
 model.config        random weights; the tokenizer's ids fill in vocab_size and the media tokens
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ernie_model.checkpoint import CheckpointError, load_config, load_model
 from ernie_model.config import ConfigError, ErnieConfig, PositionAfterVideo
 from ernie_model.counting import count_parameters
+from ernie_model.expert_parallel import Shard, connect_experts, shard_experts
 from ernie_model.images import ImageSettings
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -18,6 +21,7 @@ from ernie_model.recompute import recompute, recompute_offload
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train.compose import flatten
 from train.config import (
+    HeldIn,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -26,6 +30,7 @@ from train.config import (
     suggestion,
 )
 from train.footprint import Footprint, footprint
+from train.parallel.layout import Layout
 
 TINY = "tiny"
 WEIGHT_BYTES = 4
@@ -39,27 +44,72 @@ class Built(NamedTuple):
     """What the user should know about how this was put together."""
 
 
-def build_model(config: ModelConfig, *, seed: int, frozen: bool = False) -> Built:
-    """Master weights are float32 on the CPU; weights that only adapters will train are loaded as they are computed in.
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int,
+    frozen: bool = False,
+    held_in: HeldIn = HeldIn.float32,
+    layout: Layout | None = None,
+    partition: Callable[[nn.Module], None] | None = None,
+) -> Built:
+    """What this rank holds of the model, on the CPU.
+
+    A checkpoint is read module by module, and only the experts of this rank; random weights are drawn whole, so that
+    every layout starts from the same ones.
+
+    Args:
+        frozen: only adapters will train: weights are held as they are computed in, not as float32 masters.
+        held_in: `parallel.held_in`, of weights that train.
+        layout: which experts are here; None: all.
+        partition: `partitioner(...)` under ZeRO-3, which keeps a part of every weight.
 
     Raises:
         UserError, ConfigError, CheckpointError, TokenizerError: with what is wrong and where.
     """
+    layout = layout or Layout()
+    architecture = read_config(config)
+    check_experts(architecture, layout.expert)
     notes: list[str] = []
-    dtype = (compute_dtype(config) if frozen else None) or torch.float32
-    rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
+    dtype = torch.bfloat16 if held_in is HeldIn.bfloat16 else (compute_dtype(config) if frozen else None)
+    dtype = dtype or torch.float32
+    experts = Shard(layout.expert_rank, layout.expert)
     if config.checkpoint is not None:
-        try:
-            model = load_model(config.checkpoint, dtype=dtype, revision=config.revision, position_after_video=rule)
-        except FileNotFoundError as error:
-            raise UserError(f"model.checkpoint={config.checkpoint}: {error}") from error
+        rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
+        model = load_model(
+            config.checkpoint,
+            dtype=dtype,
+            revision=config.revision,
+            position_after_video=rule,
+            experts=experts,
+            ready=partition,
+        )
         notes += _differences(config, model.config)
     else:
         torch.manual_seed(seed)
-        model = ErnieModel(read_architecture(config, rule))
+        model = ErnieModel(architecture).set_dtype(dtype)
+        shard_experts(model, experts)
+        if partition is not None:
+            for module in model.modules():
+                partition(module)
+    if layout.expert_group is not None:
+        connect_experts(model, layout.expert_group)
     model.compute_dtype = compute_dtype(config)
     set_recompute(model, config)
     return Built(model, build_processor(config, model.config), notes)
+
+
+def check_experts(architecture: ErnieConfig, ranks: int) -> None:
+    """Raises:
+    UserError: the experts cannot be shared out among so many ranks.
+    """
+    experts = architecture.num_experts if architecture.sparse_layers else 0
+    if ranks > 1 and (not experts or experts % ranks):
+        sizes = [str(n) for n in range(2, experts + 1) if experts % n == 0]
+        raise UserError(
+            f"parallel.expert is {ranks}, but this model has {experts or 'no'} experts in a pool. "
+            + (f"Choose one of {', '.join(sizes)}, or 1." if experts else "Set parallel.expert=1.")
+        )
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype | None:

@@ -233,20 +233,9 @@ def save(
         for name, value in values.items()
     }
     needed = sum(everyones(sum(piece.value.nbytes for piece in pieces)))
-    with ExitStack() as at_end:  # an error takes the half-written folder away
-
-        def open_folder() -> Path:
-            if rank:
-                return path  # rank 0's is used
-            check_room(path, needed)
-            return at_end.enter_context(atomic_folder(path, overwrite=True))
+    with shared_folder(path, needed) as folder:
 
         def write_shard() -> dict[str, Any]:
-            if not folder.is_dir():
-                raise UserError(
-                    f"rank {rank} does not see {folder}, which rank 0 has just made. run.folder must be on a disk that "
-                    "all machines share."
-                )
             written = write_pieces(folder / shard_name(rank), pieces)
             return {"bytes": written.num_bytes, CHECKSUM: written.checksum}
 
@@ -259,16 +248,46 @@ def save(
             shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
             about = {"format": FORMAT, "step": step, "files": files, "shapes": shapes, "rests_on": base}
             atomic_write(folder / STATE, _sealed(about | state))
-            at_end.close()  # syncs and renames
             return sum(file["bytes"] for file in files.values())
 
-        folder = all_or_none(path, needed, open_folder)[0]
         shards = all_or_none(path, needed, write_shard)
         num_bytes = all_or_none(path, needed, seal)[0]
     if rank == 0:
         for old in complete(root)[:-keep]:
             delete(old)
     return Saved(path, num_bytes, time.perf_counter() - begin)
+
+
+@contextmanager
+def shared_folder(path: Path, needed: int) -> Iterator[Path]:
+    """`atomic_folder` for all ranks: each writes files of its own into the one that it yields. Replaces what is there.
+
+    Args:
+        needed: bytes there must be room for.
+
+    Raises:
+        UserError: the disk is full, or a rank does not see the folder. Nothing was changed.
+    """
+    rank, _ = here()
+    with ExitStack() as at_end:  # an error takes the half-written folder away
+
+        def open_folder() -> Path:
+            if rank:
+                return path  # rank 0's is used
+            check_room(path, needed)
+            return at_end.enter_context(atomic_folder(path, overwrite=True))
+
+        def see() -> None:
+            if not folder.is_dir():
+                raise UserError(
+                    f"rank {rank} does not see {folder}, which rank 0 has just made. run.folder must be on a disk that "
+                    "all machines share."
+                )
+
+        folder = all_or_none(path, needed, open_folder)[0]
+        all_or_none(path, needed, see)
+        yield folder
+        all_or_none(path, needed, at_end.close)  # syncs and renames
 
 
 def all_or_none(path: Path, needed: int, act: Callable[[], T]) -> list[T]:
@@ -280,15 +299,18 @@ def all_or_none(path: Path, needed: int, act: Callable[[], T]) -> list[T]:
             result = [act()]
     except Exception as error:
         failure = error
-    outcomes = everyones((result, None if failure is None else (type(failure).__name__, str(failure))))
-    if failure is not None and not isinstance(failure, UserError):
-        raise failure
-    for rank, (_, problem) in enumerate(outcomes):
-        if problem is not None:
-            kind, text = problem
-            whose = "" if kind == UserError.__name__ else f"{path}: rank {rank} failed. {kind}: "
-            raise UserError(whose + text) from failure
+    outcomes = everyones((result, None if failure is None else _described(failure, path)))
+    for problem in (problem for _, problem in outcomes if problem is not None):
+        if failure is not None and (problem == _described(failure, path) or not isinstance(failure, UserError)):
+            raise failure
+        raise UserError(problem) from failure
     return [one for result, _ in outcomes for one in result]
+
+
+def _described(failure: Exception, path: Path) -> str:
+    if isinstance(failure, UserError):
+        return str(failure)
+    return f"{path}: rank {here()[0]} failed. {type(failure).__name__}: {failure}"
 
 
 def here() -> tuple[int, int]:
@@ -304,18 +326,6 @@ def everyones(value: T) -> list[T]:
     gathered: list[Any] = [None] * world
     dist.all_gather_object(gathered, value)
     return gathered
-
-
-@contextmanager
-def room_for(path: Path, needed: int) -> Iterator[None]:
-    """Look for room before anything is written, and tell a full disk by what was being written where.
-
-    Raises:
-        UserError: the disk is full, or the system refuses the file.
-    """
-    check_room(path, needed)
-    with _told(path, needed):
-        yield
 
 
 def check_room(path: Path, needed: int) -> None:

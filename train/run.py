@@ -44,11 +44,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.errors import DataError
 from data.quarantine import Quarantine
-from ernie_model.atomic import atomic_folder, atomic_write
-from ernie_model.checkpoint import CheckpointError, write_model
-from ernie_model.config import ConfigError
+from ernie_model.atomic import atomic_write
+from ernie_model.checkpoint import CheckpointError, write_tensors
+from ernie_model.config import ConfigError, ErnieConfig
+from ernie_model.expert_parallel import Shard
 from ernie_model.images import MediaError
-from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
@@ -61,6 +61,7 @@ from train.config import (
 from train.explain import explain
 from train.peers import trace
 from train.tracking import Mark, Tracker, TrackerError, make_trackers
+from train.values import Values
 
 CONFIGS = str(Path(__file__).resolve().parent.parent / "configs")
 
@@ -340,12 +341,28 @@ def check_same_start(accelerator: Accelerator, run: Opened) -> None:
         )
 
 
-def export(folder: Path, model: ErnieModel, processor: Processor) -> None:
-    """Weights, configuration and tokenizer: a folder that transformers and vLLM load."""
-    needed = sum(value.nbytes for value in model.state_dict().values())
-    with checkpoint.room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
-        write_model(model, temporary)
-        processor.save(temporary)
+def export(
+    folder: Path,
+    config: ErnieConfig,
+    values: Values,
+    processor: Processor,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> None:
+    """Weights, configuration and tokenizer: a folder that transformers and vLLM load. All ranks write it together.
+
+    Args:
+        check: looks at what was written, on every rank, before it appears.
+    """
+    (rank, world), needed = checkpoint.here(), values.num_bytes
+    with checkpoint.shared_folder(folder, needed) as temporary:
+
+        def write() -> None:
+            write_tensors(config, values.tensors, temporary, read=values.read, writer=Shard(rank, world))
+            if rank == 0:
+                processor.save(temporary)
+
+        checkpoint.all_or_none(folder, needed, write)
+        checkpoint.all_or_none(folder, needed, lambda: check(temporary))
 
 
 def write_start(folder: Path, config: dict[str, Any], resumed_from: Path | None) -> None:

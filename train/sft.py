@@ -87,7 +87,9 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         check_same_maths(run.resume_from, saved["settings"], settings)
 
     frozen = config.peft.kind is not PeftKind.none
-    model, processor, notes = build_model(config.model, seed=config.run.seed, frozen=frozen)
+    model, processor, notes = build_model(
+        config.model, seed=config.run.seed, frozen=frozen, held_in=config.parallel.held_in, layout=layout
+    )
     weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
     if on_main and saved is None:
         Quarantine.start_anew(run.folder)
@@ -150,8 +152,8 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
         log(state.step, score.metrics())
         progress.note(report.score_line(state.step, score))
-        if state.step and score.accuracy > best and on_main:
-            weights.publish(run.folder, "best", processor)
+        if state.step and score.accuracy > best:
+            weights.publish(run.folder, "best", processor, updates.optimizer)
 
     def saw(step: int, microbatches: Sequence[PackedBatch]) -> None:
         ledger.saw(step, microbatches)
@@ -225,15 +227,16 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         )
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
-    elif on_main:
-        folders = weights.publish(run.folder, "export", processor)
-        report.closing(console, state, folders, unreached_parts(model, state.reached))
-        report.left_out(console, source.report, data.quarantine)
-        sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
-        if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
-            console.print(f"answers   {sheet}")
-            for tracker in trackers:
-                tracker.log_image("answers", sheet, state.step)
+    else:
+        folders = weights.publish(run.folder, "export", processor, updates.optimizer)
+        if on_main:
+            report.closing(console, state, folders, unreached_parts(model, state.reached))
+            report.left_out(console, source.report, data.quarantine)
+            sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
+            if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
+                console.print(f"answers   {sheet}")
+                for tracker in trackers:
+                    tracker.log_image("answers", sheet, state.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

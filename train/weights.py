@@ -5,7 +5,7 @@ trained_weights(model, peft)  ──  peft=none   AllWeights        checkpoints:
 """
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.table import Table
 from torch import Tensor
@@ -14,6 +14,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.config import PeftConfig, PeftKind
 from train.run import export
+from train.values import values_of
 
 
 class Weights(Protocol):
@@ -25,8 +26,12 @@ class Weights(Protocol):
         """A fingerprint of the frozen weights that they need beside them and that are not saved."""
         ...
 
-    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
-        """Write what others load, as `export` (the end) or `best`; the folders that were written."""
+    def publish(self, run_folder: Path, name: str, processor: Processor, optimizer: Any = None) -> list[Path]:
+        """Write what others load, as `export` (the end) or `best`; the folders that were written. All ranks call it.
+
+        Args:
+            optimizer: PyTorch's, or the one of DeepSpeed's engine: it may hold the exact weights.
+        """
         ...
 
     def table(self) -> Table | None:
@@ -46,8 +51,9 @@ class AllWeights:
     def rests_on(self) -> None:
         return None
 
-    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
-        export(run_folder / name, self.model, processor)
+    def publish(self, run_folder: Path, name: str, processor: Processor, optimizer: Any = None) -> list[Path]:
+        with values_of(self.tensors(), optimizer, run_folder, name) as values:
+            export(run_folder / name, self.model.config, values, processor)
         return [run_folder / name]
 
     def table(self) -> Table | None:

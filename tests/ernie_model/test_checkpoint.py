@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ernie_model import checkpoint
 from ernie_model.atomic import FolderExistsError, atomic_folder
-from ernie_model.checkpoint import CheckpointError, load_config, load_model, save_model, write_model
+from ernie_model.checkpoint import CheckpointError, load_config, load_model, save_model, write_model, write_tensors
 from ernie_model.config import ConfigError, PositionAfterVideo
 from ernie_model.expert_parallel import Shard, shard_of
 from ernie_model.model import ErnieModel
@@ -179,6 +179,24 @@ def test_a_module_can_be_taken_away_as_soon_as_it_is_read(shape: Shape, saved):
     names = [name for name, _ in model.named_parameters()]
     for name, (key, value) in zip(names, taken.items(), strict=True):
         assert name.endswith(key.partition(" ")[2]) and torch.equal(value, whole[name]), name
+
+
+@pytest.mark.parametrize("limit", [100_000, 10**9], ids=["many shards", "one"])
+def test_several_writers_write_what_one_writes(saved, tmp_path: Path, limit: int):
+    model = load_model(saved(VL_SHAPE))
+    save_model(model, tmp_path / "one", max_shard_bytes=limit)
+    (tmp_path / "three").mkdir()
+    for index in range(3):
+        before = set((tmp_path / "three").iterdir())
+        write_tensors(
+            model.config, model.state_dict(), tmp_path / "three", max_shard_bytes=limit, writer=Shard(index, 3)
+        )
+        wrote = {path.name for path in set((tmp_path / "three").iterdir()) - before}
+        assert ("config.json" in wrote) == (index == 0)
+        assert any(name.endswith(".safetensors") for name in wrote) == (index == 0 or limit == 100_000)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "three").iterdir()
+    }
 
 
 def test_shards_and_index(saved, tmp_path: Path):

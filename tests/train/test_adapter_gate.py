@@ -174,10 +174,13 @@ def test_a_merge_with_another_scale_is_seen(tmp_path, monkeypatch, scale):
     randomise(adapters)
     right = adapters.merged
 
-    def wrong(tensor, index=()):
-        base = adapters.base_tensor(tensor)
-        base = base[index] if index else base
-        return base + scale * (right(tensor, index) - base)
+    def wrong(values):
+        def read(tensor, index):
+            base = adapters.base_tensor(tensor).detach()
+            base = base[index] if index else base
+            return base + scale * (right(values).read(tensor, index) - base)
+
+        return right(values)._replace(read=read)
 
     monkeypatch.setattr(adapters, "merged", wrong)
     with pytest.raises(AdapterError, match="differ from W . BA of the live model"):
@@ -193,8 +196,8 @@ def test_a_refused_folder_leaves_the_earlier_one(tmp_path, monkeypatch):
     randomise(adapters, seed=8)
     write = adapt_module.write_adapter
 
-    def lose_one(folder, adapters):
-        write(folder, adapters)
+    def lose_one(folder, *rest):
+        write(folder, *rest)
         change(folder / WEIGHTS, Q, torch.zeros_like)
 
     monkeypatch.setattr(adapt_module, "write_adapter", lose_one)

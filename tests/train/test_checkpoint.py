@@ -177,14 +177,21 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(tmp_path
         save(tmp_path, 2, *trained)
 
 
+def refused(path, error: Exception) -> None:
+    def write() -> None:
+        raise error
+
+    checkpoint.all_or_none(path, 1, write)
+
+
 def test_rust_errors_about_a_full_disk_are_understood(tmp_path):
     from safetensors import SafetensorError
 
     text = 'Error while serializing: I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }'
-    with pytest.raises(UserError, match="the disk is full"), checkpoint.room_for(tmp_path / "x", 1):
-        raise SafetensorError(text)
-    with pytest.raises(SafetensorError), checkpoint.room_for(tmp_path / "x", 1):
-        raise SafetensorError("something else")
+    with pytest.raises(UserError, match="the disk is full"):
+        refused(tmp_path / "x", SafetensorError(text))
+    with pytest.raises(SafetensorError):
+        refused(tmp_path / "x", SafetensorError("something else"))
 
 
 @pytest.mark.parametrize("rust", [False, True])
@@ -195,8 +202,7 @@ def test_a_file_that_the_system_refuses_is_named(tmp_path, rust):
     text = "Error while serializing: I/O error: File too large (os error 27)"
     error = SafetensorError(text) if rust else OSError(errno.EFBIG, "File too large")
     with pytest.raises(UserError, match=r"x cannot be written \(.*File too large.*earlier checkpoints are whole"):
-        with checkpoint.room_for(tmp_path / "x", 1):
-            raise error
+        refused(tmp_path / "x", error)
 
 
 def test_state_is_kept_and_before_the_first_update_there_is_none(tmp_path, trained):

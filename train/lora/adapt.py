@@ -2,23 +2,23 @@
 
     adapt(model, config, seed)     freeze, adapt the chosen parts, read the adapters that are loaded   ->  Adapters
     adapters.tensors()             what a checkpoint holds: the trained adapter; `rests_on` says on which weights
-    adapters.merged_rows(...)      W + scale * B A, in pieces, so that a merged export never holds a second model
+    adapters.merged(values)        W + scale * B A, part by part, so that a merged export never holds a second model
 
 Adapters live inside the model: after `adapt`, training, evaluation and generation run as they are.
 """
 
+import math
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from rich.table import Table
 from torch import Tensor, nn
 
-from ernie_model.atomic import atomic_folder
-from ernie_model.checkpoint import write_tensors
-from ernie_model.hub import Index
+from ernie_model.expert_parallel import shard_of
+from ernie_model.hub import Index, Read
 from ernie_model.layers import Linear
 from ernie_model.model import ErnieModel
 from ernie_model.moe import Experts
@@ -26,7 +26,7 @@ from ernie_model.parts import Part, part_of
 from ernie_model.processor import Processor
 from train.adapter_gate import check_adapter, check_merged
 from train.build import human
-from train.checkpoint import fingerprint, room_for
+from train.checkpoint import all_or_none, fingerprint, here, shared_folder
 from train.config import (
     TARGETS,
     PeftConfig,
@@ -34,6 +34,9 @@ from train.config import (
 )
 from train.lora.files import Stored, keys_by_tensor, read_adapter, write_adapter
 from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
+from train.parallel.fragments import whole_shape
+from train.run import export
+from train.values import Values, values_of
 
 LANGUAGE = (Part.ATTENTION, Part.DENSE, Part.SHARED, Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
 EXPERTS = (Part.TEXT_EXPERTS, Part.VISION_EXPERTS)
@@ -185,9 +188,9 @@ class Adapters:
         """What is adapted, part by part."""
         rows: dict[Part, Covered] = {}
         for site in self.sites[self.config.name]:
-            count = sum(
-                p.numel() for n, p in self.layers[site.module].named_parameters() if _belongs_to(n, self.config.name)
-            )
+            layer = self.layers[site.module]
+            own = [p for name, p in layer.named_parameters() if _belongs_to(name, self.config.name)]
+            count = sum(math.prod(whole_shape(p)) for p in own)
             before = rows.get(site.part, Covered(site.part, 0, site.rank, site.alpha, 0))
             rows[site.part] = before._replace(modules=before.modules + 1, parameters=before.parameters + count)
         return list(rows.values())
@@ -201,24 +204,42 @@ class Adapters:
 
     # ------------------------------------------------------------------------------------------------------- weights
 
-    def own(self, module: str, name: str | None = None) -> dict[str, Factors]:
-        """One adapter's factors of one module (the trained one's), by the full name of the tensor they change."""
+    def own(self, module: str, name: str | None = None, values: Values | None = None) -> dict[str, Factors]:
+        """One adapter's factors of one module (the trained one's), by the full name of the tensor they change.
+
+        Args:
+            values: where they are read, if not from what this rank holds of them.
+        """
         layer, name = self.layers[module], name or self.config.name
-        found = {f"{module}.{tensor}": layer.factors(tensor) for tensor in layer.TENSORS}
-        return {tensor: _detached(factors[name]) for tensor, factors in found.items() if name in factors}
+        read = None if values is None else _within(module, values)
+        return {
+            f"{module}.{tensor}": _detached(layer.factors_of(name, tensor, read=read))
+            for tensor in layer.TENSORS
+            if name in layer.adapters_of(tensor)
+        }
 
-    def base_tensors(self) -> dict[str, Tensor]:
-        """The frozen model under its own names, as if it had never been adapted."""
-        found = self.model.state_dict()
-        return {name.replace(".base_layer.", "."): value for name, value in found.items() if ".lora_" not in name}
+    def merged(self, values: Values) -> Values:
+        """The model as if it had never been adapted, with W plus what all adapters add in the place of W.
 
-    def merged(self, tensor: str, index: Index = ()) -> Tensor:
-        """The part `index` of W plus what all adapters add, in at least float32."""
-        weight = self.base_tensor(tensor)
-        factors = self.factors(tensor)
-        if not factors:
-            return weight[index] if index else weight
-        return effective_rows(weight, factors, index, dtype=torch.promote_types(weight.dtype, factors[0].A.dtype))
+        Args:
+            values: of all tensors of the adapted model.
+        """
+        tensors = {
+            name.replace(".base_layer.", "."): tensor for name, tensor in values.tensors.items() if ".lora_" not in name
+        }
+
+        def merged(tensor: str, index: Index) -> Tensor:
+            module, _, attribute = tensor.rpartition(".")
+            if (layer := self.layers.get(module)) is None:
+                return values.read(tensor, index)
+            weight = values.read(f"{module}.base_layer.{attribute}", index)
+            read = _within(module, values)
+            factors = [layer.factors_of(name, attribute, index, read) for name in layer.adapters_of(attribute)]
+            if not factors:
+                return weight
+            return effective_rows(weight, factors, dtype=torch.promote_types(weight.dtype, factors[0].A.dtype))
+
+        return Values(tensors, merged)
 
     def factors(self, tensor: str) -> list[Factors]:
         """What the active adapters add to a tensor; nothing for most."""
@@ -227,9 +248,12 @@ class Adapters:
         return [] if layer is None else [_detached(one) for one in layer.factors(attribute).values()]
 
     def base_tensor(self, tensor: str) -> Tensor:
+        """W itself, of which this rank may hold some experts, or (`whole`) nothing that can be seen from outside."""
         module, _, attribute = tensor.rpartition(".")
-        owner = self.layers[module].get_base_layer() if module in self.layers else self.model.get_submodule(module)
-        return getattr(owner, attribute).detach()
+        return getattr(self.base_module(module), attribute)
+
+    def base_module(self, module: str) -> nn.Module:
+        return self.layers[module].get_base_layer() if module in self.layers else self.model.get_submodule(module)
 
     def put(self, name: str, stored: Stored, where: str) -> None:
         """Copy an adapter from a folder into the layers of the adapter `name`.
@@ -247,43 +271,52 @@ class Adapters:
             old = mine[tensor]
             pairs = [("rank", old.A.shape[-2], new.A.shape[-2]), ("scale (alpha, rank, rslora)", old.scale, new.scale)]
             pairs.append(("DoRA", old.magnitude_O is not None, new.magnitude_O is not None))
-            for what, here, there in pairs:
-                if here != there:
+            for what, ours, theirs in pairs:
+                if ours != theirs:
                     raise UserError(
-                        f"{where} has {what} {there} at {tensor}, and the settings make it {here}. Set peft.rank, "
+                        f"{where} has {what} {theirs} at {tensor}, and the settings make it {ours}. Set peft.rank, "
                         "peft.alpha, peft.rslora and peft.dora to what the folder's adapter_config.json says."
                     )
+            part: slice | tuple[()] = ()
+            if new.A.ndim == 3:  # this rank's experts
+                part = shard_of(self.base_tensor(tensor)).part_of(new.A.shape[0])
             with torch.no_grad():
-                old.A.copy_(new.A)
-                old.B.copy_(new.B)
+                old.A.copy_(new.A[part])
+                old.B.copy_(new.B[part])
                 if old.magnitude_O is not None and new.magnitude_O is not None:
                     old.magnitude_O.copy_(new.magnitude_O)
 
     # --------------------------------------------------------------------------------------------------------- files
 
-    def publish(self, run_folder: Path, name: str, processor: Processor) -> list[Path]:
+    def publish(self, run_folder: Path, name: str, processor: Processor, optimizer: Any = None) -> list[Path]:
         """The adapter as `adapter` or `NAME_adapter`, and with peft.merge the merged weights as NAME.
 
-        Each folder appears only after the gate has passed what is in it.
+        Each folder appears only after the gate has passed what is in it, on every rank.
 
         Raises:
             AdapterError: what was written is not what was trained.
             UserError: the disk is full, or the folder cannot be written.
         """
         folder = run_folder / ("adapter" if name == "export" else f"{name}_adapter")
-        needed = sum(value.nbytes for value in self.tensors().values())
-        with room_for(folder, needed), atomic_folder(folder, overwrite=True) as temporary:
-            write_adapter(temporary, self)
-            check_adapter(temporary, self)
+        with values_of(self.tensors(), optimizer, run_folder, folder.name) as values:
+            needed = values.num_bytes
+            with shared_folder(folder, needed) as temporary:
+                main = here()[0] == 0
+                all_or_none(folder, needed, lambda: write_adapter(temporary, self, values) if main else None)
+                all_or_none(folder, needed, lambda: check_adapter(temporary, self))
         if not self.config.merge:
             return [folder]
-        base, merged = self.base_tensors(), run_folder / name
-        needed = sum(value.nbytes for value in base.values())
-        with room_for(merged, needed), atomic_folder(merged, overwrite=True) as temporary:
-            write_tensors(self.model.config, base, temporary, read=self.merged)
-            processor.save(temporary)
-            check_merged(temporary, self)
-        return [folder, merged]
+        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with values_of(everything, optimizer, run_folder, name) as values:
+            merged = self.merged(values)
+            export(
+                run_folder / name,
+                self.model.config,
+                merged,
+                processor,
+                lambda written: check_merged(written, self) and None,
+            )
+        return [folder, run_folder / name]
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
@@ -298,6 +331,10 @@ class Adapters:
             frozen = {name: value for name, value in self.model.state_dict(keep_vars=True).items() if name not in own}
             self._rests_on = fingerprint(frozen)
         return self._rests_on
+
+
+def _within(module: str, values: Values) -> Read:
+    return lambda name, index: values.read(f"{module}.{name}", index)
 
 
 def _detached(factors: Factors) -> Factors:

@@ -31,6 +31,8 @@ from ernie_model.hub import module_names
 from ernie_model.model import ErnieModel
 from train.config import UserError
 from train.lora.layers import Factors
+from train.parallel.fragments import whole_shape
+from train.values import Values
 
 if TYPE_CHECKING:
     from train.lora.adapt import Adapters
@@ -103,12 +105,16 @@ def _keys(path: str, target: str, *, is_parameter: bool) -> Keys:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def write_adapter(folder: Path, adapters: "Adapters") -> None:
-    """adapter_config.json and adapter_model.safetensors of the trained adapter, into an existing folder."""
+def write_adapter(folder: Path, adapters: "Adapters", values: Values) -> None:
+    """adapter_config.json and adapter_model.safetensors of the trained adapter, into an existing folder.
+
+    Args:
+        values: of its tensors, whole.
+    """
     keys = keys_by_tensor(adapters.model.config)
     tensors: dict[str, Tensor] = {}
     for site in adapters.sites[adapters.config.name]:
-        for tensor, factors in adapters.own(site.module).items():
+        for tensor, factors in adapters.own(site.module, values=values).items():
             A, B = to_peft(factors)
             tensors[keys[tensor].A], tensors[keys[tensor].B] = A, B
             if factors.magnitude_O is not None:
@@ -195,7 +201,7 @@ def read_adapter(folder: Path, model: ErnieModel, key: str) -> Stored:
     for name, allowed in PLAIN.items():
         if name in config and config[name] not in allowed:
             raise UserError(f"{where}: {CONFIG} says {name}={config[name]!r}, which is not plain LoRA and is not read.")
-    shapes = {name.replace(".base_layer.", "."): tuple(value.shape) for name, value in model.state_dict().items()}
+    shapes = {name.replace(".base_layer.", "."): whole_shape(value) for name, value in model.named_parameters()}
     factors, alphas = {}, {}
     left = set(tensors)
     for ours, keys in keys_by_tensor(model.config).items():

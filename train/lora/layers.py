@@ -25,9 +25,10 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from ernie_model.expert_parallel import mark, shard_of
-from ernie_model.hub import Index
+from ernie_model.hub import Index, Read
 from ernie_model.layers import Linear, cast, silu_mul, touch, wide
 from ernie_model.moe import Experts, grouped_linear
+from train.parallel.fragments import whole_shape
 
 
 class Factors(NamedTuple):
@@ -95,15 +96,25 @@ class LoraLinear(PeftLinear):
 
     def factors(self, tensor: str) -> dict[str, Factors]:
         """What each active adapter adds to `tensor`, a parameter of the base layer."""
-        if tensor not in self.TENSORS:  # a bias
-            return {}
-        found = {}
-        for name in self.active_adapters:
-            if name in self.lora_A:
-                dora = self._weight("lora_magnitude_vector", name) if name in self.lora_variant else None
-                A_LI, B_OL = self._weight("lora_A", name), self._weight("lora_B", name)
-                found[name] = Factors(A_LI, B_OL, self.scaling[name], dora)
-        return found
+        return {name: self.factors_of(name, tensor) for name in self.adapters_of(tensor)}
+
+    def adapters_of(self, tensor: str) -> list[str]:
+        """None of a bias."""
+        return [name for name in self.active_adapters if name in self.lora_A and tensor in self.TENSORS]
+
+    def factors_of(self, adapter: str, tensor: str, index: Index = (), read: Read | None = None) -> Factors:
+        """One adapter's.
+
+        Args:
+            index, read: of the part `index`, from values that lie elsewhere, by their names here.
+        """
+        kinds = [("lora_A", ()), ("lora_B", index), ("lora_magnitude_vector", index)]
+        found = [
+            self._weight(kind, adapter) if read is None else read(f"{kind}.{adapter}.weight", part)
+            for kind, part in kinds[: 3 if adapter in self.lora_variant else 2]
+        ]
+        A_LI, B_OL, *dora = found
+        return Factors(A_LI, B_OL, self.scaling[adapter], *dora)
 
 
 class LoraExperts(nn.Module, LoraLayer):
@@ -147,13 +158,13 @@ class LoraExperts(nn.Module, LoraLayer):
         self.use_rslora[adapter_name], self.use_dora[adapter_name] = config.use_rslora, False
         for tensor, (name_A, name_B) in self.PAIRS.items():
             weight_EOI = getattr(self.base_layer, tensor)
-            experts, outputs, inputs = weight_EOI.shape
-            shard = shard_of(weight_EOI)
+            experts, outputs, inputs = whole_shape(weight_EOI)
             # All experts' values are drawn, so that a rank with some of them has those that one process would have.
-            A_ELI = torch.empty(experts * shard.of, r, inputs)
+            A_ELI = torch.empty(experts, r, inputs)
             nn.init.uniform_(A_ELI, -(inputs**-0.5), inputs**-0.5)  # what peft gives a Linear's A
-            getattr(self, name_A)[adapter_name] = nn.Parameter(A_ELI[shard.part_of(len(A_ELI))].clone())
-            getattr(self, name_B)[adapter_name] = nn.Parameter(torch.zeros(experts, outputs, r))
+            A_ELI = A_ELI[shard_of(weight_EOI).part_of(experts)].clone()
+            getattr(self, name_A)[adapter_name] = nn.Parameter(A_ELI)
+            getattr(self, name_B)[adapter_name] = nn.Parameter(torch.zeros(A_ELI.shape[0], outputs, r))
         _to_masters(self, adapter_name, self.base_layer.gate_up_EFD)
         for name in self.adapter_layer_names:
             mark(getattr(self, name)[adapter_name], shard_of(self.base_layer.gate_up_EFD))
@@ -177,8 +188,24 @@ class LoraExperts(nn.Module, LoraLayer):
 
     def factors(self, tensor: str) -> dict[str, Factors]:
         """What each active adapter adds to `tensor`, a parameter of the base layer."""
-        A, B = (getattr(self, name) for name in self.PAIRS[tensor])
-        return {name: Factors(A[name], B[name], self.scaling[name]) for name in self.active_adapters if name in A}
+        return {name: self.factors_of(name, tensor) for name in self.adapters_of(tensor)}
+
+    def adapters_of(self, tensor: str) -> list[str]:
+        A = getattr(self, self.PAIRS[tensor][0])
+        return [name for name in self.active_adapters if name in A]
+
+    def factors_of(self, adapter: str, tensor: str, index: Index = (), read: Read | None = None) -> Factors:
+        """One adapter's.
+
+        Args:
+            index, read: of the part `index`, from values that lie elsewhere, by their names here.
+        """
+        name_A, name_B = self.PAIRS[tensor]
+        if read is None:
+            A, B = getattr(self, name_A)[adapter], getattr(self, name_B)[adapter]
+        else:
+            A, B = read(f"{name_A}.{adapter}", index[:1]), read(f"{name_B}.{adapter}", index)
+        return Factors(A, B, self.scaling[adapter])
 
 
 def _aligned(A_ELI: Tensor, B_EOL: Tensor) -> tuple[Tensor, Tensor]:
