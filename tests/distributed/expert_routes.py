@@ -109,13 +109,13 @@ CASES = {
 }
 
 
-def small_policy(case: Case) -> Policy:
+def small_policy(dtype: torch.dtype, compute_dtype: torch.dtype | None = None) -> Policy:
     torch.manual_seed(0)
-    return Policy(ErnieModel(CONFIG, compute_dtype=case.compute_dtype).set_dtype(case.dtype))
+    return Policy(ErnieModel(CONFIG, compute_dtype=compute_dtype).set_dtype(dtype))
 
 
 def run(case: Case, names: list[str], group: dist.ProcessGroup | None) -> dict:
-    policy = small_policy(case)
+    policy = small_policy(case.dtype, case.compute_dtype)
     routes = []
     if group is not None:
         shard_experts(policy, Shard(dist.get_rank(group), dist.get_world_size(group)))
