@@ -14,11 +14,12 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.pack import filler
 from ernie_model.expert_parallel import Shard, Trip, connect_experts, shard_experts, shard_of
 from ernie_model.model import ErnieModel
-from ernie_model.moe import MoE, Routing
+from ernie_model.moe import MoE, Pools, Routing
 from ernie_model.recompute import recompute
 from tests.train import small
 from train.config import PeftConfig, PeftKind
@@ -159,6 +160,44 @@ class Calls:
         return self.original(output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op)
 
 
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: values that become Python's, and sizes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "bincount", "unique", "masked_select", "repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, known = func._schema.name.removeprefix("aten::"), (kwargs or {}).get("output_size")
+        if any(name.startswith(one) for one in self.NAMES) and known is None:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(group: dist.ProcessGroup | None) -> list[str]:
+    """Of one sparse layer with rows of both pools, forwards and backwards."""
+    moe = MoE(CONFIG)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    if group is not None:
+        shard_experts(moe, Shard(dist.get_rank(group), dist.get_world_size(group)))
+        connect_experts(moe, group)
+    x_TD = torch.randn(16, CONFIG.hidden_size, requires_grad=True)
+    pools = Pools(torch.arange(16) < 5, 5, join=group is not None)
+    tolist = torch.Tensor.tolist
+
+    def noted(tensor: torch.Tensor) -> list:
+        mode.seen.append("tolist")  # nothing that a dispatch mode sees
+        return tolist(tensor)
+
+    with Waits() as mode, patch.object(torch.Tensor, "tolist", noted):
+        y_TD, _ = moe(x_TD, pools)
+        y_TD.sum().backward()
+    return mode.seen
+
+
 def balanced(group: dist.ProcessGroup) -> dict:
     """One layer whose choices are dealt out evenly, and what happens in which order."""
     tokens, choices, size = 16, CONFIG.experts_per_token, dist.get_world_size(group)
@@ -222,6 +261,7 @@ def main(folder: Path) -> None:
                 results[size, name] = run(case, list(case.rows[rank::world]), group)
             results[size, name]["calls"] = sum(calls.rows)
         results[size, "balanced"] = balanced(group)
+        results[size, "waits"] = waits(group)
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.destroy_process_group()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ernie_model.expert_parallel import ExpertParallel, regrouping
-from tests.distributed.expert_routes import CASES, run
+from tests.distributed.expert_routes import CASES, run, waits
 from tests.distributed.test_ranks import launch
 
 LAYOUTS = [(2, 2), (4, 2), (4, 4)]
@@ -97,6 +97,12 @@ def test_one_exchange_each_way_serves_both_pools_while_the_shared_experts_comput
         forward, backward = balanced["order"][:6], balanced["order"][7:]
         assert forward == ["start", "shared", "finish", "experts", "start", "finish"]
         assert backward == ["start", "finish", "experts", "start", "shared", "finish"]
+
+
+@pytest.mark.parametrize(("world", "size"), LAYOUTS)
+def test_a_layer_waits_for_the_device_once_and_never_where_all_experts_are(ranks, world, size):
+    assert waits(None) == []
+    assert all(rank[size, "waits"] == ["tolist"] for rank in ranks(world))
 
 
 def test_slots_by_hand():
