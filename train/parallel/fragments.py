@@ -155,9 +155,8 @@ def restore(pieces: Pieces, tensors: Mapping[str, Tensor], optimizer: Any, *, ra
             state["step"] = _like(state["step"], steps[name])
             for kind, value_N in _moments(part, state).items():
                 pieces.read_into(f"{name}/{kind}", part.start, value_N)
-    if kept := getattr(optimizer, "persistent_parameters", None):  # ZeRO 3 keeps small ones whole as well
-        kept[0].partition(kept)
-        kept[0].all_gather(kept)
+    if kept := getattr(optimizer, "persistent_parameters", None):
+        kept[0].partition(kept)  # ZeRO 3 keeps small ones whole as well: they are gathered anew when they are needed
 
 
 def _state_of(flat: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
