@@ -25,25 +25,25 @@ def wide(x: Tensor) -> Tensor:
 
 class _Touch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *unused):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.unused = [(one.shape, one.dtype, one.device) for one in unused]  # ZeRO-3 takes the values away afterwards
+    def forward(ctx, x, unused):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.unused = unused.shape, unused.dtype, unused.device  # ZeRO-3 takes the values away afterwards
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
-        zeros = (
-            torch.zeros((), dtype=dtype, device=device).expand(shape) if needed else None
-            for (shape, dtype, device), needed in zip(ctx.unused, ctx.needs_input_grad[1:], strict=True)
-        )
-        return grad, *zeros
+        shape, dtype, device = ctx.unused
+        return grad, torch.zeros((), dtype=dtype, device=device).expand(shape) if ctx.needs_input_grad[1] else None
 
 
 def touch(x: Tensor, *unused: Tensor) -> Tensor:
     """`x`, and a gradient of zero, instead of none at all, for tensors that had nothing to compute.
 
-    Where ranks sum gradients they wait for each other parameter by parameter: every rank must have one for each.
+    Where ranks sum gradients they wait for each other parameter by parameter: every rank must have one for each,
+    and all in the same order. The backward pass comes by the last one first, as if they had been used one by one.
     """
-    return _Touch.apply(x, *unused)  # pyright: ignore[reportReturnType]
+    for one in unused:
+        x = _Touch.apply(x, one)  # pyright: ignore[reportAssignmentType]
+    return x
 
 
 class Linear(nn.Linear):

@@ -226,7 +226,7 @@ def train_step(
     Args:
         evidence: takes in what tells which records and parameters made an update fail.
     """
-    device, ranks = accelerator.device, accelerator.num_processes
+    device, ranks, layout = accelerator.device, accelerator.num_processes, updates.layout
     work = agree(accelerator, objective, microbatches)
     count = work.count
     divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
@@ -236,7 +236,7 @@ def train_step(
     for index, batch in enumerate(work.microbatches):
         batch, row_R = on_device(batch, device)
         with updates.microbatch(last=index == len(work.microbatches) - 1):
-            output = updates.policy(batch, row_R)
+            output = updates.policy(batch, row_R, join=layout.lockstep)
             loss = objective.loss(output.logprob_T, batch)
             terms = sum(part.terms(batch, output) for part in beside)
             # Ranks *average* their gradients, so each one's share is multiplied by their number.

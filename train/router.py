@@ -30,6 +30,7 @@ from data.batch import PackedBatch
 from ernie_model.moe import MoE, Router, RouterStats
 from train.config import ObjectiveConfig, UserError
 from train.loop import Beside, all_sum
+from train.parallel.layout import Layout
 from train.policy import Policy, PolicyOutput, on_device
 
 
@@ -37,16 +38,18 @@ class RouterLosses(Beside):
     """The losses of one model's routers, and the update of their bias.
 
     Raises:
-        UserError: a weight is set for routers that do not exist, or that are frozen.
+        UserError: a weight is set for routers that do not exist, that are frozen, or that ZeRO has cut up.
     """
 
-    def __init__(self, policy: Policy, config: ObjectiveConfig, accelerator: Accelerator):
+    def __init__(self, policy: Policy, config: ObjectiveConfig, accelerator: Accelerator, layout: Layout | None = None):
         self.policy, self.config, self.accelerator = policy, config, accelerator
+        self.layout = layout or Layout()
         layers = [layer.mlp for layer in policy.model.layers if isinstance(layer.mlp, MoE)]
         self.routers: dict[str, list[Router]] = {
             "text": [mlp.text.router for mlp in layers],
             "vision": [mlp.vision.router for mlp in layers if mlp.vision is not None],
         }
+        self._spread = [pool for pool, weight in vars(config.orthogonal).items() if weight]
         self._check()
         device = accelerator.device
         self.balance_2, self.z_2 = (
@@ -54,7 +57,6 @@ class RouterLosses(Beside):
             for weight in (config.balance, config.z_loss)
         )
         self.balances, self.has_terms = _any(config.balance), _any(config.balance) or _any(config.z_loss)
-        self._spread = [pool for pool, weight in vars(config.orthogonal).items() if weight]
         if self._spread and not config.orthogonal_decoupled:
             policy.penalty = self._penalty
         self.share = 1.0
@@ -77,6 +79,17 @@ class RouterLosses(Beside):
                         f"{key} is {weight}, but the {pool} routers are frozen. Set {key}=0, or train them: with every "
                         "weight (peft=none), and router not in optim.freeze."
                     )
+        if config.orthogonal_decoupled and self._spread and self.layout.zero:
+            raise UserError(
+                f"objective.orthogonal_decoupled=true moves the routers beside AdamW, but with parallel.zero="
+                f"{self.layout.zero} what a router is lies in shares on all ranks, and the step would be undone. Set "
+                "objective.orthogonal_decoupled=false, or parallel.zero=0."
+            )
+        if self._spread and self.layout.zero == 3:
+            raise UserError(
+                f"objective.orthogonal.{self._spread[0]} is set, but it needs all rows of a router at once, and "
+                "parallel.zero=3 cuts them up over the ranks. Set it to 0, or use parallel.zero=2."
+            )
         if config.bias_update and not any(_trains(routers) for routers in self.routers.values()):
             what = (
                 "the model has no router that is trained" if any(self.routers.values()) else "the model has no router"
@@ -157,7 +170,8 @@ class RouterLosses(Beside):
         with torch.random.fork_rng(devices):
             for batch in microbatches:
                 moved, row_R = on_device(batch, device)
-                router = self.policy(moved, row_R[:0]).router  # the policy, so that noise on embeddings is there too
+                # The policy, so that noise on embeddings is there too.
+                router = self.policy(moved, row_R[:0], join=self.layout.joint).router
                 total = router if total is None else total.plus(router)
         assert total is not None
         return total

@@ -37,7 +37,7 @@ from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import build_accelerator, build_layout
-from train.parallel.updates import Plain
+from train.parallel.updates import build_updates
 from train.peers import Peers
 from train.policy import Policy
 from train.progress import Progress
@@ -113,9 +113,17 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
     often = (config.evaluate.every, config.tracker.images_every)
     routing = RoutingRecord(model, run.folder if on_main else None, every=often, last=steps, step=state.step)
-    updates = Plain(policy, optimizer, accelerator, layout)
+    updates = build_updates(
+        policy,
+        optimizer,
+        accelerator,
+        layout,
+        config.parallel,
+        max_grad_norm=config.optim.max_grad_norm,
+        folder=run.folder if on_main else None,
+    )
     beside = [
-        RouterLosses(policy, config.objective, accelerator),
+        RouterLosses(policy, config.objective, accelerator, layout),
         SegmentLosses(model.config, data.names, accelerator.device),
         Work(model, model.config, accelerator.device),
         Reach(updates, state.reached, accelerator.device),

@@ -2,47 +2,16 @@
 
 import json
 import math
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.gloo import ROOT, environments
+from tests.distributed.gloo import launch
 from tests.distributed.one_step import CASES, one_step
 from tests.train import small
 from train import checkpoint, sft
-
-
-def launch(world: int, *arguments: str) -> None:
-    """Run a Python program as `world` ranks, as `accelerate launch` would."""
-    with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, *arguments],
-                cwd=ROOT,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for environment in environments(world)
-        ]
-        try:
-            # As a launcher does: when one rank fails, the others would wait for it for ever.
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    break
-                time.sleep(0.05)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        output.seek(0)
-        assert all(process.returncode == 0 for process in processes), output.read()
 
 
 @pytest.fixture(scope="module")

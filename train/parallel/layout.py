@@ -8,11 +8,14 @@
 Everything that is no expert is on all of them, or is cut up over all of them by ZeRO.
 """
 
-from dataclasses import dataclass
+import logging
+import os
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch.distributed import ProcessGroup
+from torch.distributed import HashStore, ProcessGroup
 
 from train.config import ParallelConfig, UserError
 from train.memory import keep_freed_memory
@@ -61,7 +64,7 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
 
 def build_layout(config: ParallelConfig, accelerator: Accelerator) -> Layout:
     """Raises:
-    UserError: the processes that were started cannot be laid out like this.
+    UserError: the processes that were started cannot be laid out like this; DeepSpeed is missing.
     """
     world = accelerator.num_processes
     if config.processes not in (None, world):
@@ -69,4 +72,47 @@ def build_layout(config: ParallelConfig, accelerator: Accelerator) -> Layout:
             f"parallel.processes is {config.processes}, but {world} {'was' if world == 1 else 'were'} started. Start "
             "as many with accelerate launch or torchrun, or set parallel.processes=null."
         )
-    return Layout(rank=accelerator.process_index, world=world)
+    if world % config.expert:
+        raise UserError(
+            f"parallel.expert is {config.expert}, which does not divide the {world} processes that were started: each "
+            f"expert group needs as many. Start a multiple of {config.expert}, or set parallel.expert=1."
+        )
+    layout = Layout(rank=accelerator.process_index, world=world, zero=config.zero)
+    if config.zero == 0 and config.expert == 1:
+        return layout
+    start_deepspeed(accelerator)
+    if config.expert == 1:
+        return layout
+    from train.parallel.groups import expert_groups
+
+    groups = expert_groups(config.expert)
+    return replace(
+        layout,
+        expert=config.expert,
+        expert_rank=layout.rank % config.expert,
+        expert_group=groups.expert,
+        expert_data_group=groups.expert_data,
+    )
+
+
+def start_deepspeed(accelerator: Accelerator) -> None:
+    """Let DeepSpeed use the processes that accelerate has found."""
+    if accelerator.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
+    if not dist.is_initialized():  # one process: accelerate starts no group, and DeepSpeed needs one
+        backend = "nccl" if accelerator.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            "parallel.zero and parallel.expert need DeepSpeed, which is not installed. Install it with pip install "
+            "'ernie-train[deepspeed]', or use parallel=ddp."
+        ) from error
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Faster exchanges between CPU processes of one machine, for which it would compile a C++ file first.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    world = deepspeed.comm.get_world_size()
+    assert world == accelerator.num_processes, f"DeepSpeed sees {world} ranks, accelerate {accelerator.num_processes}"

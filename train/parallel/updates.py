@@ -6,20 +6,27 @@
     updates.grad_norm()                      over all ranks and before clipping
     updates.step(...) or updates.drop()      gradients are gone after either
 
-`Plain` is PyTorch's optimizer on whole weights, alone or under DDP.
+`Plain` is PyTorch's optimizer, alone or under DDP; zero.py has DeepSpeed's engine.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ernie_model.atomic import atomic_write
+from ernie_model.expert_parallel import WHOLE, shard_of
+from train.config import ParallelConfig
 from train.parallel.layout import Layout
+from train.policy import Policy
 
 
 class Updates(Protocol):
@@ -61,7 +68,7 @@ class Updates(Protocol):
 
 
 class Plain:
-    """One process, or DDP."""
+    """One process, or DDP. Experts that are shared out are summed here, over the ranks that hold the same ones."""
 
     def __init__(
         self,
@@ -71,36 +78,58 @@ class Plain:
         layout: Layout | None = None,
     ):
         self.layout = layout or Layout(rank=accelerator.process_index, world=accelerator.num_processes)
-        self.policy: nn.Module = accelerator.prepare_model(policy)
         self.optimizer = optimizer
-        self._names = {p: name for name, p in policy.named_parameters() if p.requires_grad}
-        self.names = list(self._names.values())
+        trained = {p: name for name, p in policy.named_parameters() if p.requires_grad}
+        self.names = list(trained.values())
+        self._whole = {p: name for p, name in trained.items() if shard_of(p) == WHOLE}
+        self._shards = {p: name for p, name in trained.items() if shard_of(p) != WHOLE}
+        # Frozen ones too: at the start DDP copies rank 0's values to everybody.
+        shards = [name for name, p in policy.named_parameters() if shard_of(p) != WHOLE]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(policy, shards)
+        # DDP wants something to do: with adapters on experts alone there is nothing.
+        self.policy: nn.Module = accelerator.prepare_model(policy) if self._whole else policy.to(accelerator.device)
         self._norm: Tensor | None = None
 
-    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
-        if isinstance(self.policy, DistributedDataParallel) and not last:
-            return self.policy.no_sync()
-        return nullcontext()
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        ddp = self.policy if isinstance(self.policy, DistributedDataParallel) else None
+        with nullcontext() if last or ddp is None else ddp.no_sync():
+            yield
+        if last and self._shards:
+            self._sum_shards()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
+    def _sum_shards(self) -> None:
+        """Rows of every rank of the expert group have come here, so this is the rest of the average over the world."""
+        for parameter in self._shards:
+            assert parameter.grad is not None, "join=True gives every weight a gradient on every rank"
+            dist.all_reduce(parameter.grad, group=self.layout.expert_data_group)
+            parameter.grad /= self.layout.world
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for parameter in self._trained():
+        for parameter, name in (self._whole | self._shards).items():
             if parameter.grad is not None:
-                yield self._names[parameter], parameter.grad
+                yield name, parameter.grad
 
     def grad_norm(self) -> Tensor:
-        self._norm = get_total_norm([gradient for _, gradient in self.gradients()])
-        return self._norm
+        norm = get_total_norm([p.grad for p in self._whole if p.grad is not None])
+        if self._shards:
+            square = get_total_norm([p.grad for p in self._shards if p.grad is not None]).square()
+            dist.all_reduce(square, group=self.layout.expert_group)
+            norm = (norm.square() + square).sqrt()
+        self._norm = norm
+        return norm
 
     def step(self, max_norm: float, *, media: bool) -> None:
         assert self._norm is not None, "grad_norm comes first"
-        for parameter in self._trained():
+        trained = [*self._whole, *self._shards]
+        for parameter in trained:
             # The moments of what nothing reached shrink as they do where ranks must always have a gradient (ZeRO).
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        clip_grads_with_norm_(self._trained(), max_norm, self._norm)
+        clip_grads_with_norm_(trained, max_norm, self._norm)
         with resting(self.optimizer, media=media):
             self.optimizer.step()
         self.drop()
@@ -108,9 +137,6 @@ class Plain:
     def drop(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         self._norm = None
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 @contextmanager
@@ -125,3 +151,26 @@ def resting(optimizer: torch.optim.Optimizer, *, media: bool) -> Iterator[None]:
     finally:
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
+
+
+def build_updates(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    layout: Layout,
+    config: ParallelConfig,
+    *,
+    max_grad_norm: float,
+    folder: Path | None = None,
+) -> Updates:
+    """Args:
+    folder: of the run, where deepspeed.json is written; None on ranks that write nothing.
+    """
+    if layout.zero == 0:
+        return Plain(policy, optimizer, accelerator, layout)
+    from train.parallel.zero import Zero, deepspeed_config  # DeepSpeed takes seconds to import
+
+    settings = deepspeed_config(config, max_grad_norm=max_grad_norm, gpu=accelerator.device.type == "cuda")
+    if folder is not None:
+        atomic_write(folder / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
+    return Zero(policy, optimizer, layout, settings)

@@ -1,0 +1,282 @@
+"""Five updates of the small model on any layout, next to those of one process on the same rows.
+
+    python -m tests.distributed.equality           the whole table: every layout that 2 and 4 ranks allow (minutes)
+
+As a rank (RANK, WORLD_SIZE, ... set), it runs the cases it is given and compares them itself:
+
+    python -m tests.distributed.equality OUT CASE CASE ...
+
+Compared are loss, length of the gradient and routers' numbers of every update, and every weight after the last one.
+In float32, with AdamW whose eps is 1e-3: at 1e-8 it makes steps of full size out of gradients that are rounding errors.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.batch import PackedBatch
+from data.encode import Example
+from ernie_model.expert_parallel import WHOLE, Shard, connect_experts, shard_experts, shard_of
+from ernie_model.model import ErnieModel
+from ernie_model.recompute import recompute
+from tests.train import small
+from train.config import ObjectiveConfig, OptimConfig, ParallelConfig, PeftConfig, PeftKind, PoolWeights
+from train.loop import train_step
+from train.lora.adapt import adapt
+from train.objectives import LossSum, Objective
+from train.objectives.sft import SFT
+from train.optim import build_optimizer
+from train.parallel.layout import Layout, build_accelerator, build_layout
+from train.parallel.updates import build_updates
+from train.policy import Policy
+from train.router import RouterLosses
+from train.trained import freeze
+
+MODEL = small.CONFIG.replace(num_hidden_layers=3, sparse_layers=(1, 2))
+OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, lr_scale={"router": 0.5})
+ROUTERS = ObjectiveConfig(
+    balance=PoolWeights(0.3, 0.7), z_loss=PoolWeights(0.2, 0.05), orthogonal=PoolWeights(0.11, 0.13), bias_update=1e-3
+)
+# Who has an image. The third update has none anywhere, in the fourth the last rows are nothing but images.
+IMAGES = ("x.x..x..", "....xxxx", "........", ".xxxxxxx", "xxxx....")
+
+
+class Case(NamedTuple):
+    expert: int = 1
+    zero: int = 0
+    clip: float = 0.5
+    rows: int = 1
+    """Micro-batches of each rank."""
+    lora: str = ""
+    """"all" adapts every part, "attention" one; "" trains the model."""
+    frozen: str = ""
+    recompute: bool = False
+    loss: str = "sft"
+    """"streams": a loss with weights of both signs, over pairs of segments, as preferences and advantages have them."""
+    routers: bool = False
+    ragged: bool = False
+    """The last rank has a row less than the others, or none."""
+    offload: bool = False
+
+    def __str__(self) -> str:
+        return json.dumps({name: value for name, value in self._asdict().items() if value != getattr(Case(), name)})
+
+    @staticmethod
+    def parse(text: str) -> "Case":
+        return Case(**json.loads(text))
+
+    def fits(self, world: int) -> bool:
+        return world % self.expert == 0
+
+
+class Run(NamedTuple):
+    metrics: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    """Whole, parameters and correction biases."""
+
+
+# -------------------------------------------------------------------------------------------------------- the updates
+
+
+def rows_of(step: int, count: int) -> list[PackedBatch]:
+    """The eight segments of an update in `count` rows of equally many."""
+    segments: list[Example] = []
+    for index, image in enumerate(IMAGES[step]):
+        seed = 10 * step + index
+        segments.append(small.example(seed, 7 + index % 3, image=image == "x", learned=(5, 2, 3, 1)[index % 4]))
+    each = len(segments) // count
+    return [small.row(*segments[at : at + each]) for at in range(0, len(segments), each)]
+
+
+def streams(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
+    """-log sigmoid of the difference of two segments' sums, and a product with a weight of its own for each token."""
+    sum_S = logprob_T.new_zeros(batch.num_segments).index_add(0, batch.segment_T, logprob_T * batch.weight_T)
+    pairs = -torch.nn.functional.logsigmoid(0.1 * (sum_S[0::2] - sum_S[1::2])).sum()
+    advantage_T = torch.cos(torch.arange(batch.num_tokens, device=logprob_T.device) * 1.7)
+    total = pairs - (advantage_T * logprob_T * batch.weight_T).sum()
+    return LossSum(total, {"loss": total.detach()})
+
+
+STREAMS = Objective("segment", lambda batch: torch.tensor(float(batch.num_segments)), streams)
+
+
+def build(case: Case, layout: Layout) -> Policy:
+    """The same weights on every layout."""
+    torch.manual_seed(0)
+    model = ErnieModel(MODEL)
+    if layout.expert > 1:
+        shard_experts(model, Shard(layout.expert_rank, layout.expert))
+    if case.lora:
+        targets = ["attention"] if case.lora == "attention" else None
+        adapt(model, PeftConfig(kind=PeftKind.lora, targets=targets, rank=4, alpha=8.0), seed=0)
+    if layout.expert_group is not None:
+        connect_experts(model, layout.expert_group)
+    freeze(model, dataclasses.replace(OPTIM, freeze=case.frozen.split(",") if case.frozen else []))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():  # B of adapters starts at 0, which would hide half of the gradients
+            if "lora_B" in name or "_B_" in name:
+                whole = 0.3 * torch.randn((shard_of(p).of * p.shape[0], *p.shape[1:]), generator=generator)
+                p.copy_(whole[shard_of(p).part_of(len(whole))])
+    if case.recompute:
+        model.run_layer = recompute
+        assert model.vision is not None
+        model.vision.run_block = recompute
+    return Policy(model, loss_is_linear=case.loss == "sft")
+
+
+def run(case: Case, accelerator: Any, layout: Layout, config: ParallelConfig) -> Run:
+    policy = build(case, layout)
+    optimizer = build_optimizer(policy.model, OPTIM)
+    updates = build_updates(policy, optimizer, accelerator, layout, config, max_grad_norm=case.clip)
+    objective = STREAMS if case.loss == "streams" else SFT
+    beside = [RouterLosses(policy, ROUTERS, accelerator, layout)] if case.routers else []
+    updates.policy.train()
+    metrics = []
+    for step in range(len(IMAGES)):
+        mine = share(rows_of(step, ROWS * case.rows), case, layout)
+        metrics.append(
+            train_step(updates, objective, mine, accelerator=accelerator, max_grad_norm=case.clip, beside=beside)
+        )
+    return Run(metrics, whole_weights(policy, layout))
+
+
+ROWS = 4
+"""Of an update, for each row that a case gives to a rank of four."""
+
+
+def share(rows: list[PackedBatch], case: Case, layout: Layout) -> list[PackedBatch]:
+    if not case.ragged:
+        return rows[layout.rank :: layout.world]
+    # the last rank's first row goes to the first rank
+    last = rows[layout.world - 1 :: layout.world]
+    if layout.rank == 0 and layout.world > 1:
+        return [*rows[0 :: layout.world], last[0]]
+    return last[1:] if layout.rank == layout.world - 1 and layout.world > 1 else rows[layout.rank :: layout.world]
+
+
+def whole_weights(policy: Policy, layout: Layout) -> dict[str, Tensor]:
+    out = {name: buffer.clone() for name, buffer in policy.named_buffers() if "correction_bias" in name}
+    for name, parameter in policy.named_parameters():
+        value = parameter.detach()
+        if layout.zero == 3:
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter]):
+                value = parameter.detach().clone()
+        if shard_of(parameter) != WHOLE:
+            parts = [torch.empty_like(value) for _ in range(layout.expert)]
+            dist.all_gather(parts, value.contiguous(), group=layout.expert_group)
+            value = torch.cat(parts)
+        out[name] = value.clone()
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- comparing
+
+
+class Distance(NamedTuple):
+    """Largest differences from one process: relative, relative, absolute, relative."""
+
+    loss: float
+    norm: float
+    weights: float
+    routers: float
+    where: str
+    """The weight that is farthest."""
+
+
+def compare(here: Run, one: Run) -> Distance:
+    def relative(*keys: str) -> float:
+        pairs = [(a[key], b[key]) for a, b in zip(here.metrics, one.metrics, strict=True) for key in keys if key in b]
+        return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
+
+    assert here.weights.keys() == one.weights.keys()
+    assert all(a.keys() == b.keys() for a, b in zip(here.metrics, one.metrics, strict=True))
+    for a, b in zip(here.metrics, one.metrics, strict=True):
+        for key in ("units", "tokens", "image_tokens", "patches", "skipped"):
+            assert a[key] == b[key], (key, a[key], b[key])
+    far = {name: (here.weights[name] - value).abs().max().item() for name, value in one.weights.items()}
+    where = max(far, key=far.__getitem__)
+    routers = [key for key in one.metrics[0] if key.startswith("router_")]
+    return Distance(relative("loss"), relative("grad_norm"), far[where], relative(*routers), where)
+
+
+def main(out: str, texts: list[str]) -> None:
+    """One rank."""
+    logging.disable(logging.INFO)
+    torch.set_num_threads(1)
+    found, ones = {}, {}
+    for text in texts:
+        case = Case.parse(text)
+        config = ParallelConfig(cpu=True, zero=case.zero, expert=case.expert, offload_optimizer=case.offload)
+        accelerator = build_accelerator(config)
+        layout = build_layout(config, accelerator)
+        here = run(case, accelerator, layout, config)
+        if layout.rank == 0:
+            same = case._replace(expert=1, zero=0, offload=False, ragged=False)
+            if same not in ones:
+                ones[same] = alone(same)
+            found[text] = compare(here, ones[same])._asdict()
+            print(f"{layout.world} ranks {text}: {found[text]}", flush=True)
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+
+
+def alone(case: Case) -> Run:
+    """In one process, although others stand by."""
+    return run(case, Alone(), Layout(), ParallelConfig(cpu=True))
+
+
+class Alone:
+    """What the loop asks of an accelerator, for a process that has no others."""
+
+    device, num_processes, process_index = torch.device("cpu"), 1, 0
+
+    def prepare_model(self, policy: Policy) -> Policy:
+        return policy
+
+
+COVERING = {
+    # Each setting beside each stage of ZeRO and each size of an expert group, over the list.
+    2: [
+        Case(rows=2, routers=True),
+        Case(zero=1, rows=2, recompute=True, loss="streams"),
+        Case(zero=2, clip=1e9, routers=True),
+        Case(zero=3, rows=2, recompute=True),
+        Case(zero=1, ragged=True),
+        Case(zero=2, ragged=True, rows=2, loss="streams"),
+        Case(zero=3, lora="all", clip=1e9, recompute=True),
+        Case(zero=2, offload=True, frozen="vision"),
+        Case(expert=2, rows=2, loss="streams"),
+        Case(expert=2, lora="attention", recompute=True),
+        Case(expert=2, zero=1, routers=True, rows=2),
+        Case(expert=2, zero=2, lora="all", recompute=True),
+        Case(expert=2, zero=3, ragged=True, frozen="vision,text_experts"),
+    ],
+    4: [
+        Case(expert=2, recompute=True, frozen="router"),
+        Case(expert=4, zero=2, rows=2, loss="streams"),
+        Case(expert=2, zero=3, recompute=True),
+        Case(expert=4, zero=1, lora="all"),
+    ],
+}
+"""By the number of ranks."""
+LIMITS = {
+    False: {"loss": 1e-6, "norm": 1e-6, "weights": 1e-5, "routers": 1e-5},
+    True: {"loss": 1e-6, "norm": 1e-5, "weights": 1e-5, "routers": 1e-5},
+}
+"""What may differ; with adapters or without."""
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(sys.argv[1], sys.argv[2:])

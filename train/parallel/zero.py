@@ -1,0 +1,133 @@
+"""DeepSpeed's ZeRO: its configuration from typed settings, and its engine as `Updates`.
+
+    parallel.zero   1   optimizer state in shares      2   gradients too      3   weights too
+
+    policy ──► engine ──► backward ──► averaged gradients, in shares ──► norm ──► clip, AdamW on the shares ──► weights
+
+The engine gets PyTorch's AdamW in our groups and does what is left: cutting up, summing, clipping, gathering. It counts
+no micro-batches and scales no loss: the loop has divided already. The configuration is kept in the run folder as
+deepspeed.json.
+
+DeepSpeed takes seconds to import, so this file is imported only where parallel.zero asks for it.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.utils import safe_get_local_grad
+from torch import Tensor
+
+from train.config import HeldIn, ParallelConfig
+from train.parallel.groups import announce, tag_experts
+from train.parallel.layout import Layout
+from train.parallel.updates import resting
+from train.policy import Policy
+
+
+def deepspeed_config(config: ParallelConfig, *, max_grad_norm: float, gpu: bool) -> dict[str, Any]:
+    """What deepspeed.json holds."""
+    elements = config.bucket_mb * 10**6 // (2 if config.held_in is HeldIn.bfloat16 else 4)
+    zero: dict[str, Any] = {
+        "stage": config.zero,
+        "overlap_comm": config.overlap,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": elements,
+        "allgather_bucket_size": elements // 2 * 2,  # a rule of DeepSpeed's
+    }
+    if config.zero == 3:
+        zero["stage3_prefetch_bucket_size"] = elements
+    host = {"device": "cpu", "pin_memory": gpu}  # so that the GPU reads and writes it directly
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = host
+    if config.offload_weights:
+        zero["offload_param"] = host
+    return {
+        # The loop counts micro-batches and tokens; these make the engine count nothing.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        "gradient_clipping": max_grad_norm,  # left out, it would be 1
+        "zero_force_ds_cpu_optimizer": False,  # PyTorch's own AdamW runs on the CPU as well, and needs no compiler
+        "zero_optimization": zero,
+    }
+
+
+class Zero:
+    """DeepSpeed's engine.
+
+    Args:
+        policy: on the device. Its parameters become views of shared buffers (ZeRO 1, 2) or empty (ZeRO 3).
+        optimizer: AdamW; the engine puts shares in the place of its parameters.
+    """
+
+    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer, layout: Layout, config: dict[str, Any]):
+        self.layout = layout
+        self._parameters: dict[str, Any] = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self.names = list(self._parameters)
+        if layout.expert > 1:
+            tag_experts(policy)
+            announce(policy, layout.zero)
+        # Any: their classes say little of what is used here; tests hold it.
+        self.policy: Any
+        self.optimizer: Any
+        self.policy, self.optimizer, _, _ = deepspeed.initialize(
+            model=policy, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        if layout.zero == 3:
+            # The policy multiplies by the head itself, outside its module.
+            deepspeed.zero.register_external_parameter(policy, policy.model.head_VD)
+        self._norm: Tensor | None = None
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        self.policy.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self.policy.backward(loss)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            if self.layout.zero == 3:
+                yield name, safe_get_local_grad(parameter)
+            elif (mapping := parameter._hp_mapping) is not None:
+                yield name, mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+
+    def grad_norm(self) -> Tensor:
+        if self.layout.zero == 3:
+            norm: Tensor = combine_grad_norm_groups(self.optimizer._get_norm_groups())
+        else:
+            norm = self.optimizer.scaled_global_norm()
+        self._norm = norm
+        return norm  # infinite where any part of it is not finite
+
+    def step(self, max_norm: float, *, media: bool) -> None:
+        assert self._norm is not None, "grad_norm comes first"
+        assert max_norm == self.policy.gradient_clipping(), "the engine was built with another one"
+        with self._told(self._norm), resting(self.optimizer, media=media):
+            self.policy.step()
+
+    def drop(self) -> None:
+        assert self._norm is not None, "grad_norm comes first"
+        with self._told(torch.full_like(self._norm, math.inf)):
+            if self.layout.zero < 3:
+                self.optimizer.check_grad_overflow = True  # or bfloat16 weights would be updated all the same
+            self.policy.step()  # which clears everything and updates nothing
+
+    @contextmanager
+    def _told(self, norm: Tensor) -> Iterator[None]:
+        """While it lasts, the engine takes this for the norm. It is known already; an infinite one drops an update."""
+        zero = self.optimizer
+        zero.scaled_global_norm, zero._get_norm_groups = lambda: norm, lambda: [norm]
+        try:
+            yield
+        finally:
+            del zero.scaled_global_norm, zero._get_norm_groups
+            zero.check_grad_overflow = False
+            self._norm = None
