@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from ernie_model.expert_parallel import shard_of
 from ernie_model.parts import only_media
 from train.config import OptimConfig, Schedule
 from train.trained import decays, lr_scales
@@ -18,14 +19,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     lr_scale       the loop sets group["lr"] to the step's learning rate times this
     weight_decay
     media          only images and videos reach these: the group rests in an update without any
-    names          of its parameters; checkpoints go by them
+    names          of its parameters
+
+    What several ranks share out goes into groups of its own, and so does each dtype: ZeRO lays a group end to end.
     """
     named = dict(model.named_parameters())
     groups: dict[tuple, dict] = {}
     for name, scale in lr_scales(model, config).items():
         decay, media = config.weight_decay if decays(name, named[name]) else 0.0, only_media(name)
         group = groups.setdefault(
-            (scale, decay, media),
+            (scale, decay, media, shard_of(named[name]), named[name].dtype),
             {
                 "params": [],
                 "names": [],

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.distributed.built import CASES, LORA, build, parts, write_checkpoint
-from tests.distributed.test_ranks import launch
+from tests.distributed.gloo import launch
 from train.parallel.layout import Layout
 
 RANKS = 2

@@ -8,7 +8,7 @@ import torch
 
 from ernie_model.expert_parallel import ExpertParallel, regrouping
 from tests.distributed.expert_routes import CASES, run, waits
-from tests.distributed.test_ranks import launch
+from tests.distributed.gloo import launch
 
 LAYOUTS = [(2, 2), (4, 2), (4, 4)]
 """Ranks, and how many of them share the experts."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.expert_engine import CASES, alone
-from tests.distributed.test_ranks import launch
+from tests.distributed.gloo import launch
 
 
 @pytest.fixture(scope="module")

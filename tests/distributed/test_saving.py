@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.distributed.gloo import launch
 from tests.distributed.saving import FAULTS
-from tests.distributed.test_ranks import launch
 from train import checkpoint
 
 SAID = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ernie_model.sequence_parallel import check_heads, cuts_of, deal_media, pixels_of
+from tests.distributed.gloo import launch
 from tests.distributed.shared_rows import CASES, one_row
-from tests.distributed.test_ranks import launch
 
 
 def test_cuts_by_hand():

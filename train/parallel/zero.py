@@ -22,6 +22,7 @@ from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
+from ernie_model.expert_parallel import WHOLE, shard_of
 from train.config import HeldIn, ParallelConfig
 from train.parallel.groups import announce, tag_experts
 from train.parallel.layout import Layout
@@ -73,6 +74,12 @@ class Zero:
         if layout.expert > 1:
             tag_experts(policy)
             announce(policy, layout.zero)
+            for group in optimizer.param_groups:
+                if shard_of(group["params"][0]) != WHOLE:
+                    group |= {
+                        "moe": True,
+                        "name": group["params"][0].group_name,
+                    }  # how ZeRO finds the ranks to sum over
         # Any: their classes say little of what is used here; tests hold it.
         self.policy: Any
         self.optimizer: Any
