@@ -123,7 +123,7 @@ def build(case: Case, layout: Layout) -> Policy:
     with torch.no_grad():
         for name, p in model.named_parameters():  # B of adapters starts at 0, which would hide half of the gradients
             if "lora_B" in name or "_B_" in name:
-                whole = 0.3 * torch.randn((shard_of(p).of * p.shape[0], *p.shape[1:]), generator=generator)
+                whole = 0.1 * torch.randn((shard_of(p).of * p.shape[0], *p.shape[1:]), generator=generator)
                 p.copy_(whole[shard_of(p).part_of(len(whole))])
     if case.recompute:
         model.run_layer = recompute

@@ -76,10 +76,8 @@ class Zero:
             announce(policy, layout.zero)
             for group in optimizer.param_groups:
                 if shard_of(group["params"][0]) != WHOLE:
-                    group |= {
-                        "moe": True,
-                        "name": group["params"][0].group_name,
-                    }  # how ZeRO finds the ranks to sum over
+                    # by the name it finds the ranks to sum over
+                    group |= {"moe": True, "name": group["params"][0].group_name}
         # Any: their classes say little of what is used here; tests hold it.
         self.policy: Any
         self.optimizer: Any
