@@ -235,7 +235,7 @@ def arithmetic(
             ranks=ranks,
             device=device,
         ),
-        largest_update_tokens=max_tokens * accumulation * ranks,
+        largest_update_tokens=max_tokens * accumulation * ranks // parallel.sequence,
     )
 
 

@@ -47,17 +47,22 @@ BF16_TFLOPS = {
 
 
 class Work(Beside):
-    """Counts the operations of every update: metrics["flops"], over all ranks. `model` as it will be trained."""
+    """Counts the operations of every update: metrics["flops"], over all ranks.
 
-    def __init__(self, model: nn.Module, config: ErnieConfig, device: torch.device):
+    Args:
+        model: as it will be trained.
+        sequence: ranks that share the work of each row.
+    """
+
+    def __init__(self, model: nn.Module, config: ErnieConfig, device: torch.device, *, sequence: int = 1):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.config, self.device = config, device
+        self.config, self.device, self.sequence = config, device, sequence
         self.adapted = {part_of(name) for name in names if ADAPTER in name}
         self.trained = {part_of(name) for name in names if ADAPTER not in name}
         self.flops = 0.0
 
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
-        self.flops = sum(self.of(batch) for batch in microbatches if not batch.is_filler)
+        self.flops = sum(self.of(batch) for batch in microbatches if not batch.is_filler) / self.sequence
 
     def of(self, batch: PackedBatch) -> float:
         learned = int(batch.weight_T.count_nonzero())

@@ -33,6 +33,8 @@ from ernie_model.rope import num_media_tokens, position_ids
 from train.config import EvaluateConfig
 from train.contact_sheet import SheetItem, draw
 from train.loop import all_sum
+from train.parallel.layout import Layout
+from train.parallel.rows import same_batches
 from train.policy import on_device
 
 
@@ -75,7 +77,7 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 
 
 @torch.no_grad()
-def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Score:
+def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator, layout: Layout | None = None) -> Score:
     """Teacher-forced exact match. All ranks share the work and get the same score.
 
     Pass the bare policy, not the wrapped one: ranks may have different numbers of rows.
@@ -83,17 +85,19 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator) -> Sc
     was_training = policy.training
     policy.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)  # correct, total, nll, weight
-    for batch in eval_batches(heldout, rank=accelerator.process_index, world=accelerator.num_processes):
+    layout = layout or Layout(rank=accelerator.process_index, world=accelerator.num_processes)
+    batches = eval_batches(heldout, rank=layout.data_rank, world=layout.data_world)
+    for batch in same_batches(batches, layout, accelerator.device):
         if batch is None:  # other ranks have one more row than this one
             continue
-        batch, row_R = on_device(batch, accelerator.device)
+        batch, row_R = on_device(batch, accelerator.device, layout.sequence_group)
         output = policy(batch, row_R)
         sums[0] += exact(output.correct_T, batch).sum()
         sums[1] += batch.num_segments
         sums[2] -= (output.logprob_T * batch.weight_T).sum()
         sums[3] += batch.weight_T.sum()
     policy.train(was_training)
-    correct, total, nll, weight = all_sum(accelerator, sums).tolist()
+    correct, total, nll, weight = (all_sum(accelerator, sums) / layout.sequence).tolist()
     if not total:
         raise DataError(
             f"none of the {len(heldout)} held-out conversations can be used (data.max_tokens={heldout.max_tokens}, "

@@ -133,7 +133,8 @@ def footprint(
     patches = 0
     if model.vision is not None:
         patches = 4 * max_tokens if max_patches is None else min(max_patches, 4 * max_tokens)
-    room = Room(max_tokens, patches, accumulation)
+    tokens, patches = (-(-size // parallel.sequence) for size in (max_tokens, patches))
+    room = Room(tokens, patches, accumulation)
     return footprint_of(pieces_of(model), model.config, settings, room, Shares(parallel, ranks), device)
 
 

@@ -227,14 +227,14 @@ def train_step(
         evidence: takes in what tells which records and parameters made an update fail.
     """
     device, ranks, layout = accelerator.device, accelerator.num_processes, updates.layout
-    work = agree(accelerator, objective, microbatches)
+    work = agree(accelerator, objective, microbatches, sequence=layout.sequence)
     count = work.count
     divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
     for part in beside:
         part.before(work.microbatches)
-    tally, evidence = Tally(device), evidence or Evidence()
+    tally, evidence = Tally(device, sequence=layout.sequence), evidence or Evidence()
     for index, batch in enumerate(work.microbatches):
-        batch, row_R = on_device(batch, device)
+        batch, row_R = on_device(batch, device, layout.sequence_group)
         with updates.microbatch(last=index == len(work.microbatches) - 1):
             output = updates.policy(batch, row_R, join=layout.lockstep)
             loss = objective.loss(output.logprob_T, batch)
@@ -269,7 +269,12 @@ class Work(NamedTuple):
     """Some rank has an image or a video."""
 
 
-def agree(accelerator: Accelerator, objective: Objective, microbatches: Sequence[PackedBatch]) -> Work:
+def agree(
+    accelerator: Accelerator, objective: Objective, microbatches: Sequence[PackedBatch], *, sequence: int = 1
+) -> Work:
+    """Args:
+    sequence: ranks that share each row, all of which have it among theirs.
+    """
     count = sum(float(objective.count(batch)) for batch in microbatches)
     media = any(batch.grids for batch in microbatches)
     mine = torch.tensor([[count, len(microbatches), media]], dtype=torch.float64)
@@ -280,7 +285,7 @@ def agree(accelerator: Accelerator, objective: Objective, microbatches: Sequence
     _, most, media = everywhere.amax(0).tolist()
     # Any word will do: nothing is learned from the row, and nothing is counted.
     extra = [filler(0)] * (int(most) - len(microbatches))
-    return Work(everywhere[:, 0].sum(), [*microbatches, *extra], bool(media))
+    return Work(everywhere[:, 0].sum() / sequence, [*microbatches, *extra], bool(media))
 
 
 def finite_gradients(updates: Updates, accelerator: Accelerator) -> dict[str, bool]:
@@ -311,10 +316,14 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
 
 
 class Tally:
-    """Sums of one step, kept on the device until `reduce`."""
+    """Sums of one step, kept on the device until `reduce`.
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    Args:
+        sequence: ranks that share each row, all of which add it.
+    """
+
+    def __init__(self, device: torch.device, *, sequence: int = 1):
+        self.device, self.sequence = device, sequence
         self.sums: dict[str, Tensor] = {}  # by the objective; divided by its count
         self.correct = torch.zeros((), device=device)
         self.numbers = dict.fromkeys(("learned", "tokens", "text_tokens", "image_tokens", "patches"), 0)
@@ -332,7 +341,7 @@ class Tally:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.correct += correct_T.sum()
         media = sum(num_media_tokens(grid) for grid in batch.grids)
-        patches = 0 if batch.patch_PX is None else batch.patch_PX.shape[0]
+        patches = sum(frames * rows * columns for frames, rows, columns in batch.grids)
         tokens = 0 if batch.is_filler else batch.num_tokens
         counted = (row_R.shape[0], tokens, tokens - media, media, patches)
         for name, number in zip(self.numbers, counted, strict=True):
@@ -360,6 +369,7 @@ class Tally:
             .split([*(value.numel() for value in groups), 2])
         )
         losses, numbers, *others = (value.view(like.shape) for value, like in zip(host, groups, strict=True))
+        losses, numbers = losses / self.sequence, numbers / self.sequence  # the routers' are of each rank's own tokens
         units, norm = known.tolist()
         metrics = {name: value / max(units, 1e-9) for name, value in zip(self.sums, losses.tolist(), strict=False)}
         counted = dict(zip(self.numbers, numbers.tolist(), strict=True))

@@ -17,6 +17,7 @@ from train.config import SFTConfig
 from train.evaluate import Score
 from train.loop import TrainState
 from train.memory import held_bytes
+from train.parallel.layout import Layout
 from train.sources import Data
 from train.trained import MOMENT_BYTES, PartRow, trained_parts
 
@@ -28,7 +29,7 @@ def opening(
     data: Data,
     *,
     steps: int,
-    ranks: int,
+    layout: Layout,
     device: torch.device,
     notes: Sequence[str],
 ) -> None:
@@ -40,15 +41,17 @@ def opening(
         max_patches=config.data.max_patches,
         accumulation=config.data.accumulation,
         parallel=config.parallel,
-        ranks=ranks,
+        ranks=layout.world,
         device=device,
     )
     active = f"{human(sums.active_text)} active per text token"
     if sums.active_vision:
         active += f", {human(sums.active_vision)} per image token"
     start = config.model.checkpoint or f"random weights, seed {config.run.seed}"
-    rows = f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {ranks} "
-    rows += f"rank{'s' if ranks > 1 else ''} = {sums.largest_update_tokens} tokens at most"
+    plural = "s" if layout.data_world > 1 else ""
+    who = f"rank{plural}" if layout.sequence == 1 else f"group{plural} of {layout.sequence} ranks that share a row"
+    rows = f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {layout.data_world} {who}"
+    rows += f" = {sums.largest_update_tokens} tokens at most"
     heldout = "none held out" if data.heldout is None else f"{len(data.heldout)} held out"
     count = data.train.encoder.dataset.num_records
     conversations = "a stream" if count is None else f"{count} conversations"

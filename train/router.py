@@ -110,7 +110,7 @@ class RouterLosses(Beside):
             tokens = sum(batch.num_tokens for batch in rows)
             vision = sum(int(torch.isin(batch.token_T, ids).sum()) for batch in rows)
             here = torch.tensor([tokens - vision, vision], dtype=torch.float64, device=self.accelerator.device)
-            self.token_2 = all_sum(self.accelerator, here)
+            self.token_2 = all_sum(self.accelerator, here) / self.layout.sequence
 
     def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         """This micro-batch's share of the losses: the shares of an update add up to them."""
@@ -169,7 +169,7 @@ class RouterLosses(Beside):
         # The real pass must draw the same random numbers (dropout of adapters), or other choices would be counted.
         with torch.random.fork_rng(devices):
             for batch in microbatches:
-                moved, row_R = on_device(batch, device)
+                moved, row_R = on_device(batch, device, self.layout.sequence_group)
                 # The policy, so that noise on embeddings is there too.
                 router = self.policy(moved, row_R[:0], join=self.layout.joint).router
                 total = router if total is None else total.plus(router)

@@ -32,11 +32,12 @@ from train.config import (
 )
 from train.efficiency import Work, peak_flops
 from train.evaluate import draw_answers, measure
-from train.ledger import Evidence, Ledger, nonfinite_entry, spike_entry
+from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import build_accelerator, build_layout
+from train.parallel.rows import SharedSource, check_shareable
 from train.parallel.updates import build_updates
 from train.peers import Peers
 from train.policy import Policy
@@ -81,12 +82,13 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
     run = open_folder(config.run, at_end, main=on_main)
     check_same_start(accelerator, run)
-    settings = plain(config) | {"rows_per_update": config.data.accumulation * ranks}
+    settings = plain(config) | {"rows_per_update": config.data.accumulation * layout.data_world}
     saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
     if saved is not None:
         check_same_maths(run.resume_from, saved["settings"], settings)
 
     frozen = config.peft.kind is not PeftKind.none
+    check_shareable(config.model, layout.sequence)
     model, processor, notes = build_model(
         config.model, seed=config.run.seed, frozen=frozen, held_in=config.parallel.held_in, layout=layout
     )
@@ -95,14 +97,15 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         Quarantine.start_anew(run.folder)
     accelerator.wait_for_everyone()
     heldout = config.evaluate.max_examples
-    data = build_data(config.data, processor, rank=rank, world=ranks, folder=run.folder, max_heldout=heldout)
+    place = dict(rank=layout.data_rank, world=layout.data_world)
+    data = build_data(config.data, processor, **place, folder=run.folder, max_heldout=heldout)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     check_heldout(config, data.heldout is not None)
     model.to(accelerator.device)
     notes += freeze(model, config.optim, random=config.model.checkpoint is None)
     objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])
-    policy = Policy(model, loss_is_linear=objective.linear)
+    policy = Policy(model, loss_is_linear=objective.linear, sequence_group=layout.sequence_group)
     optimizer = build_optimizer(model, config.optim)
     state = TrainState()
     if run.resume_from is not None and saved is not None:
@@ -125,7 +128,7 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     beside = [
         RouterLosses(policy, config.objective, accelerator, layout),
         SegmentLosses(model.config, data.names, accelerator.device),
-        Work(model, model.config, accelerator.device),
+        Work(model, model.config, accelerator.device, sequence=layout.sequence),
         Reach(updates, state.reached, accelerator.device),
         routing,
     ]
@@ -133,8 +136,9 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         checkpoint.load(run.resume_from, weights=weights, optimizer=updates.optimizer)
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
+    shared = SharedSource(source, layout, accelerator.device)
 
-    report.opening(console, config, model, data, steps=steps, ranks=ranks, device=accelerator.device, notes=notes)
+    report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
     if table := weights.table():
         console.print(table)
     if on_main:
@@ -155,7 +159,7 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:
             return
-        score = measure(policy, data.heldout, accelerator)
+        score = measure(policy, data.heldout, accelerator, layout)
         best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
         log(state.step, score.metrics())
@@ -164,18 +168,22 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
             weights.publish(run.folder, "best", processor, updates.optimizer)
 
     def saw(step: int, microbatches: Sequence[PackedBatch]) -> None:
-        ledger.saw(step, microbatches)
+        if layout.sequence_rank == 0:  # of a row that ranks share, one tells
+            ledger.saw(step, microbatches)
         if routing.due(step):
             routing.publish(step, trackers)
 
+    def segments(evidence: Evidence) -> list[Segment]:
+        return evidence.segments() if layout.sequence_rank == 0 else []
+
     def nonfinite(step: int, metrics: dict[str, float], evidence: Evidence) -> None:
-        entry = nonfinite_entry(step, metrics, evidence, gather_object(evidence.segments()))
+        entry = nonfinite_entry(step, metrics, evidence, gather_object(segments(evidence)))
         progress.note(report.nonfinite_line(entry))
         if on_main:
             ledger.write("nonfinite.jsonl", entry)
 
     def spiked(step: int, loss: float, usual: float, evidence: Evidence) -> None:
-        entry = spike_entry(step, loss, usual, gather_object(evidence.segments()))
+        entry = spike_entry(step, loss, usual, gather_object(segments(evidence)))
         progress.note(report.spike_line(entry))
         if on_main:
             ledger.write("spikes.jsonl", entry)
@@ -231,7 +239,7 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         else:
             progress.note(report.resumed_line(run.resume_from, state, steps))
         finished = fit(
-            updates, objective, source, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
+            updates, objective, shared, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
         )
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")

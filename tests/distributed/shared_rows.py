@@ -1,4 +1,4 @@
-"""Forward and backward of rows that all ranks share; test_sequence.py runs them alone and as several processes.
+"""Rows that ranks share, alone and in the training loop; test_sequence.py runs them in one process and in several.
 
 python -m tests.distributed.shared_rows OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
 """
@@ -8,16 +8,28 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from data.batch import PackedBatch
 from data.encode import Example
+from data.errors import DataError
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.recompute import recompute
 from ernie_model.rope import Grid, num_media_tokens, position_ids
+from tests.distributed.one_step import Catch
 from tests.train import small
+from train.config import ObjectiveConfig, ParallelConfig, PoolWeights
+from train.efficiency import Work
+from train.loop import train_step
 from train.neftune import install
+from train.objectives.sft import SFT
+from train.parallel.layout import Layout, build_accelerator, with_sequence_groups
+from train.parallel.rows import SharedSource
+from train.parallel.updates import Plain
 from train.policy import Policy, on_device
+from train.router import RouterLosses
+from train.telemetry import SegmentLosses
 
 CONFIG = small.CONFIG.replace(num_attention_heads=4, num_key_value_heads=2)
 ONE_KEY = small.CONFIG.replace(num_attention_heads=4, num_key_value_heads=1)
@@ -108,10 +120,100 @@ def pairs(logprob_T: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return torch.sigmoid(sum_S[1:] - sum_S[:-1]).sum()
 
 
+# ------------------------------------------------------------------------------------------------------- in the loop
+
+ROUTERS = ObjectiveConfig(
+    balance=PoolWeights(0.3, 0.7), z_loss=PoolWeights(0.2, 0.05), orthogonal=PoolWeights(0.11, 0.13), bias_update=1e-3
+)
+Z_LOSS = ObjectiveConfig(z_loss=PoolWeights(0.2, 0.05))
+ROWS = {
+    "wide": small.row(segment(0, 5, WIDE), segment(1, 4)),
+    "text": small.row(segment(2, 11), segment(3, 2)),
+    "video": small.row(segment(4, 1), segment(5, 3, VIDEO), segment(6, 1)),
+    "image": small.row(segment(7, 9, None, 9), segment(8, 0, IMAGE, 4)),
+}
+
+
+class Step(NamedTuple):
+    rows: list[str]
+    """Micro-batches of one process; those of two groups of ranks are every other one."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    recompute: bool = False
+
+
+STEPS = {
+    "two rows": Step(["wide", "text"]),
+    "four rows, recomputed": Step(["wide", "video", "text", "image"], recompute=True),
+    "nobody has an image": Step(["text", "text"]),
+    "router losses, counted beforehand": Step(["wide", "text", "video", "image"], ROUTERS),
+    "z loss": Step(["video", "text"], Z_LOSS),
+}
+
+
+def one_step(accelerator: Accelerator, layout: Layout, step: Step) -> dict:
+    """An update, whose gradients and numbers are those of all ranks."""
+    torch.manual_seed(0)
+    policy = Policy(
+        ErnieModel(CONFIG).set_dtype(torch.float64), loss_is_linear=True, sequence_group=layout.sequence_group
+    )
+    if step.recompute:
+        policy.model.run_layer = recompute
+    optimizer = Catch(policy.parameters(), lr=1.0)
+    updates = Plain(policy, optimizer, accelerator, layout)
+    updates.policy.train()
+    mine = [small.in_double(ROWS[name]) for name in step.rows[layout.data_rank :: layout.data_world]]
+    source = SharedSource(Once(mine if layout.sequence_rank == 0 else None), layout, accelerator.device)
+    beside = [
+        RouterLosses(policy, step.objective, accelerator, layout),
+        Work(policy.model, CONFIG, accelerator.device, sequence=layout.sequence),
+        SegmentLosses(CONFIG, [], accelerator.device),
+    ]
+    metrics = train_step(updates, SFT, source.next_step(), accelerator=accelerator, max_grad_norm=1e9, beside=beside)
+    return {
+        "gradients": {name: g for (name, _), g in zip(policy.named_parameters(), optimizer.caught, strict=True)},
+        "metrics": metrics,
+        "biases": {name: b.clone() for name, b in policy.named_buffers() if "correction_bias" in name},
+    }
+
+
+class Once:
+    """A source of one update, or one that must not be asked."""
+
+    def __init__(self, rows: list[PackedBatch] | None):
+        self.rows = rows
+
+    def next_step(self) -> list[PackedBatch]:
+        assert self.rows is not None, "only the first rank of a group reads"
+        return self.rows
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Broken(Once):
+    def next_step(self) -> list[PackedBatch]:
+        raise DataError("too many bad records")
+
+
+def what_a_broken_source_says(layout: Layout) -> str:
+    try:
+        SharedSource(Broken(None), layout, torch.device("cpu")).next_step()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    group = dist.new_group(list(range(dist.get_world_size())))
-    results = {name: one_row(case, group) for name, case in CASES.items()}
-    torch.save(results, f"{sys.argv[1]}.{dist.get_rank()}")
-    dist.destroy_process_group()
+    accelerator = build_accelerator(ParallelConfig(cpu=True))
+    world = accelerator.num_processes
+    everyone = with_sequence_groups(Layout(rank=accelerator.process_index, world=world), world)
+    pairs_of_ranks = with_sequence_groups(Layout(rank=accelerator.process_index, world=world), 2)
+    assert everyone.sequence_group is not None
+    results = {name: one_row(case, everyone.sequence_group) for name, case in CASES.items()}
+    results |= {name: one_step(accelerator, pairs_of_ranks, step) for name, step in STEPS.items()}
+    results["error"] = what_a_broken_source_says(pairs_of_ranks)
+    torch.save(results, f"{sys.argv[1]}.{accelerator.process_index}")
+    accelerator.end_training()

@@ -1,11 +1,19 @@
 """Ranks that share a packed row compute what one process does: every gradient, log-probability and router statistic."""
 
+import json
+import sys
+
 import pytest
 import torch
 
 from ernie_model.sequence_parallel import check_heads, cuts_of, deal_media, pixels_of
 from tests.distributed.gloo import launch
-from tests.distributed.shared_rows import CASES, one_row
+from tests.distributed.shared_rows import CASES, DENSE, STEPS, one_row, one_step
+from tests.train import small
+from train import sft
+from train.config import ModelConfig, ParallelConfig, UserError
+from train.parallel.layout import Layout, build_layout
+from train.parallel.rows import check_shareable
 
 
 def test_cuts_by_hand():
@@ -37,6 +45,15 @@ def test_heads_that_cannot_are_refused_with_what_fits(queries, keys, ranks):
         check_heads(queries, keys, ranks)
 
 
+def test_settings_that_cannot_be_are_refused_before_anything_is_read():
+    model = ModelConfig(config=DENSE.to_json(), processor="tiny")
+    check_shareable(model, 4)
+    with pytest.raises(UserError, match=r"parallel\.sequence is 3: 4 query heads and 2 key/value heads"):
+        check_shareable(model, 3)
+    with pytest.raises(UserError, match=r"parallel\.sequence is 2, which does not divide the 1 processes"):
+        build_layout(ParallelConfig(sequence=2, cpu=True), small.accelerator())
+
+
 @pytest.fixture(scope="module", params=(2, 4))
 def ranks(request, tmp_path_factory) -> list[dict[str, dict]]:
     out = tmp_path_factory.mktemp("rows") / "out"
@@ -62,3 +79,51 @@ def test_ranks_that_share_a_row_equal_one(ranks, case):
             torch.testing.assert_close(sum(values), name, rtol=1e-12, atol=1e-12)
     # no pixel is computed twice
     assert sum(rank["patches"] for rank in several) == one["patches"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_an_update_is_that_of_one_process(ranks, step):
+    """Two ranks share all rows; of four, two pairs share half of them each."""
+    one, two = one_step(small.accelerator(), Layout(), STEPS[step]), ranks[0][step]
+    scale = max(g.abs().max().item() for g in one["gradients"].values())
+    for name, gradient in one["gradients"].items():
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-12 * scale, msg=name)
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, rel=1e-12), name
+    for name, bias in one["biases"].items():
+        assert torch.equal(bias, two["biases"][name]) and bias.any() == bool(STEPS[step].objective.bias_update), name
+
+
+def test_what_the_reading_rank_cannot_read_ends_all(ranks):
+    assert [rank["error"] for rank in ranks] == ["too many bad records"] * len(ranks)
+
+
+def test_a_whole_run_in_which_two_ranks_share_every_row_equals_one(tmp_path, monkeypatch):
+    settings = [
+        "experiment=digits",
+        "tracker=none",
+        "run.steps=3",
+        "optim.warmup_steps=1",
+        "data.max_tokens=128",
+        "data.accumulation=2",
+        "evaluate.every=2",
+        "evaluate.max_examples=8",
+        "evaluate.sheet=2",
+        "parallel.cpu=true",
+    ]
+    two, one = tmp_path / "two", tmp_path / "one"
+    launch(2, "-m", "train.sft", *settings, f"run.folder={two}", "parallel.sequence=2")
+    monkeypatch.setattr(sys, "argv", ["ernie sft", *settings, f"run.folder={one}"])
+    sft.main()
+    records = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)
+    ]
+    for a, b in zip(*records, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"loss", "eval_nll", "grad_norm", "flops", "tokens", "units", "patches", "eval_total"}:
+            # float32 sums in another order, through 3 updates of AdamW
+            assert b[key] == pytest.approx(a[key], rel=1e-4), (a["step"], key)
+    # a row is told of once, by the rank that reads it
+    seen = [[json.loads(line) for line in (two / "data" / f"rank-{r}.jsonl").read_text().splitlines()] for r in (0, 1)]
+    assert [len(line["rows"]) for line in seen[0]] == [2, 2, 2] and not seen[1]

@@ -80,7 +80,7 @@ def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch
         max_patches=config.data.max_patches if rows is None else rows.most_patches,
         accumulation=config.data.accumulation,
         parallel=config.parallel,
-        ranks=config.parallel.processes or config.parallel.expert,
+        ranks=config.parallel.processes or math.lcm(config.parallel.expert, config.parallel.sequence),
         device=device,
     )
     needed = sums.memory.process

@@ -41,6 +41,16 @@ class Layout:
     sequence_group: ProcessGroup | None = None
 
     @property
+    def data_rank(self) -> int:
+        """Which of the rows of an update are this rank's; the ranks that share a row have the same."""
+        return self.rank // self.sequence
+
+    @property
+    def data_world(self) -> int:
+        """Rows that are computed at once."""
+        return self.world // self.sequence
+
+    @property
     def lockstep(self) -> bool:
         """Every rank must give every trained parameter a gradient in every backward."""
         return self.zero > 0 or self.expert > 1
@@ -77,7 +87,14 @@ def build_layout(config: ParallelConfig, accelerator: Accelerator) -> Layout:
             f"parallel.expert is {config.expert}, which does not divide the {world} processes that were started: each "
             f"expert group needs as many. Start a multiple of {config.expert}, or set parallel.expert=1."
         )
-    layout = Layout(rank=accelerator.process_index, world=world, zero=config.zero)
+    if world % config.sequence:
+        raise UserError(
+            f"parallel.sequence is {config.sequence}, which does not divide the {world} processes that were started: "
+            f"that many share each row. Start a multiple of {config.sequence}, or set parallel.sequence=1."
+        )
+    layout = with_sequence_groups(
+        Layout(rank=accelerator.process_index, world=world, zero=config.zero), config.sequence
+    )
     if config.zero == 0 and config.expert == 1:
         return layout
     start_deepspeed(accelerator)
@@ -92,6 +109,19 @@ def build_layout(config: ParallelConfig, accelerator: Accelerator) -> Layout:
         expert_rank=layout.rank % config.expert,
         expert_group=groups.expert,
         expert_data_group=groups.expert_data,
+    )
+
+
+def with_sequence_groups(layout: Layout, sequence: int) -> Layout:
+    """`sequence` neighbours share a row. All ranks call it."""
+    if sequence == 1:
+        return layout
+    groups = [dist.new_group(list(range(at, at + sequence))) for at in range(0, layout.world, sequence)]
+    return replace(
+        layout,
+        sequence=sequence,
+        sequence_rank=layout.rank % sequence,
+        sequence_group=groups[layout.rank // sequence],
     )
 
 
