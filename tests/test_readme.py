@@ -38,7 +38,7 @@ def as_python(line: str) -> list[str]:
 
     ernie sft a=b                             python -m train.sft a=b
     accelerate launch ... -m train.sft a=b    python -m train.sft a=b      (and its --config_file must exist)
-    torchrun ... -m train.sft a=b             python -m train.sft a=b
+    sbatch ... train.sbatch a=b               python -m train.sft a=b
     """
     words = shlex.split(line)
     if words[0] == "ernie":
@@ -48,9 +48,10 @@ def as_python(line: str) -> list[str]:
         assert (ROOT / config).is_file()
         at = words.index("-m")
         module, rest = words[at + 1], words[at + 2 :]
-    elif words[0] == "torchrun":
-        at = words.index("-m")
-        module, rest = words[at + 1], words[at + 2 :]
+    elif words[0] == "sbatch":
+        at = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+        assert (ROOT / words[at]).is_file()
+        module, rest = "train.sft", words[at + 1 :]
     else:
         raise AssertionError(f"the README runs {words[0]!r}, and this test does not know how to check that")
     return [sys.executable, "-m", module, *rest]

@@ -35,7 +35,6 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import hydra
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from hydra.errors import HydraException
@@ -394,10 +393,12 @@ def command() -> str:
     if len(words) > 1 and Path(words[1]).name == "ernie":  # python .../bin/ernie sft ...: the console script
         words = ["ernie", *words[2:]]
     if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        # accelerate launch starts several processes on GPUs only.
-        launcher = ["accelerate", "launch", f"--num_processes={world}"]
-        if not torch.cuda.is_available():
-            launcher = ["torchrun", f"--nproc_per_node={world}"]
+        machines = world // int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        # Without --multi_gpu accelerate starts one process where there is no GPU.
+        launcher = ["accelerate", "launch", "--multi_gpu", f"--num_processes={world}", f"--num_machines={machines}"]
+        if machines > 1:  # on the machine of rank 0
+            ip, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+            launcher += [f"--main_process_ip={ip}", f"--main_process_port={port}", "--machine_rank=0"]
         words = [*launcher, "-m", "train.sft", *sys.argv[1:]]
     return shlex.join(words)
 

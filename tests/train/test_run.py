@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from tests.train import small
 from train import checkpoint
@@ -152,7 +151,11 @@ def test_the_command_is_what_a_shell_reads(monkeypatch):
     monkeypatch.setattr("sys.orig_argv", ["python", "-m", "train.sft", "run.steps=3"])
     assert command() == "python -m train.sft run.steps=3"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command() == "accelerate launch --num_processes=4 -m train.sft experiment=digits 'run.name=a b'"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert command() == "torchrun --nproc_per_node=4 -m train.sft experiment=digits 'run.name=a b'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    several = "accelerate launch --multi_gpu --num_processes=4"
+    rest = "-m train.sft experiment=digits 'run.name=a b'"
+    assert command() == f"{several} --num_machines=1 {rest}"
+    for name, value in (("LOCAL_WORLD_SIZE", "2"), ("MASTER_ADDR", "node-0"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
+    address = "--main_process_ip=node-0 --main_process_port=29500 --machine_rank=0"
+    assert command() == f"{several} --num_machines=2 {address} {rest}"

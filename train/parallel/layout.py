@@ -10,12 +10,15 @@ Everything that is no expert is on all of them, or is cut up over all of them by
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from torch.distributed import HashStore, ProcessGroup
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import HashStore, ProcessGroup, TCPStore
+from torch.distributed.distributed_c10d import PrefixStore
 
 from train.config import ParallelConfig, UserError
 from train.memory import keep_freed_memory
@@ -62,14 +65,56 @@ class Layout:
 
 
 def build_accelerator(config: ParallelConfig) -> Accelerator:
-    """Find the other processes, if several were started."""
+    """Find the other processes, if several were started.
+
+    Raises:
+        UserError: several were asked for, and one was started.
+    """
+    check_launcher(config, os.environ)
+    meet_again(config, os.environ)
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     # A rank without an image leaves the vision tower without gradients; DDP must look which parameters took part.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     # The model casts its own weights (model.compute_dtype), so accelerate's autocast stays off.
-    return Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[ddp])
+    wait = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    return Accelerator(cpu=config.cpu, mixed_precision="no", kwargs_handlers=[ddp, wait])
+
+
+def check_launcher(config: ParallelConfig, environment: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process, and says in no variable that it was to be two.
+
+    Only by starting several does its other launcher number them; this one leaves no more than an address to meet at.
+    """
+    numbered = any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    alone = "ACCELERATE_USE_CPU" in environment and not numbered
+    if alone and "MASTER_PORT" in environment and config.processes != 1:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one: on a CPU it does, unless told "
+            "--multi_gpu. Use --config_file launch/accelerate/multi_gpu.yaml --num_processes N with parallel.cpu=true, "
+            "or torchrun. If one is meant, set parallel.processes=1."
+        )
+
+
+def meet_again(config: ParallelConfig, environment: Mapping[str, str]) -> None:
+    """After a restart (--max_restarts) the launcher's store still tells where the ended processes were to be found.
+
+    PyTorch reads it under the same names in every attempt; these get names of their own.
+    """
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if attempt == 0 or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, world, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    timeout = timedelta(seconds=config.timeout_s)
+    store = TCPStore(environment["MASTER_ADDR"], port, world, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "gloo" if config.cpu or not torch.cuda.is_available() else "nccl",
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+    )
 
 
 def build_layout(config: ParallelConfig, accelerator: Accelerator) -> Layout:
