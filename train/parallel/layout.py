@@ -17,8 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from torch.distributed import HashStore, ProcessGroup, TCPStore
-from torch.distributed.distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed import ProcessGroup
 
 from train.config import ParallelConfig, UserError
 from train.memory import keep_freed_memory
