@@ -187,12 +187,19 @@ def footprint_of(
     if parallel.offload_weights:
         host, weights = host + weights, 0
     buckets, gathered = _buckets(everything, shares), _gathered(pieces, shares)
-    held = weights + optimizer + exchanged + buckets + gathered
-    # Under ZeRO-2 and 3 one buffer holds this rank's gradients; else, from the second row of an update on, all exist.
-    early = parallel.zero >= 2 or room.accumulation > 1
+    # Under ZeRO-3 one buffer holds this rank's gradients; else, from the second row of an update on, all exist.
+    early = gradients if parallel.zero == 3 or room.accumulation > 1 else None
+    lasting, passing = exchanged + buckets, 0
+    if parallel.zero in (1, 2):  # DeepSpeed makes room when the first gradient comes, which is after the head's work
+        lasting, passing = 0, exchanged + buckets
+        if parallel.zero == 2 and early is None:
+            passing += gradients
+    held = weights + optimizer + gathered + lasting
     stages = [_stage(piece, pieces, config, settings, room, shares, device) for piece in pieces]
-    top = _highest(stages, already=gradients if early else None)
-    peak = held + max(top, gradients + _flattened(everything, shares))
+    *before, head = stages
+    top = _highest([*(stage._replace(backward=stage.backward + passing) for stage in before), head], already=early)
+    kept = exchanged if parallel.zero == 1 else 0
+    peak = held + max(top, gradients + kept + _flattened(everything, shares))
     gaps = HEAP_GAPS[settings.recompute] if device.type == "cpu" else 1.0
     return Footprint(
         weights=weights,
@@ -200,7 +207,7 @@ def footprint_of(
         optimizer=optimizer,
         buckets=buckets,
         gathered=gathered,
-        activations=max(0, peak - held - gradients),
+        activations=max(0, peak - weights - optimizer - gathered - gradients - exchanged - buckets),
         logits=2 * max(chunk_size(device), 4 * FEWEST_ROWS * config.vocab_size),
         peak=peak,
         host=host,
@@ -293,6 +300,8 @@ def _stage(
             # into and out of the tower's norm; before and after two gelus and a norm each; an image twice over; width
             kept, work, entry = media * (11 * merged + config.hidden_size), media * 4 * merged, 0
     all_of_it = size * kept + sum(size * shares.local(w) for w in piece.weights if w.product and w.size > size)
+    # Gathered weights outlive their release: autograd keeps a transposed view of them. Of wider ones, the rounded copy.
+    all_of_it += sum(shares.gathered(w) for w in piece.weights if w.product and w.size == size)
     if not piece.learns:
         return _Stage(0, all_of_it, 0, 0)
     if not recomputed:

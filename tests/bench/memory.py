@@ -28,15 +28,23 @@ def reset_peak() -> None:
         file.write("5")
 
 
-def allocated_mib(step: Callable[[], object]) -> float:
-    """The most that torch's CPU allocator holds at once while `step` runs, over what it held before."""
+def allocated_mib(step: Callable[[], object], *, prepare: Callable[[], object] | None = None) -> float:
+    """The most that torch's CPU allocator holds at once while `step` runs, over what it held before.
+
+    Args:
+        prepare: runs first, and what it leaves behind counts.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        left = prepare() if prepare is not None else None
+        with torch.profiler.record_function("allocated_mib"):
+            step()
+    del left
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())  # stable: of one instant, in their order
-    sizes = [e.nbytes() for e in events]  # pyright: ignore[reportAttributeAccessIssue]
-    return max(itertools.accumulate(sizes)) / 2**20
+    events = profile.profiler.kineto_results.events()
+    (began,) = (e.start_ns() for e in events if e.name() == "allocated_mib")
+    events = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())  # one instant: in order
+    held = itertools.accumulate(e.nbytes() for e in events)  # pyright: ignore[reportAttributeAccessIssue]
+    return max(bytes_ for bytes_, e in zip(held, events, strict=True) if e.start_ns() >= began) / 2**20
 
 
 def one_step(side: str, tokens: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.parts import Part, part_of
+from ernie_model.sequence_parallel import check_heads
 from train.build import WEIGHT_BYTES, human
 from train.compose import plain
 from train.config import PeftKind, Precision, SFTConfig, UserError
@@ -115,7 +116,7 @@ def estimate(config: SFTConfig, subject: Subject, tflops: float) -> Estimate:
     )
     device = torch.device("cpu" if config.plan.device == "cpu" else "cuda")
     traffic = traffic_of(pieces, architecture, config.model, room, shares)
-    work = work_of(config, architecture, room, subject.trained)
+    work = work_of(config, architecture, subject.trained)
     return Estimate(
         config=config,
         memory=footprint_of(pieces, architecture, config.model, room, shares, device),
@@ -152,6 +153,10 @@ def check_layout(config: SFTConfig, architecture: ErnieConfig) -> None:
         size = getattr(parallel, key)
         if plan.gpus % size:
             raise UserError(f"parallel.{key}={size} does not divide plan.gpus={plan.gpus}. Choose a divisor.")
+    try:
+        check_heads(architecture.num_attention_heads, architecture.num_key_value_heads, parallel.sequence)
+    except ValueError as error:
+        raise UserError(f"parallel.sequence={parallel.sequence}: {error}") from error
     if parallel.expert > 1 and (not architecture.sparse_layers or architecture.num_experts % parallel.expert):
         raise UserError(
             f"parallel.expert={parallel.expert} does not divide the {architecture.num_experts} experts of a pool. "

@@ -2,9 +2,11 @@
 
     per row      products  operations / (tflops x mfu), and one more forward of what is recomputed; the busiest rank's
                            experts have `imbalance` times the mean
+                 sequence  all-to-all of heads, inside a node
                  experts   all-to-all; half of the ways hide behind the shared experts, as far as those take
                  gathers   what ZeRO-3 fetches: a layer's experts are more than DeepSpeed fetches ahead, so all of it
-    per update   gradients beyond what hides behind the backward pass (parallel.overlap)
+    per update   gradients beyond what hides behind the backward pass (parallel.overlap); those of experts that are
+                           shared out hide under ZeRO only
                  update    28 bytes of memory a weight; offloaded: gradients down, weights up, and the host's memory
 
 A model of bandwidths: latencies, kernels that are small for the device, and the loading of data are not in it, and
@@ -38,6 +40,7 @@ class Pace(NamedTuple):
 
     products: float
     experts: float
+    sequence: float
     gathers: float
     gradients: float
     update: float
@@ -48,7 +51,7 @@ class Pace(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return self.products + self.experts + self.gathers + self.gradients + self.update
+        return self.products + self.experts + self.sequence + self.gathers + self.gradients + self.update
 
     @property
     def tokens_per_s(self) -> float:
@@ -89,17 +92,19 @@ class Work(NamedTuple):
     """Of all these, those of the shared experts."""
 
 
-def work_of(config: SFTConfig, architecture: ErnieConfig, room: Room, trained: set[Part]) -> Work:
-    """Of a full row: plan.media_share of it images, in conversations of plan.segment_tokens."""
+def work_of(config: SFTConfig, architecture: ErnieConfig, trained: set[Part]) -> Work:
+    """Of this rank's part of a full row: plan.media_share of it images, in conversations of plan.segment_tokens."""
+    tokens = config.data.max_tokens
     adapted = config.peft.kind is not PeftKind.none
-    segment = min(config.plan.segment_tokens or room.tokens, room.tokens)
-    count = max(1, room.tokens // segment)
-    media = room.tokens * config.plan.media_share / count if architecture.vision is not None else 0.0
+    segment = min(config.plan.segment_tokens or tokens, tokens)
+    count = max(1, tokens // segment)
+    media = tokens * config.plan.media_share / count if architecture.vision is not None else 0.0
     side = 2 * round(media**0.5)  # a token stands for 2 x 2 patches
     grids = [(1, side, side)] * count if side else []
-    lengths = [room.tokens // count] * count
-    learned = max(1, room.tokens - round(media * count))
-    forward = forward_flops(architecture, lengths=lengths, grids=grids, learned=learned)
+    lengths = [tokens // count] * count
+    learned = max(1, tokens - round(media * count))
+    row = forward_flops(architecture, lengths=lengths, grids=grids, learned=learned)
+    forward = {part: count / config.parallel.sequence for part, count in row.items()}
 
     def total(flops: dict) -> float:
         return training_flops(flops, () if adapted else trained, adapted=trained if adapted else ())
@@ -132,7 +137,9 @@ def pace_of(
     if parallel.offload_weights:
         held = sum(shares.weights(w) for piece in pieces for w in piece.weights)
         gathers += 2 * room.accumulation * held / (plan.host_gb_s * 1e9)
-    gradients = traffic.dense_gradients / dense + traffic.expert_gradients / experts
+    gradients, late = traffic.dense_gradients / dense, traffic.expert_gradients / experts
+    if parallel.zero:  # without ZeRO the experts' gradients are added up when the backward pass is over
+        gradients, late = gradients + late, 0.0
     # Ranks meet in the last row's backward pass, under ZeRO-2 and 3 in every row's.
     rows = room.accumulation if parallel.zero >= 2 else 1
     hidden = BACKWARD * products * rows / room.accumulation if parallel.overlap else 0.0
@@ -146,8 +153,9 @@ def pace_of(
     return Pace(
         products=products,
         experts=way + max(0.0, way - meanwhile),
+        sequence=_all_to_all(traffic.sequence, plan, parallel.sequence),
         gathers=gathers,
-        gradients=max(0.0, gradients - hidden),
+        gradients=max(0.0, gradients - hidden) + late,
         update=update,
         tokens=room.tokens * room.accumulation * shares.ranks,
         flops=room.accumulation * work.asked,

@@ -60,6 +60,7 @@ def show_one(console: Console, one: Estimate, architecture: ErnieConfig) -> None
     for name, sent, seconds, note in (
         ("products", None, pace.products, f"{pace.flops:.3g} operations of the model on each rank"),
         ("experts", traffic.experts, pace.experts, "all-to-all, beyond the shared experts"),
+        ("sequence", traffic.sequence, pace.sequence, "heads of attention, between the ranks of a row"),
         ("gradients", traffic.gradients, pace.gradients, "beyond the backward pass"),
         ("weights", traffic.weights, pace.gathers, "gathered; nothing hides it"),
         ("optimizer", None, pace.update, ""),
@@ -83,7 +84,7 @@ def show_found(console: Console, found: Found, most: int) -> None:
             *(human(size, "B") for size in (memory.state, memory.activations, one.needed)),
             f"{pace.seconds:.3g}",
             f"{pace.tokens_per_s:,.0f}",
-            f"{(pace.experts + pace.gathers + pace.gradients) / pace.seconds:.0%}",
+            f"{1 - (pace.products + pace.update) / pace.seconds:.0%}",
         )
     console.print(table)
     if found.fitting:

@@ -8,6 +8,8 @@
                 zero=2, every row             all-reduce; weights once    2 (1) P b (R-1)/R
                 zero=3, every row             reduce-scatter                P b (R-1)/R
     weights     zero=3, every row             gathered forward, backward  2 P b (R-1)/R, what is frozen included
+    sequence    per row and layer: queries, keys and values go to whoever has their heads, and results come back
+                forward 1, backward 1, recomputed 1   x  C (2 N + 2 G) H b (S-1)/S      S = parallel.sequence, C = T/S
 
 DeepSpeed's ZeRO-1 and 2 all-reduce their buckets and keep a part, so they send no less than an all-reduce does.
 Source: DeepSpeed 0.19 (runtime/zero); tests/train/planning/test_traffic.py counts the collectives of the real route.
@@ -35,6 +37,7 @@ class Traffic(NamedTuple):
     dense_weights: float
     """Gathered."""
     expert_weights: float
+    sequence: float
 
     @property
     def gradients(self) -> float:
@@ -57,6 +60,7 @@ def traffic_of(
         expert_gradients=sum(_gradients(w, rows, shares) for w in experts),
         dense_weights=rows * sum(_gathers(w, shares) for w in dense),
         expert_weights=rows * sum(_gathers(w, shares) for w in experts),
+        sequence=rows * sum(_heads(piece, config, settings, room, shares) for piece in pieces),
     )
 
 
@@ -86,6 +90,17 @@ def exchange_bytes(*, tokens: float, config: ErnieConfig, size: int, of: int, pa
     rows = tokens * config.experts_per_token * config.hidden_size * size
     pools = 2 if config.vision_expert_width else 1
     return (passes * rows + counts * pools * config.num_experts * COUNT_BYTES) * (of - 1) / of
+
+
+def _heads(piece: Piece, config: ErnieConfig, settings: ModelConfig, room: Room, shares: Shares) -> float:
+    """Of one layer and row; with more ranks than key/value heads, these are sent more than once."""
+    ranks = shares.parallel.sequence
+    if piece.kind not in (Kind.SPARSE, Kind.DENSE) or ranks == 1:
+        return 0.0
+    heads = 2 * config.num_attention_heads + 2 * max(config.num_key_value_heads, ranks)
+    size = 2 if settings.precision is Precision.bf16 else 4
+    ways = 1 + piece.learns * (1 + (settings.recompute is not Recompute.none))
+    return ways * room.tokens * heads * config.head_dim * size * (ranks - 1) / ranks
 
 
 def _gradients(w: Weights, rows: int, shares: Shares) -> float:

@@ -16,7 +16,7 @@ from train.shares import Shares, Weights
 
 RATES = ["plan.node_gb_s=100", "plan.network_gb_s=10", "plan.memory_gb_s=1000", "plan.host_gb_s=50", "plan.mfu=0.5"]
 RATES += ["plan.host_memory_gb_s=20", "plan.gpus_per_node=8", "plan.imbalance=1.5"]
-NO_TRAFFIC = Traffic(0, 0, 0, 0, 0)
+NO_TRAFFIC = Traffic(0, 0, 0, 0, 0, 0)
 # 10^12 operations are a second at 2 TFLOP/s and an mfu of 0.5
 WORK = Work(asked=3e12, experts=2e12, again=1e12, experts_again=1e12, shared=0.0)
 GB = 10**9
@@ -46,7 +46,9 @@ def test_ranks_of_one_node_and_of_several():
     assert pace("parallel.overlap=false", gpus=16, traffic=sent).gradients == pytest.approx(5)  # eight ports of 10
     # every eighth rank holds the same experts: one port a node
     same = NO_TRAFFIC._replace(expert_gradients=40 * GB)
-    assert pace("parallel.overlap=false", "parallel.expert=8", gpus=16, traffic=same).gradients == pytest.approx(4)
+    assert pace("parallel.expert=8", gpus=16, traffic=same).gradients == pytest.approx(4)  # after the backward pass
+    hidden = (4 + 0.5 * 3) * 2 / 3
+    assert pace("parallel.expert=8", "parallel.zero=1", gpus=16, traffic=same).gradients == pytest.approx(4 - hidden)
 
 
 def test_zero_2_hides_every_rows_exchange():
@@ -73,9 +75,8 @@ def test_what_is_offloaded_travels_to_the_host():
 
 
 def test_operations_of_a_row():
-    config = load("plan.media_share=0.5", "plan.segment_tokens=32", "model.recompute=layers")
-    room = Room(64, 256, 1)
-    found = work_of(config, small.CONFIG, room, set(Part))
+    config = load("plan.media_share=0.5", "plan.segment_tokens=32", "model.recompute=layers", "data.max_tokens=64")
+    found = work_of(config, small.CONFIG, set(Part))
     # two conversations of 32 tokens, 16 of them one image of 8 x 8 patches
     forward = forward_flops(small.CONFIG, lengths=[32, 32], grids=[(1, 8, 8)] * 2, learned=32)
     tower = (Part.VISION, Part.RESAMPLER, Part.EMBEDDINGS, "vision attention scores")
@@ -83,8 +84,10 @@ def test_operations_of_a_row():
     assert found.experts_again == forward[Part.TEXT_EXPERTS] + forward[Part.VISION_EXPERTS]
     assert found.asked == pytest.approx(3 * sum(forward.values()))
     assert found.experts == 3 * found.experts_again and found.shared == 4 * forward[Part.SHARED]
+    half = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, sequence=2))
+    assert work_of(half, small.CONFIG, set(Part)).asked == found.asked / 2  # of the same row
     kept = dataclasses.replace(config, model=dataclasses.replace(config.model, recompute=Recompute.none))
-    assert work_of(kept, small.CONFIG, room, set(Part)).again == 0
+    assert work_of(kept, small.CONFIG, set(Part)).again == 0
 
 
 def test_rates_come_from_the_data_sheet_or_are_asked_for():

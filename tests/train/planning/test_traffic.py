@@ -99,6 +99,15 @@ def test_an_exchange_by_hand():
     assert sent(ParallelConfig(expert=1), 64).experts == 0
 
 
+def test_heads_by_hand():
+    """64 tokens here of a row on 2 ranks; 2 query heads and 1 key/value head, sent to both, of 8 numbers; 3 layers."""
+    config, shares = settings(Recompute.layers), Shares(ParallelConfig(sequence=2), 2)
+    with torch.device("meta"):
+        pieces = pieces_of(ErnieModel(CONFIG))
+    found = traffic_of(pieces, CONFIG, config, Room(64, 0, 1), shares).sequence
+    assert found == 3 * 3 * 64 * (2 + 2 + 2 + 2) * 8 * 4 / 2
+
+
 @pytest.mark.parametrize(
     "zero, rows, times", [(0, 1, 2), (0, 4, 2), (1, 4, 3), (2, 1, 3), (2, 4, 9), (3, 1, 1), (3, 4, 4)]
 )
