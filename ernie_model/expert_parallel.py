@@ -132,35 +132,27 @@ class ExpertParallel:
     def __call__(
         self, x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | None, shared: SwiGLU | None
     ) -> Tensor:
-        slots = self.slots(routing.expert_TK, text.num_experts, pools=1 if vision is None else 2)
-        per_rank = text.num_experts * (1 if vision is None else 2)
-        rows = sort_by_expert(routing._replace(expert_TK=slots), self.size * per_rank)  # in slots there is no num_text
-        sent_NX = rows.count_X.view(self.size, per_rank)
+        pools = 1 if vision is None else 2
+        slots = self.slots(routing.expert_TK, text.num_experts, pools)
+        # By slot, not by expert: where the text pool ends (`rows.num_text`) means nothing here.
+        rows = sort_by_expert(routing._replace(expert_TK=slots), self.size * pools * text.num_experts)
+        sent_NX = rows.count_X.view(self.size, -1)
         came_NX = torch.empty_like(sent_NX)
         dist.all_to_all_single(came_NX, sent_NX, group=self.group)
-        x_SD = dispatch(x_TD, rows)  # before the wait below, so that a GPU has something to do
+        x_SD = dispatch(x_TD, rows)  # before the wait, so that a GPU has something to do
         came_X = _round_up(came_NX.sum(0), row_multiple(x_TD))
-        # The only wait for the device: lengths of what is sent and received, in ranks, and of both pools.
-        lengths = torch.cat((sent_NX.sum(1), came_NX.sum(1), came_X.view(-1, text.num_experts).sum(1))).tolist()
-        sent, came, (num_text, *num_vision) = (
-            lengths[: self.size], lengths[self.size : 2 * self.size], lengths[2 * self.size :]
-        )  # fmt: skip
-        trip = Trip(self, sent, came)
+        # The only wait for the device: how many rows go to and come from every rank, and how many each pool has here.
+        lengths = torch.cat((sent_NX.sum(1), came_NX.sum(1), came_X.view(pools, -1).sum(1))).tolist()
+        sent, came, in_pools = lengths[: self.size], lengths[self.size : -pools], lengths[-pools:]
         self.computed_rows += sum(came)
 
+        trip = Trip(self, sent, came)
         sent_off = _Send.apply(x_SD, trip)
+        del x_SD  # freed as soon as it has left
         shared_TD = None if shared is None else shared(x_TD)
-        arrived = regrouping(came_NX, came_X, sum(came), num_text, num_text + sum(num_vision))
-        x_RD = _Receive.apply(sent_off, trip, arrived)
-        # Both pools always: ZeRO gathers and sums weights together, and another rank may have rows for them.
-        if vision is None:
-            y_RD = text(x_RD, came_X)
-        else:
-            x_text, x_vision = x_RD.split([num_text, *num_vision])
-            count_text, count_vision = came_X.split(text.num_experts)
-            y_RD = torch.cat((text(x_text, count_text), vision(x_vision, count_vision)))
-        y_SD = _SendBack.apply(y_RD, trip, arrived)
-        y_TD = combine(y_SD, routing.weight_TK, rows)
+        arrived = regrouping(came_NX, came_X, sum(came), in_pools[0], sum(in_pools))
+        y_RD = _compute(_Receive.apply(sent_off, trip, arrived), arrived, text, vision)
+        y_TD = combine(_SendBack.apply(y_RD, trip, arrived), routing.weight_TK, rows)
         return y_TD if shared_TD is None else y_TD + shared_TD
 
     def slots(self, expert_TK: Tensor, local: int, pools: int) -> Tensor:
@@ -170,6 +162,15 @@ class ExpertParallel:
         """
         pool_TK, inside_TK = expert_TK // (local * self.size), expert_TK % (local * self.size)
         return inside_TK // local * (pools * local) + pool_TK * local + inside_TK % local
+
+
+def _compute(x_RD: Tensor, rows: Rows, text: Experts, vision: Experts | None) -> Tensor:
+    """Both pools always, rows or not: another rank may have some, and ranks sum the gradients of weights together."""
+    if vision is None:
+        return text(x_RD, rows.count_X)
+    x_text, x_vision = x_RD.split([rows.num_text, x_RD.shape[0] - rows.num_text])
+    count_text, count_vision = rows.count_X.chunk(2)
+    return torch.cat((text(x_text, count_text), vision(x_vision, count_vision)))
 
 
 def _round_up(count_X: Tensor, multiple: int) -> Tensor:
