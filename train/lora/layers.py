@@ -172,10 +172,17 @@ class LoraExperts(nn.Module, LoraLayer):
 
     def forward(self, x_UD: Tensor, count_E: Tensor) -> Tensor:
         if not x_UD.shape[0]:
-            factors = [f for tensor in self.TENSORS for f in self.factors(tensor).values()]
-            return touch(x_UD, *(value for f in factors for value in (f.A, f.B)))
+            return touch(x_UD, *self._weights())
         gate_UF, up_UF = self.product("gate_up_EFD", x_UD, count_E).chunk(2, dim=-1)
         return self.product("down_EDF", silu_mul(gate_UF, up_UF), count_E)
+
+    def _weights(self) -> list[Tensor]:
+        """In the order in which `forward` uses them. Frozen ones too: under ZeRO-3 all ranks fetch them together."""
+        found: list[Tensor] = []
+        for tensor in self.TENSORS:
+            found.append(getattr(self.base_layer, tensor))
+            found += [value for one in self.factors(tensor).values() for value in (one.A, one.B)]
+        return found
 
     def product(self, tensor: str, x_UI: Tensor, count_E: Tensor) -> Tensor:
         """Rows of expert e times W[e] + scale * B[e] A[e], transposed. An expert without rows gets zero gradients."""
