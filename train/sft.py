@@ -38,6 +38,7 @@ from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import build_accelerator, build_layout
 from train.parallel.rows import SharedSource, check_shareable
+from train.parallel.traffic import Traffic
 from train.parallel.updates import build_updates
 from train.peers import Peers
 from train.policy import Policy
@@ -126,6 +127,7 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         folder=run.folder if on_main else None,
     )
     beside = [
+        Traffic(model, layout, accelerator.device),  # first: what the others compute beforehand travels too
         RouterLosses(policy, config.objective, accelerator, layout),
         SegmentLosses(model.config, data.names, accelerator.device),
         Work(model, model.config, accelerator.device, sequence=layout.sequence),

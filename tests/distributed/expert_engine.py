@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 from ernie_model.expert_parallel import Shard, connect_experts, shard_experts, shard_of
 from tests.distributed.expert_routes import ROWS, adapted, small_policy
+from train.config import ParallelConfig
 from train.parallel.groups import announce, expert_groups, tag_experts
+from train.parallel.layout import build_accelerator, start_deepspeed
 from train.policy import Policy, on_device
 
 MIXED = ("image", "both", "text", "long")  # the second expert group has no row for its vision experts
@@ -96,8 +98,7 @@ def with_engine(case: Case, group: dist.ProcessGroup) -> dict:
 
 
 def main(folder: Path) -> None:
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    start_deepspeed(build_accelerator(ParallelConfig(cpu=True)))
     groups = expert_groups(2)
     results: dict = {
         "again": groups == expert_groups(2),
