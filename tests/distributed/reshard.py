@@ -29,7 +29,7 @@ from train import checkpoint
 from train.config import OptimConfig, PeftConfig, PeftKind
 from train.objectives.sft import SFT
 from train.optim import parameter_groups
-from train.policy import on_device
+from train.policy import Policy, on_device
 from train.trained import freeze
 from train.weights import trained_weights
 
@@ -92,13 +92,13 @@ class Task(NamedTuple):
 class Trained:
     """The small model on a layout."""
 
-    def __init__(self, layout: Layout, what: What, *, seed: int):
+    def __init__(self, layout: Layout, what: What, *, seed: int = 0, policy: Policy | None = None):
         self.layout = layout
         self.rank, self.world = checkpoint.here()
         # AdamW's usual eps would turn differences of the last bit into whole updates.
         optim = OptimConfig(lr=3e-3, eps=1e-3, freeze=list(what.freeze))
         # Frozen weights are not in an adapter's checkpoint: they are the same for everybody.
-        self.policy = small.policy(seed=0 if what.peft.kind is PeftKind.lora else seed)
+        self.policy = policy or small.policy(seed=0 if what.peft.kind is PeftKind.lora else seed)
         model = self.policy.model
         self.weights = trained_weights(model, what.peft, seed=seed, base=None)
         freeze(model, optim)
