@@ -8,38 +8,50 @@ python -m tests.distributed.reshard                 everything to everything, as
 python -m tests.distributed.reshard FOLDER TASKS    one rank of it, with RANK, WORLD_SIZE, ... as a launcher sets them
 """
 
+import dataclasses
 import itertools
 import json
-import os
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ernie_model.expert_parallel import WHOLE, Shard, connect_experts, shard_experts, shard_of
+from data.batch import PackedBatch
+from data.encode import Example
+from ernie_model.expert_parallel import Shard, connect_experts, shard_experts
+from ernie_model.model import ErnieModel
 from ernie_model.moe import Router
-from tests.distributed.test_ranks import launch
+from tests.distributed.gloo import launch
 from tests.train import small
 from train import checkpoint
-from train.config import OptimConfig, PeftConfig, PeftKind
+from train.config import OptimConfig, ParallelConfig, PeftConfig, PeftKind
+from train.loop import train_step
 from train.objectives.sft import SFT
-from train.optim import parameter_groups
-from train.policy import Policy, on_device
+from train.optim import build_optimizer
+from train.parallel.layout import build_accelerator, build_layout
+from train.parallel.updates import Plain, Updates
+from train.policy import Policy
 from train.trained import freeze
 from train.weights import trained_weights
 
-UPDATES = 5
+UPDATES, CLIP = 5, 0.5
+# AdamW's usual eps would turn differences of the last bit into whole updates.
+OPTIM = OptimConfig(lr=3e-3, eps=1e-3, weight_decay=0.1)
+
+
+def segment(step: int, row: int) -> Example:
+    """Some rows have an image; every fourth update has none."""
+    return small.example(10 * step + row, 9 + row, image=step % 4 != 2 and (step + row) % 3 > 0)
+
+
 ROWS = [
-    [
-        small.row(small.example(20 * step + 2 * row, 9, image=True), small.example(20 * step + 2 * row + 1, 7))
-        for row in range(4)
-    ]
-    for step in range(2 * UPDATES)
+    [small.row(segment(step, row), small.example(100 + step, 7)) for row in range(4)] for step in range(2 * UPDATES)
 ]
 
 
@@ -92,93 +104,40 @@ class Task(NamedTuple):
 class Trained:
     """The small model on a layout."""
 
-    def __init__(self, layout: Layout, what: What, *, seed: int = 0, policy: Policy | None = None):
-        self.layout = layout
-        self.rank, self.world = checkpoint.here()
-        # AdamW's usual eps would turn differences of the last bit into whole updates.
-        optim = OptimConfig(lr=3e-3, eps=1e-3, freeze=list(what.freeze))
+    def __init__(self, layout: Layout, what: What, *, seed: int = 0, model: ErnieModel | None = None):
+        config = ParallelConfig(cpu=True, zero=layout.zero, expert=layout.expert, bucket_mb=1)
+        self.accelerator = build_accelerator(config)
+        here = build_layout(config, self.accelerator)
+        self.rank, self.world = here.rank, here.world
         # Frozen weights are not in an adapter's checkpoint: they are the same for everybody.
-        self.policy = policy or small.policy(seed=0 if what.peft.kind is PeftKind.lora else seed)
-        model = self.policy.model
+        model = model or small.policy(seed=0 if what.peft.kind is PeftKind.lora else seed).model
+        shard_experts(model, Shard(here.expert_rank, here.expert))
         self.weights = trained_weights(model, what.peft, seed=seed, base=None)
+        if here.expert_group is not None:
+            connect_experts(model, here.expert_group)
+        optim = dataclasses.replace(OPTIM, freeze=list(what.freeze))
         freeze(model, optim)
         if what.dtype != torch.float32:
             model.set_dtype(what.dtype)
-        if layout.expert > 1:
-            from train.parallel.groups import announce, expert_groups, tag_experts
-
-            groups = expert_groups(layout.expert)
-            self.expert, self.expert_data = groups
-            shard_experts(model, Shard(self.rank % layout.expert, layout.expert))
-            connect_experts(model, groups.expert)
-            tag_experts(model)
-            announce(self.policy, layout.zero)
-        self.engine: Any = None
-        groups = _apart(parameter_groups(model, optim))
-        settings = dict(lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
-        self.optimizer: Any = torch.optim.AdamW(groups, **settings)
+        self.policy = Policy(model, loss_is_linear=True)
+        optimizer = build_optimizer(model, optim)
         if layout.zero:
-            import deepspeed
+            from train.parallel.zero import Zero, deepspeed_config
 
-            if layout.zero == 3:
-                deepspeed.zero.register_external_parameter(self.policy, model.head_VD)
-            config = {
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.5,
-                "zero_optimization": {
-                    "stage": layout.zero,
-                    "overlap_comm": False,
-                    "stage3_param_persistence_threshold": 40,
-                },
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            }
-            self.engine, self.optimizer, *_ = deepspeed.initialize(
-                model=self.policy, optimizer=self.optimizer, config=config
-            )
-
-    def losses(self, rows) -> list[float]:
-        return [self.update(step) for step in rows]
-
-    def update(self, rows) -> float:
-        each = len(rows) // self.world
-        count = sum(SFT.count(row).item() for row in rows)
-        policy, total = self.engine or self.policy, 0.0
-        losses = []
-        for row in rows[self.rank * each : (self.rank + 1) * each]:
-            batch, row_R = on_device(row, torch.device("cpu"))
-            losses.append(SFT.loss(policy(batch, row_R).logprob_T, batch).total / count)
-        loss = torch.stack(losses).sum()
-        if self.engine is not None:
-            self.engine.backward(loss * self.world)
-            self.engine.step()
+            settings = deepspeed_config(config, max_grad_norm=CLIP, gpu=False)
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 40  # ZeRO 3 keeps some whole, not all
+            self.updates: Updates = Zero(self.policy, optimizer, here, settings)
         else:
-            loss.backward()
-            self._plain_step()
-        total = loss.detach().clone()
-        if self.world > 1:
-            dist.all_reduce(total)
-        return total.item()
+            self.updates = Plain(self.policy, optimizer, self.accelerator, here)
+        self.updates.policy.train()
 
-    def _plain_step(self) -> None:
-        squares = torch.zeros(2)  # of what everybody has, of what only this rank's expert group has
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        for p in parameters:
-            assert p.grad is not None
-            sharded = shard_of(p) != WHOLE
-            if self.world > 1:
-                dist.all_reduce(p.grad, group=self.expert_data if sharded else None)
-            squares[int(sharded)] += p.grad.square().sum()
-        if self.layout.expert > 1:
-            experts = squares[1:].clone()
-            dist.all_reduce(experts, group=self.expert)
-            squares[1:] = experts
-        norm = squares.sum().sqrt()
-        for p in parameters:
-            p.grad *= (0.5 / (norm + 1e-6)).clamp(max=1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+    def losses(self, updates: Sequence[list[PackedBatch]]) -> list[float]:
+        return [
+            train_step(
+                self.updates, SFT, rows[self.rank :: self.world], accelerator=self.accelerator, max_grad_norm=CLIP
+            )["loss"]
+            for rows in updates
+        ]
 
     def turn_biases(self, sign: float) -> None:
         """A constructor makes them 0, so only a checkpoint brings them about."""
@@ -187,24 +146,11 @@ class Trained:
                 module.correction_bias_E.copy_(sign * torch.linspace(-0.2, 0.2, module.correction_bias_E.numel()))
 
     def save(self, root: Path, step: int) -> Path:
-        return checkpoint.save(root, step, weights=self.weights, optimizer=self.optimizer, state={}, keep=1).path
+        both = dict(weights=self.weights, optimizer=self.updates.optimizer)
+        return checkpoint.save(root, step, **both, state={}, keep=1).path
 
     def load(self, path: Path) -> None:
-        checkpoint.load(path, weights=self.weights, optimizer=self.optimizer)
-
-
-def _apart(groups: list[dict]) -> list[dict]:
-    """Experts, and what has another dtype, in groups of their own, which DeepSpeed finds by their `moe` and `name`."""
-    out = []
-    for group in groups:
-        kinds = [(shard_of(p) != WHOLE, str(p.dtype)) for p in group["params"]]
-        for kind in sorted(set(kinds)):
-            chosen = [index for index, other in enumerate(kinds) if other == kind]
-            parts = {key: [group[key][index] for index in chosen] for key in ("params", "names")}
-            expert, _ = kind
-            marks = {"moe": True, "name": parts["params"][0].group_name} if expert else {"name": f"dense {len(out)}"}
-            out.append(group | parts | marks)
-    return out
+        checkpoint.load(path, weights=self.weights, optimizer=self.updates.optimizer)
 
 
 # ------------------------------------------------------------------------------------------------------- the tasks
@@ -262,6 +208,7 @@ def whole_state(path: Path) -> dict[str, Tensor]:
 
 def run(folder: Path, tasks: Sequence[Sequence[str]]) -> None:
     """All of them in one start: DeepSpeed takes seconds to import. What is not there yet is written first."""
+    build_accelerator(ParallelConfig(cpu=True))  # the ranks meet
     _, world = checkpoint.here()
     result = folder / f"found-{world}.json"
     found = json.loads(result.read_text()) if result.exists() else {}
@@ -272,17 +219,6 @@ def run(folder: Path, tasks: Sequence[Sequence[str]]) -> None:
         found[" -> ".join(task)] = read(folder, task)
     if checkpoint.here()[0] == 0:
         result.write_text(json.dumps(found))
-
-
-def start() -> None:
-    """Meet the other ranks, without compiling anything."""
-    torch.set_num_threads(1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
 def launched(folder: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, float]]:
@@ -296,7 +232,9 @@ def launched(folder: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, float]
             if now and world == 1:
                 run(folder, now)
             elif now:
-                launch(world, "-m", "tests.distributed.reshard", str(folder), json.dumps(now))
+                launch(
+                    world, "-m", "tests.distributed.reshard", str(folder), json.dumps(now), limit_s=60 + 20 * len(now)
+                )
             left = [task for task in left if task not in now]
     found = {}
     for result in folder.glob("found-*.json"):
@@ -323,7 +261,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 1:
         print(table(matrix()))
     else:
-        start()
+        torch.set_num_threads(1)
+        logging.disable(logging.INFO)
         run(Path(sys.argv[1]), json.loads(sys.argv[2]))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
