@@ -84,7 +84,12 @@ class ErnieModel(nn.Module):
     @property
     def head_VD(self) -> Tensor:
         """Weight of the language-model head: the embedding when the two are tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.head.weight
+
+    @property
+    def head(self) -> nn.Linear | nn.Embedding:
+        """The module that has it."""
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def init_weights(self) -> None:
         """Matrices from a normal distribution with `initializer_range`, norms 1, biases 0."""

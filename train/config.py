@@ -547,6 +547,27 @@ class ParallelConfig:
             value = getattr(self, name)
             check(value >= 1, f"parallel.{name} is {value}; it must be 1 or more.")
         check(self.timeout_s > 0, f"parallel.timeout_s is {self.timeout_s}; it must be more than 0.")
+        check(
+            self.held_in is HeldIn.float32 or self.zero in (1, 2),
+            f"parallel.held_in is bfloat16, but parallel.zero is {self.zero}. "
+            + (
+                "ZeRO-3 holds all weights in one dtype, and routers must be float32. Set parallel.held_in=float32, or "
+                "parallel.zero=2."
+                if self.zero == 3
+                else "Only ZeRO has the float32 copy that updates are added to. Set parallel.held_in=float32, or "
+                "parallel.zero=1 or 2."
+            ),
+        )
+        check(
+            not self.offload_optimizer or self.zero > 0,
+            "parallel.offload_optimizer is true, but parallel.zero is 0: only ZeRO has the optimizer's state in host "
+            "memory. Set parallel.zero=1, 2 or 3, or parallel.offload_optimizer=false.",
+        )
+        check(
+            not self.offload_weights or self.zero == 3,
+            f"parallel.offload_weights is true, but parallel.zero is {self.zero}: only ZeRO-3 fetches weights layer by "
+            "layer. Set parallel.zero=3, or parallel.offload_weights=false.",
+        )
 
 
 @dataclass

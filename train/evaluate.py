@@ -10,12 +10,13 @@ Shape letters:  T tokens   S segments   D model width   V vocabulary
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from PIL import Image
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from data.encoder import Encoder
 from data.errors import DataError
 from data.loader import eval_batches
 from data.order import Key
+from data.pack import filler
 from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -34,6 +36,7 @@ from train.config import EvaluateConfig
 from train.contact_sheet import SheetItem, draw
 from train.loop import all_sum
 from train.parallel.layout import Layout
+from train.parallel.partition import whole
 from train.parallel.rows import same_batches
 from train.policy import on_device
 
@@ -81,6 +84,7 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator, layou
     """Teacher-forced exact match. All ranks share the work and get the same score.
 
     Pass the bare policy, not the wrapped one: ranks may have different numbers of rows.
+    Where a forward pass takes all ranks, one without a row runs one that counts for nothing.
     """
     was_training = policy.training
     policy.eval()
@@ -88,10 +92,12 @@ def measure(policy: nn.Module, heldout: Encoder, accelerator: Accelerator, layou
     layout = layout or Layout(rank=accelerator.process_index, world=accelerator.num_processes)
     batches = eval_batches(heldout, rank=layout.data_rank, world=layout.data_world)
     for batch in same_batches(batches, layout, accelerator.device):
-        if batch is None:  # other ranks have one more row than this one
+        if batch is None and not layout.joint:  # other ranks have one more row than this one
             continue
-        batch, row_R = on_device(batch, accelerator.device, layout.sequence_group)
-        output = policy(batch, row_R)
+        batch, row_R = on_device(batch or filler(0), accelerator.device, layout.sequence_group)
+        output = policy(batch, row_R, join=layout.joint)
+        if batch.is_filler:
+            continue
         sums[0] += exact(output.correct_T, batch).sum()
         sums[1] += batch.num_segments
         sums[2] -= (output.logprob_T * batch.weight_T).sum()
@@ -118,11 +124,21 @@ def exact(correct_T: Tensor, batch: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
-def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_new_tokens: int) -> list[Tensor]:
+def answer(
+    model: ErnieModel,
+    examples: Sequence[Example],
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    agreed: Callable[[Tensor], Tensor] = lambda next_S: next_S,
+) -> list[Tensor]:
     """Greedy answers to the last thing each example should learn to write; token ids without the stop token.
 
     The prompt is everything before the first token of the last learned stretch. All examples lie in one packed row,
     which is run again for every new token: simple, and quick enough for a page of short answers.
+
+    Args:
+        agreed: makes the next tokens equal on all ranks, where they run the model together.
     """
     device = model.head_VD.device
     was_training = model.training
@@ -147,9 +163,10 @@ def answer(model: ErnieModel, examples: Sequence[Example], *, stop_id: int, max_
             grids=[grid for i in open_ for grid in examples[i].grids],
         )
         last_S = torch.tensor(lengths, device=device).cumsum(0) - 1
-        logit_SV = output.hidden_TD[last_S] @ model.head_VD.to(output.hidden_TD.dtype).T
+        with whole(model.head):
+            logit_SV = output.hidden_TD[last_S] @ model.head_VD.to(output.hidden_TD.dtype).T
         # no picture stands behind a placeholder that the model itself would write
-        next_S = logit_SV.index_fill(1, media_ids.to(device), -math.inf).argmax(-1).tolist()
+        next_S = agreed(logit_SV.index_fill(1, media_ids.to(device), -math.inf).argmax(-1)).tolist()
         for i, token in zip(open_, next_S, strict=True):
             if token != stop_id:
                 answers[i].append(token)
@@ -189,8 +206,14 @@ def draw_answers(
     processor: Processor,
     heldout: Encoder,
     config: EvaluateConfig,
+    *,
+    together: Accelerator | None = None,
 ) -> bool:
-    """Draw the first `config.sheet` held-out images with the model's own answers. False when there are none."""
+    """Draw the first `config.sheet` held-out images with the model's own answers. False when there are none.
+
+    Args:
+        together: a forward pass takes all ranks (`Layout.joint`), and all of them call this; the main one draws.
+    """
     items = sheet_items(
         model,
         processor,
@@ -198,14 +221,23 @@ def draw_answers(
         config.sheet,
         stop_id=processor.end_id,
         max_new_tokens=config.max_new_tokens,
+        # Equal to a rounding is not enough: a rank that stopped earlier would leave the others waiting.
+        agreed=broadcast if together is not None else lambda next_S: next_S,
     )
-    if items:
+    if items and (together is None or together.is_main_process):
         draw(items, path, title)
     return bool(items)
 
 
 def sheet_items(
-    model: ErnieModel, processor: Processor, heldout: Encoder, count: int, *, stop_id: int, max_new_tokens: int
+    model: ErnieModel,
+    processor: Processor,
+    heldout: Encoder,
+    count: int,
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    agreed: Callable[[Tensor], Tensor],
 ) -> list[SheetItem]:
     """The first `count` held-out conversations with an image, answered by the model itself."""
     chosen: list[tuple[Image.Image, Example]] = []
@@ -218,7 +250,7 @@ def sheet_items(
             chosen.append((image, example))
     answers: list[Tensor] = []
     for examples in in_rows([example for _, example in chosen], heldout.max_tokens, max_new_tokens):
-        answers += answer(model, examples, stop_id=stop_id, max_new_tokens=max_new_tokens)
+        answers += answer(model, examples, stop_id=stop_id, max_new_tokens=max_new_tokens, agreed=agreed)
     items = []
     for (image, example), ids in zip(chosen, answers, strict=True):
         start = prompt_length(example)

@@ -6,6 +6,7 @@ accelerate launch -m train.sft ...                           the same program on
 """
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from data.batch import PackedBatch
 from data.quarantine import Quarantine
+from ernie_model.atomic import atomic_write
 from train import checkpoint, neftune, report
 from train.build import build_model
 from train.compose import (
@@ -37,7 +39,9 @@ from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import build_accelerator, build_layout
+from train.parallel.partition import partitioner
 from train.parallel.rows import SharedSource, check_shareable
+from train.parallel.settings import deepspeed_config
 from train.parallel.traffic import Traffic
 from train.parallel.updates import build_updates
 from train.peers import Peers
@@ -90,8 +94,15 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
 
     frozen = config.peft.kind is not PeftKind.none
     check_shareable(config.model, layout.sequence)
+    gpu = accelerator.device.type == "cuda"
+    engine = deepspeed_config(config.parallel, max_grad_norm=config.optim.max_grad_norm, gpu=gpu)
     model, processor, notes = build_model(
-        config.model, seed=config.run.seed, frozen=frozen, held_in=config.parallel.held_in, layout=layout
+        config.model,
+        seed=config.run.seed,
+        frozen=frozen,
+        held_in=config.parallel.held_in,
+        layout=layout,
+        partition=partitioner(engine) if layout.zero == 3 else None,
     )
     weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
     if on_main and saved is None:
@@ -116,16 +127,13 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     if config.objective.neftune_alpha:
         neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
     often = (config.evaluate.every, config.tracker.images_every)
-    routing = RoutingRecord(model, run.folder if on_main else None, every=often, last=steps, step=state.step)
-    updates = build_updates(
-        policy,
-        optimizer,
-        accelerator,
-        layout,
-        config.parallel,
-        max_grad_norm=config.optim.max_grad_norm,
-        folder=run.folder if on_main else None,
+    routing = RoutingRecord(
+        model, run.folder if on_main else None, every=often, last=steps, step=state.step, joint=layout.joint
     )
+    report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
+    if table := weights.table():
+        console.print(table)
+    updates = build_updates(policy, optimizer, accelerator, layout, engine)
     beside = [
         Traffic(model, layout, accelerator.device),  # first: what the others compute beforehand travels too
         RouterLosses(policy, config.objective, accelerator, layout),
@@ -140,11 +148,10 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
     at_end.callback(source.close)
     shared = SharedSource(source, layout, accelerator.device)
 
-    report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
-    if table := weights.table():
-        console.print(table)
     if on_main:
         write_start(run.folder, plain(config), run.resume_from)
+        if layout.zero:
+            atomic_write(run.folder / "deepspeed.json", json.dumps(engine, indent=2) + "\n")
     trackers = start_trackers(config, run, saved, at_end) if on_main else []
     ledger = Ledger(run.folder, step=state.step, rank=rank, ranks=ranks)
     at_end.callback(ledger.close)
@@ -250,11 +257,16 @@ def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
         if on_main:
             report.closing(console, state, folders, unreached_parts(model, state.reached))
             report.left_out(console, source.report, data.quarantine)
-            sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
-            if data.heldout is not None and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate):
-                console.print(f"answers   {sheet}")
-                for tracker in trackers:
-                    tracker.log_image("answers", sheet, state.step)
+        sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
+        together = accelerator if layout.joint else None
+        if (
+            data.heldout is not None
+            and (on_main or together)
+            and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate, together=together)
+        ):
+            console.print(f"answers   {sheet}")
+            for tracker in trackers:
+                tracker.log_image("answers", sheet, state.step)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

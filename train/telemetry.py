@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -118,23 +119,40 @@ class RoutingRecord(Beside):
         every: updates between pictures, in any number of rhythms: that of evaluations, and one of their own; 0 is none.
         last: the update that is drawn whatever its number.
         step: where this start begins. Changes are counted from the first start in this folder.
+        joint: a forward pass takes all ranks (`Layout.joint`), so those that write nothing run one beside the probe's.
     """
 
     def __init__(
-        self, model: ErnieModel, folder: Path | None, *, every: Sequence[int] = (), last: int = 0, step: int = 0
+        self,
+        model: ErnieModel,
+        folder: Path | None,
+        *,
+        every: Sequence[int] = (),
+        last: int = 0,
+        step: int = 0,
+        joint: bool = False,
     ):
         self.model, self.every, self.last, self.new = model, every, last, step == 0
         sparse = any(isinstance(layer.mlp, MoE) for layer in model.layers)
         self.folder = folder / "routing" if folder is not None and sparse else None
+        self.joint = joint and sparse
+        self.batch: PackedBatch | None = None
         self.stats: RouterStats | None = None
         self.probe: Probe | None = None
 
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
         self.stats = None
-        if self.folder is not None and self.probe is None:
-            path = self.folder / "probe.safetensors"
-            if self.new or not path.exists():
-                Probe.of(self.model, microbatches[0]).save(path)
+        if self.batch is not None or (self.folder is None and not self.joint):
+            return
+        self.batch = microbatches[0]
+        path = None if self.folder is None else self.folder / "probe.safetensors"
+        new = path is not None and (self.new or not path.exists())
+        if self.joint:
+            (new,) = broadcast_object_list([new])  # only the main rank can tell
+        choice_LTK = choices(self.model, self.batch, join=self.joint) if new else None
+        if path is not None:
+            if choice_LTK is not None:
+                Probe(self.batch, choice_LTK).save(path)
             self.probe = Probe.load(path)
 
     def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
@@ -147,9 +165,11 @@ class RoutingRecord(Beside):
     def publish(self, step: int, trackers: Sequence[Any]) -> None:
         """Draw the last update's routing, once, and hand pictures and numbers to the trackers."""
         stats, self.stats = self.stats, None
+        if stats is not None and self.folder is None and self.joint and self.batch is not None:
+            choices(self.model, self.batch, join=True)  # the main rank asks for its probe's
         if stats is None or self.folder is None:
             return
-        drift_2L = None if self.probe is None else self.probe.drift(self.model)
+        drift_2L = None if self.probe is None else self.probe.drift(self.model, join=self.joint)
         self.folder.mkdir(parents=True, exist_ok=True)
         metrics: dict[str, float] = {}
         for index, pool in enumerate(POOLS):
@@ -212,16 +232,12 @@ class Probe(NamedTuple):
     batch: PackedBatch
     choice_LTK: Tensor
 
-    @staticmethod
-    def of(model: ErnieModel, batch: PackedBatch) -> "Probe":
-        return Probe(batch, choices(model, batch))
-
-    def drift(self, model: ErnieModel) -> Tensor:
+    def drift(self, model: ErnieModel, *, join: bool = False) -> Tensor:
         """(2, L): of the choices that text and vision tokens make now, the share they did not make then; NaN if none.
 
         The order of a token's K choices does not count.
         """
-        now_LTK = choices(model, self.batch)
+        now_LTK = choices(model, self.batch, join=join)
         kept_LT = (now_LTK[..., :, None] == self.choice_LTK[..., None, :]).any(-1).double().mean(-1)
         vision_T = torch.isin(self.batch.token_T, torch.tensor(model.config.vision_pool_token_ids, dtype=torch.int64))
         return torch.stack([1 - kept_LT[:, ~vision_T].mean(1), 1 - kept_LT[:, vision_T].mean(1)])
@@ -252,7 +268,7 @@ class Probe(NamedTuple):
 
 
 @torch.no_grad()
-def choices(model: ErnieModel, batch: PackedBatch) -> Tensor:
+def choices(model: ErnieModel, batch: PackedBatch, *, join: bool = False) -> Tensor:
     """int16 (L, T, K) on the host: the experts every token of the row visits, vision experts after text experts."""
     seen: list[Tensor] = []
     training = model.training
@@ -260,7 +276,14 @@ def choices(model: ErnieModel, batch: PackedBatch) -> Tensor:
     model.eval()  # adapters without dropout: the same model gives the same choices
     try:
         with _watched(model, seen):
-            model(batch.token_T, batch.position_3T, Packed(batch.lengths), patch_PX=batch.patch_PX, grids=batch.grids)
+            model(
+                batch.token_T,
+                batch.position_3T,
+                Packed(batch.lengths),
+                patch_PX=batch.patch_PX,
+                grids=batch.grids,
+                join=join,
+            )
     finally:
         model.train(training)
     return torch.stack(seen).to("cpu", torch.int16)

@@ -26,6 +26,7 @@ from train.config import HeldIn, ModelConfig, OptimConfig, ParallelConfig, Preci
 from train.footprint import Footprint, footprint
 from train.optim import build_optimizer
 from train.parallel.layout import Layout, build_accelerator, build_layout
+from train.parallel.settings import deepspeed_config
 from train.parallel.updates import Updates, build_updates
 from train.policy import Policy, on_device
 
@@ -103,7 +104,8 @@ def measure(case: Case, accelerator, layout: Layout) -> float:
         model = build(size, case, layout)
         held["config"] = model.config
         policy, optimizer = Policy(model, loss_is_linear=True).train(), build_optimizer(model, OptimConfig())
-        held["updates"] = build_updates(policy, optimizer, accelerator, layout, case.parallel, max_grad_norm=MAX_NORM)
+        settings = deepspeed_config(case.parallel, max_grad_norm=MAX_NORM, gpu=False)
+        held["updates"] = build_updates(policy, optimizer, accelerator, layout, settings)
         step(random_segments(size, [64], image_side=4), 1)
 
     row = random_segments(size, [case.tokens], image_side=case.image_side)

@@ -34,6 +34,7 @@ from train.objectives import LossSum, Objective
 from train.objectives.sft import SFT
 from train.optim import build_optimizer
 from train.parallel.layout import Layout, build_accelerator, build_layout
+from train.parallel.settings import deepspeed_config
 from train.parallel.updates import build_updates
 from train.policy import Policy
 from train.router import RouterLosses
@@ -135,7 +136,8 @@ def build(case: Case, layout: Layout) -> Policy:
 def run(case: Case, accelerator: Any, layout: Layout, config: ParallelConfig) -> Run:
     policy = build(case, layout)
     optimizer = build_optimizer(policy.model, OPTIM)
-    updates = build_updates(policy, optimizer, accelerator, layout, config, max_grad_norm=case.clip)
+    settings = deepspeed_config(config, max_grad_norm=case.clip, gpu=False)
+    updates = build_updates(policy, optimizer, accelerator, layout, settings)
     objective = STREAMS if case.loss == "streams" else SFT
     beside = [RouterLosses(policy, ROUTERS, accelerator, layout)] if case.routers else []
     updates.policy.train()

@@ -122,7 +122,8 @@ class Trained:
         self.policy = Policy(model, loss_is_linear=True)
         optimizer = build_optimizer(model, optim)
         if layout.zero:
-            from train.parallel.zero import Zero, deepspeed_config
+            from train.parallel.settings import deepspeed_config
+            from train.parallel.zero import Zero
 
             settings = deepspeed_config(config, max_grad_norm=CLIP, gpu=False)
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 40  # ZeRO 3 keeps some whole, not all

@@ -142,13 +142,14 @@ def test_drift_is_the_share_of_choices_that_changed():
 
 def test_drift_of_a_pool_without_tokens_is_unknown():
     policy, row = small.policy(), small.row(TEXT)
-    drift_2L = Probe.of(policy.model, row).drift(policy.model)
+    drift_2L = Probe(row, choices(policy.model, row)).drift(policy.model)
     assert drift_2L[0].tolist() == [0.0] and drift_2L[1].isnan().all()
 
 
 def test_a_probe_comes_back_from_its_file(tmp_path):
     policy = small.policy()
-    probe = Probe.of(policy.model, small.row(IMAGE, TEXT))
+    row = small.row(IMAGE, TEXT)
+    probe = Probe(row, choices(policy.model, row))
     probe.save(tmp_path / "probe.safetensors")
     restored = Probe.load(tmp_path / "probe.safetensors")
     assert torch.equal(restored.choice_LTK, probe.choice_LTK)

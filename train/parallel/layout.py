@@ -68,7 +68,7 @@ def build_accelerator(config: ParallelConfig) -> Accelerator:
     """Find the other processes, if several were started.
 
     Raises:
-        UserError: several were asked for, and one was started.
+        UserError: the launcher started other processes than were meant.
     """
     check_launcher(config, os.environ)
     meet_again(config, os.environ)
@@ -87,6 +87,12 @@ def check_launcher(config: ParallelConfig, environment: Mapping[str, str]) -> No
 
     Only by starting several does its other launcher number them; this one leaves no more than an address to meet at.
     """
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        raise UserError(
+            "accelerate launch was told to use DeepSpeed, with a configuration of its own; here parallel.* writes it "
+            "(parallel=zero2), and on a CPU each process would believe itself alone. Launch without --use_deepspeed: "
+            "--multi_gpu, or torchrun."
+        )
     numbered = any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
     alone = "ACCELERATE_USE_CPU" in environment and not numbered
     if alone and "MASTER_PORT" in environment and config.processes != 1:

@@ -9,11 +9,9 @@
 `Plain` is PyTorch's optimizer, alone or under DDP; zero.py has DeepSpeed's engine.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ernie_model.atomic import atomic_write
 from ernie_model.expert_parallel import WHOLE, shard_of
-from train.config import ParallelConfig
 from train.parallel.layout import Layout
 from train.policy import Policy
 
@@ -158,19 +154,13 @@ def build_updates(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     layout: Layout,
-    config: ParallelConfig,
-    *,
-    max_grad_norm: float,
-    folder: Path | None = None,
+    settings: dict[str, Any],
 ) -> Updates:
     """Args:
-    folder: of the run, where deepspeed.json is written; None on ranks that write nothing.
+    settings: DeepSpeed's (`deepspeed_config`), for ZeRO.
     """
     if layout.zero == 0:
         return Plain(policy, optimizer, accelerator, layout)
-    from train.parallel.zero import Zero, deepspeed_config  # DeepSpeed takes seconds to import
+    from train.parallel.zero import Zero  # DeepSpeed takes seconds to import
 
-    settings = deepspeed_config(config, max_grad_norm=max_grad_norm, gpu=accelerator.device.type == "cuda")
-    if folder is not None:
-        atomic_write(folder / "deepspeed.json", json.dumps(settings, indent=2) + "\n")
     return Zero(policy, optimizer, layout, settings)

@@ -1,12 +1,11 @@
-"""DeepSpeed's ZeRO: its configuration from typed settings, and its engine as `Updates`.
+"""DeepSpeed's ZeRO engine as `Updates`.
 
     parallel.zero   1   optimizer state in shares      2   gradients too      3   weights too
 
     policy ──► engine ──► backward ──► averaged gradients, in shares ──► norm ──► clip, AdamW on the shares ──► weights
 
 The engine gets PyTorch's AdamW in our groups and does what is left: cutting up, summing, clipping, gathering. It counts
-no micro-batches and scales no loss: the loop has divided already. The configuration is kept in the run folder as
-deepspeed.json.
+no micro-batches and scales no loss: the loop has divided already.
 
 DeepSpeed takes seconds to import, so this file is imported only where parallel.zero asks for it.
 """
@@ -23,40 +22,10 @@ from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 from ernie_model.expert_parallel import WHOLE, shard_of
-from train.config import HeldIn, ParallelConfig
 from train.parallel.groups import announce, tag_experts
 from train.parallel.layout import Layout
 from train.parallel.updates import resting
 from train.policy import Policy
-
-
-def deepspeed_config(config: ParallelConfig, *, max_grad_norm: float, gpu: bool) -> dict[str, Any]:
-    """What deepspeed.json holds."""
-    elements = config.bucket_mb * 10**6 // (2 if config.held_in is HeldIn.bfloat16 else 4)
-    zero: dict[str, Any] = {
-        "stage": config.zero,
-        "overlap_comm": config.overlap,
-        "contiguous_gradients": True,
-        "reduce_scatter": True,
-        "reduce_bucket_size": elements,
-        "allgather_bucket_size": elements // 2 * 2,  # a rule of DeepSpeed's
-    }
-    if config.zero == 3:
-        zero["stage3_prefetch_bucket_size"] = elements
-    host = {"device": "cpu", "pin_memory": gpu}  # so that the GPU reads and writes it directly
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = host
-    if config.offload_weights:
-        zero["offload_param"] = host
-    return {
-        # The loop counts micro-batches and tokens; these make the engine count nothing.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "steps_per_print": None,
-        "gradient_clipping": max_grad_norm,  # left out, it would be 1
-        "zero_force_ds_cpu_optimizer": False,  # PyTorch's own AdamW runs on the CPU as well, and needs no compiler
-        "zero_optimization": zero,
-    }
 
 
 class Zero:
