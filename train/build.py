@@ -5,6 +5,7 @@ model.config        random weights; the tokenizer's ids fill in vocab_size and t
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from train.config import (
     suggestion,
 )
 from train.footprint import Footprint, footprint
+from train.memory import give_back_freed_memory
 from train.parallel.layout import Layout
 
 TINY = "tiny"
@@ -74,24 +76,25 @@ def build_model(
     dtype = torch.bfloat16 if held_in is HeldIn.bfloat16 else (compute_dtype(config) if frozen else None)
     dtype = dtype or torch.float32
     experts = Shard(layout.expert_rank, layout.expert)
-    if config.checkpoint is not None:
-        rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
-        model = load_model(
-            config.checkpoint,
-            dtype=dtype,
-            revision=config.revision,
-            position_after_video=rule,
-            experts=experts,
-            ready=partition,
-        )
-        notes += _differences(config, model.config)
-    else:
-        torch.manual_seed(seed)
-        model = ErnieModel(architecture).set_dtype(dtype)
-        shard_experts(model, experts)
-        if partition is not None:
-            for module in model.modules():
-                partition(module)
+    with nullcontext() if partition is None else give_back_freed_memory():
+        if config.checkpoint is not None:
+            rule = config.position_after_video
+            model = load_model(
+                config.checkpoint,
+                dtype=dtype,
+                revision=config.revision,
+                position_after_video=None if rule is None else PositionAfterVideo(rule.value),
+                experts=experts,
+                ready=partition,
+            )
+            notes += _differences(config, model.config)
+        else:
+            torch.manual_seed(seed)
+            model = ErnieModel(architecture).set_dtype(dtype)
+            shard_experts(model, experts)
+            if partition is not None:
+                for module in model.modules():
+                    partition(module)
     if layout.expert_group is not None:
         connect_experts(model, layout.expert_group)
     model.compute_dtype = compute_dtype(config)

@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("train.doctor", "look at machine, settings, checkpoint and every record before training"),
     "plan": ("train.plan", "what a layout of ranks takes: memory, traffic, time; and which layouts fit"),
     "preview": ("train.preview", "see what a run would be shown: pictures, tokens, packed rows, as a page"),
+    "export": ("train.export", "write a checkpoint of a run as a folder that transformers and vLLM load"),
     "convert": ("train.convert", "turn records of one format into another"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
 }

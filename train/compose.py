@@ -24,6 +24,7 @@ from train.config import (
     ConvertConfig,
     DataConfig,
     DigitsData,
+    ExportConfig,
     FilesData,
     Schedule,
     SFTConfig,
@@ -32,7 +33,7 @@ from train.config import (
     suggestion,
 )
 
-ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig}
+ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig, "export": ExportConfig}
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "plan", "experiment")
 
@@ -129,6 +130,13 @@ def plain(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [plain(value) for value in config]
     return config
+
+
+def from_plain(tree: dict[str, Any], schema: type[Schema]) -> Schema:
+    """The other way: settings as a checkpoint has them."""
+    typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    assert isinstance(typed, schema)
+    return typed
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

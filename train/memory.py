@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
@@ -23,6 +25,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         return
+
+
+@contextmanager
+def give_back_freed_memory() -> Iterator[None]:
+    """Inside, a freed block goes back to the kernel; afterwards it is kept again.
+
+    For what passes through once: weights that come whole and stay in parts would leave gaps as large as themselves.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    try:
+        yield
+    finally:
+        keep_freed_memory()
 
 
 def held_bytes() -> int | None:

@@ -35,6 +35,7 @@ from train.config import (
 from train.lora.files import Stored, keys_by_tensor, read_adapter, write_adapter
 from train.lora.layers import Factors, LoraExperts, LoraLinear, effective_rows
 from train.parallel.fragments import whole_shape
+from train.parallel.partition import is_part
 from train.run import export
 from train.values import Values, values_of
 
@@ -71,6 +72,11 @@ def adapt(model: ErnieModel, config: PeftConfig, *, seed: int, base: str | None 
         UserError: a part without modules; an adapter folder that does not fit the model or the settings.
     """
     model.requires_grad_(False)
+    if config.dora and any(is_part(parameter) for parameter in model.parameters()):
+        raise UserError(
+            "peft.dora=true measures whole rows of the weights beside it, which parallel.zero=3 has cut up. Use "
+            "parallel.zero=2, or peft.dora=false."
+        )
     sites = find_sites(model, config)
     frozen = {name: read_adapter(Path(folder), model, f"peft.frozen.{name}") for name, folder in config.frozen.items()}
     for name, stored in frozen.items():

@@ -14,8 +14,10 @@ from typing import Any
 
 from torch import nn
 
+Partition = Callable[[nn.Module], None]
 
-def partitioner(config: dict[str, Any]) -> Callable[[nn.Module], None]:
+
+def partitioner(config: dict[str, Any]) -> Partition:
     """What `load_model` calls with every module that is filled. After the groups of the layout are made.
 
     Args:
