@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.distributed.equality import COVERING, LIMITS, Case
+from tests.distributed.equality import COVERING, LIMITS, table
 from tests.distributed.gloo import launch
 
 
@@ -20,6 +20,11 @@ def distances(request, tmp_path_factory) -> dict[str, dict]:
 
 def test_layouts_equal_one_process(distances):
     for case, distance in distances.items():
-        limits = LIMITS[bool(Case.parse(case).lora)]
-        for key, limit in limits.items():
+        for key, limit in LIMITS.items():
             assert distance[key] <= limit, (case, key, distance)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_the_whole_table():
+    assert not table()
