@@ -210,8 +210,13 @@ class Distance(NamedTuple):
 def compare(here: Run, one: Run) -> Distance:
     def relative(*keys: str) -> float:
         both = [(a, b) for a, b in zip(here.metrics, one.metrics, strict=True) if not b["skipped"]]
-        pairs = [(a[key], b[key]) for a, b in both for key in keys if key in b]
-        return max(abs(a - b) / max(abs(b), 1e-9) for a, b in pairs)
+        found = []
+        for key in keys:
+            pairs = [(a[key], b[key]) for a, b in both if key in b]
+            # To the largest of all updates: a loss with terms of both signs may come out near zero in one of them.
+            largest = max(abs(b) for _, b in pairs)
+            found += [abs(a - b) / max(largest, 1e-9) for a, b in pairs]
+        return max(found)
 
     assert here.weights.keys() == one.weights.keys()
     assert all(a.keys() == b.keys() for a, b in zip(here.metrics, one.metrics, strict=True))
