@@ -520,7 +520,7 @@ class ParallelConfig:
     """Processes that share one packed row."""
     held_in: HeldIn = HeldIn.float32
     """What trained weights are held in between updates, with zero=1 or 2; the optimizer has a float32 copy of its
-    share in any case. bfloat16 saves 4 bytes per weight and sums gradients in bfloat16."""
+    share in any case. bfloat16 saves 4 bytes per weight; gradients are made in it, and ranks add them up in float32."""
     offload_optimizer: bool = False
     """Keep the optimizer's state in host memory, and update there (zero=1, 2 or 3)."""
     offload_weights: bool = False

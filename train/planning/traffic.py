@@ -3,10 +3,10 @@
     experts     per row and sparse layer: a token's K rows of D numbers go to their experts and come back
                 forward 2, backward 2, recomputed 2   x  T K D b (N-1)/N        N = parallel.expert, b bytes of a number
                 and 2 E counts of 8 bytes, once per forward
-    gradients   zero=0, once an update        all-reduce                  2 P b (R-1)/R     P weights, R ranks that hold
-    (per P)     zero=1, once                  all-reduce, then weights    3 P b (R-1)/R     the same ones
-                zero=2, every row             all-reduce; weights once    2 (1) P b (R-1)/R
-                zero=3, every row             reduce-scatter                P b (R-1)/R
+    gradients   all-reduce       zero=0, 1 once an update; zero=2 every row     2 P 4 (R-1)/R
+                reduce-scatter   zero=3 every row                                 P 4 (R-1)/R
+                in float32; P weights, R ranks that hold the same ones
+                updated weights  zero=1, 2 once                                   P b (R-1)/R
     weights     zero=3, every row             gathered forward, backward  2 P b (R-1)/R, what is frozen included
     sequence    per row and layer: queries, keys and values go to whoever has their heads, and results come back
                 forward 1, backward 1, recomputed 1   x  C (2 N + 2 G) H b (S-1)/S      S = parallel.sequence, C = T/S
@@ -24,6 +24,8 @@ from train.footprint import Kind, Piece, Room
 from train.shares import Shares, Weights
 
 COUNT_BYTES = 8
+SUMMED_BYTES = 4
+"""Ranks add gradients up in float32, whatever weights are held in."""
 
 
 class Traffic(NamedTuple):
@@ -106,8 +108,8 @@ def _heads(piece: Piece, config: ErnieConfig, settings: ModelConfig, room: Room,
 def _gradients(w: Weights, rows: int, shares: Shares) -> float:
     if not w.trained:
         return 0.0
-    times = {0: 2, 1: 3, 2: 2 * rows + 1, 3: rows}[shares.parallel.zero]
-    return times * _all_but_own(w, shares)
+    summed, gathered = {0: (2, 0), 1: (2, 1), 2: (2 * rows, 1), 3: (rows, 0)}[shares.parallel.zero]
+    return (summed * SUMMED_BYTES / w.size + gathered) * _all_but_own(w, shares)
 
 
 def _gathers(w: Weights, shares: Shares) -> float:
