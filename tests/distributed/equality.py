@@ -69,10 +69,12 @@ class Case(NamedTuple):
     """"streams": a loss with weights of both signs, over pairs of segments, as preferences and advantages have them."""
     routers: bool = False
     ragged: bool = False
-    """The last rank has a row less than the others, or none."""
+    """The last rank, or the last ones that share rows, have a row less than the others, or none."""
     offload: bool = False
     poisoned: bool = False
     """The second update has an image of NaN on one rank, and is left out on all."""
+    sequence: int = 1
+    """Ranks that share each row."""
 
     def __str__(self) -> str:
         return json.dumps({name: value for name, value in self._asdict().items() if value != getattr(Case(), name)})
@@ -135,7 +137,7 @@ def build(case: Case, layout: Layout) -> Policy:
         model.run_layer = recompute
         assert model.vision is not None
         model.vision.run_block = recompute
-    return Policy(model, loss_is_linear=case.loss == "sft")
+    return Policy(model, loss_is_linear=case.loss == "sft", sequence_group=layout.sequence_group)
 
 
 def run(case: Case, accelerator: Any, layout: Layout, config: ParallelConfig) -> Run:
@@ -167,13 +169,13 @@ ROWS = 4
 
 
 def share(rows: list[PackedBatch], case: Case, layout: Layout) -> list[PackedBatch]:
-    if not case.ragged:
-        return rows[layout.rank :: layout.world]
-    # the last rank's first row goes to the first rank
-    last = rows[layout.world - 1 :: layout.world]
-    if layout.rank == 0 and layout.world > 1:
-        return [*rows[0 :: layout.world], last[0]]
-    return last[1:] if layout.rank == layout.world - 1 and layout.world > 1 else rows[layout.rank :: layout.world]
+    mine, last = (rows[at :: layout.data_world] for at in (layout.data_rank, layout.data_world - 1))
+    if not case.ragged or layout.data_world == 1:
+        return mine
+    # the last one's first row goes to the first
+    if layout.data_rank == 0:
+        return [*mine, last[0]]
+    return last[1:] if layout.data_rank == layout.data_world - 1 else mine
 
 
 def whole_weights(policy: Policy, layout: Layout) -> dict[str, Tensor]:
@@ -236,12 +238,14 @@ def main(out: str, texts: list[str]) -> None:
     found, ones = {}, {}
     for text in texts:
         case = Case.parse(text)
-        config = ParallelConfig(cpu=True, zero=case.zero, expert=case.expert, offload_optimizer=case.offload)
+        config = ParallelConfig(
+            cpu=True, zero=case.zero, expert=case.expert, sequence=case.sequence, offload_optimizer=case.offload
+        )
         accelerator = build_accelerator(config)
         layout = build_layout(config, accelerator)
         here = run(case, accelerator, layout, config)
         if layout.rank == 0:
-            same = case._replace(expert=1, zero=0, offload=False, ragged=False)
+            same = case._replace(expert=1, zero=0, offload=False, ragged=False, sequence=1)
             if same not in ones:
                 ones[same] = alone(same)
             found[text] = compare(here, ones[same])._asdict()
@@ -285,12 +289,19 @@ COVERING = {
         Case(expert=2, zero=1, routers=True, rows=2),
         Case(expert=2, zero=2, lora="all", recompute=True),
         Case(expert=2, zero=3, ragged=True, frozen="vision,text_experts"),
+        Case(sequence=2, zero=1, rows=2, loss="streams"),
+        Case(sequence=2, zero=2, routers=True),
+        Case(sequence=2, zero=3, recompute=True, lora="all"),
+        Case(sequence=2, expert=2, recompute=True, routers=True),
+        Case(sequence=2, expert=2, zero=3, rows=2, loss="streams"),
     ],
     4: [
         Case(expert=2, recompute=True, frozen="router"),
         Case(expert=4, zero=2, rows=2, loss="streams"),
         Case(expert=2, zero=3, recompute=True),
         Case(expert=4, zero=1, lora="all"),
+        Case(sequence=2, expert=2, zero=1, ragged=True, recompute=True),
+        Case(sequence=2, expert=4, zero=2, routers=True),
     ],
 }
 """By the number of ranks."""
