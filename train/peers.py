@@ -102,6 +102,7 @@ class Peers:
         self.me = Process.this()
         self.over = threading.Event()  # this run has ended well
         self.heard = threading.Event()  # something happened to another rank
+        self.saying = threading.Lock()
         self.thread: threading.Thread | None = None
 
     def watch(self) -> None:
@@ -264,8 +265,9 @@ class Peers:
 
     def _say(self, text: str) -> None:
         """Once on each machine, whichever rank it is about: all may meet the same bad record."""
-        if self._first_to_say(text.partition(FAILED)[2] or text):
-            os.write(2, f"{text}\n".encode())  # one write, so that the lines of several ranks don't mingle
+        with self.saying:  # both threads may have it to say: the second goes on only when it has been said
+            if self._first_to_say(text.partition(FAILED)[2] or text):
+                os.write(2, f"{text}\n".encode())  # one write, so that the lines of several ranks don't mingle
 
     def _first_to_say(self, text: str) -> bool:
         if self.store_is_gone:
