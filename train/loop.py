@@ -230,13 +230,15 @@ def train_step(
     work = agree(accelerator, objective, microbatches, sequence=layout.sequence)
     count = work.count
     divisor = count.clamp(min=1e-9) if objective.divisor is None else torch.full_like(count, objective.divisor)
+    # Where ranks meet, what one of them uses all do: weights that only media reach too, on a rank without any.
+    join = layout.lockstep or (ranks > 1 and work.media)
     for part in beside:
         part.before(work.microbatches)
     tally, evidence = Tally(device, sequence=layout.sequence), evidence or Evidence()
     for index, batch in enumerate(work.microbatches):
         batch, row_R = on_device(batch, device, layout.sequence_group)
         with updates.microbatch(last=index == len(work.microbatches) - 1):
-            output = updates.policy(batch, row_R, join=layout.lockstep)
+            output = updates.policy(batch, row_R, join=join)
             loss = objective.loss(output.logprob_T, batch)
             terms = sum(part.terms(batch, output) for part in beside)
             # Ranks *average* their gradients, so each one's share is multiplied by their number.

@@ -12,10 +12,13 @@ from tests.train import small
 from train.config import (
     ObjectiveConfig,
     OptimConfig,
+    PeftConfig,
+    PeftKind,
     Schedule,
     UserError,
 )
 from train.loop import Hooks, Plan, TrainState, fit, router_summary, train_step
+from train.lora.adapt import adapt
 from train.objectives import Objective, sft
 from train.objectives.sft import SFT
 from train.optim import learning_rate
@@ -213,6 +216,25 @@ def run(source, *, steps: int, stop=lambda: False, state: TrainState | None = No
         hooks=hooks,
     )
     return finished, happened, rates
+
+
+def test_rows_that_reach_nothing_that_trains_change_nothing():
+    policy = small.policy()
+    adapt(policy.model, PeftConfig(kind=PeftKind.lora, targets=["vision_experts"], rank=2), seed=0)
+    updates = small.updates(policy, small.optimizer(policy))
+    trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+    def step(*rows: PackedBatch) -> dict[str, torch.Tensor]:
+        metrics = train_step(updates, SFT, rows, accelerator=small.accelerator(), max_grad_norm=1.0)
+        assert not metrics["skipped"]
+        return {name: p.detach().clone() for name, p in trained.items()}
+
+    text, image = small.row(small.example(1, 12)), small.row(small.example(0, 9, image=True))
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    after = step(text)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    moved = step(text, image)
+    assert any(not torch.equal(moved[name], value) for name, value in before.items())
 
 
 def test_fit_logs_evaluates_and_saves_when_due():

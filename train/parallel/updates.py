@@ -95,7 +95,8 @@ class Plain:
             self._sum_shards()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        if loss.requires_grad:  # or nothing that trains was used: adapters of vision experts, and no rank has media
+            loss.backward()
 
     def _sum_shards(self) -> None:
         """Rows of every rank of the expert group have come here, so this is the rest of the average over the world."""
