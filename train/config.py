@@ -542,7 +542,7 @@ class ParallelConfig:
             self.processes is None or self.processes >= 1,
             f"parallel.processes is {self.processes}; it must be 1 or more, or null.",
         )
-        check(self.zero in (0, 1, 2, 3), f"parallel.zero is {self.zero}; DeepSpeed's ZeRO has the stages 1, 2 and 3.")
+        check(self.zero in (0, 1, 2, 3), f"parallel.zero is {self.zero}; it must be 0 (none), 1, 2 or 3.")
         for name in ("expert", "sequence", "bucket_mb"):
             value = getattr(self, name)
             check(value >= 1, f"parallel.{name} is {value}; it must be 1 or more.")
