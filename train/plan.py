@@ -24,7 +24,7 @@ from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
 from train.build import human
 from train.compose import plain, register, to_typed
-from train.config import HeldIn, PeftKind, SFTConfig
+from train.config import HeldIn, ParallelConfig, PeftKind, SFTConfig
 from train.outline import architecture_of, outline
 from train.planning import tables
 from train.planning.estimate import Estimate, Subject, check_layout, estimate
@@ -89,8 +89,8 @@ def held_subjects(config: SFTConfig, architecture: ErnieConfig) -> dict[HeldIn, 
     """The model as it is held in either dtype; beside adapters only they are trained, and are always float32."""
     subjects = {}
     for held_in in HeldIn if config.peft.kind is PeftKind.none else [HeldIn.float32]:
-        held = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, held_in=held_in))
-        subjects[held_in] = Subject.of(outline(held, architecture)[0])
+        parallel = ParallelConfig(zero=2, held_in=held_in)  # any stage that may hold weights in it
+        subjects[held_in] = Subject.of(outline(dataclasses.replace(config, parallel=parallel), architecture)[0])
     return subjects
 
 
