@@ -505,7 +505,8 @@ class PeftConfig:
 class ParallelConfig:
     """How a model and its training state lie on the processes that `accelerate launch` or torchrun started.
 
-    Nothing here changes what is computed. docs/parallel.md tells which layout to choose.
+    Nothing here but `held_in` changes what is computed, beyond the order of sums. Which layout to choose:
+    docs/parallel.md.
     """
 
     processes: int | None = None

@@ -274,9 +274,8 @@ def _stage(
     size = 2 if settings.precision is Precision.bf16 else 4
     gradients = _gradients(piece, shares)
     if piece.kind is Kind.EMBEDDING:
-        return _Stage(
-            0, 0, gradients.passing, gradients.staying
-        )  # its result is the first layer's input, counted there
+        # Its result is the first layer's input, counted there.
+        return _Stage(0, 0, gradients.passing, gradients.staying)
     if piece.kind is Kind.HEAD:
         tied = not any(w.product for w in piece.weights)
         head = pieces[0].weights[0] if tied else next(w for w in piece.weights if w.product)

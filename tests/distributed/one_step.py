@@ -14,10 +14,13 @@ from tests.train import small
 from train.config import (
     ObjectiveConfig,
     ParallelConfig,
+    PeftConfig,
+    PeftKind,
     PoolWeights,
 )
 from train.evaluate import exact
 from train.loop import all_sum, any_rank, train_step
+from train.lora.adapt import adapt
 from train.objectives.sft import SFT
 from train.parallel.layout import build_accelerator
 from train.parallel.updates import Plain
@@ -43,6 +46,8 @@ class Case(NamedTuple):
     """And of rank 1."""
     checkpointing: bool = False
     objective: ObjectiveConfig = PLAIN
+    adapters: bool = False
+    """On vision experts alone: rows without media reach nothing that trains."""
 
 
 CASES = {
@@ -52,6 +57,9 @@ CASES = {
     "nobody has an image": Case(["long", "short"], ["short", "long"]),
     "router losses, counted beforehand": Case(["image", "long"], ["short", "image2"], objective=ROUTERS),
     "router losses, one micro-batch each": Case(["image"], ["long"], objective=ROUTERS),
+    "adapters of vision experts, no image at the end": Case(["image", "long"], ["short", "long"], adapters=True),
+    "adapters of vision experts, an image on one rank": Case(["image"], ["long"], adapters=True),
+    "adapters of vision experts, nobody has an image": Case(["long", "short"], ["short", "long"], adapters=True),
     "router losses, recomputed": Case(["image"], ["short"], checkpointing=True, objective=ROUTERS),
 }
 
@@ -65,11 +73,13 @@ class Catch(torch.optim.SGD):
 
 def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
     policy: Policy = small.policy(dtype=torch.float64)
+    if case.adapters:
+        adapt(policy.model, PeftConfig(kind=PeftKind.lora, targets=["vision_experts"], rank=2), seed=0)
     if case.checkpointing:
         policy.model.run_layer = recompute
         assert policy.model.vision is not None
         policy.model.vision.run_block = recompute
-    optimizer = Catch(policy.parameters(), lr=1.0)
+    optimizer = Catch([p for p in policy.parameters() if p.requires_grad], lr=1.0)
     updates = Plain(policy, optimizer, accelerator)
     updates.policy.train()
     rows = [small.in_double(small.row(SEGMENTS[name])) for name in names]
@@ -78,7 +88,7 @@ def one_step(accelerator: Accelerator, names: list[str], case: Case) -> dict:
     row, row_R = on_device(rows[0], accelerator.device)
     right = exact(policy(row, row_R).correct_T, row).sum().double()
     return {
-        "gradients": {name: g for (name, _), g in zip(policy.named_parameters(), optimizer.caught, strict=True)},
+        "gradients": dict(zip(updates.names, optimizer.caught, strict=True)),
         "metrics": metrics,
         "biases": {name: b.clone() for name, b in policy.named_buffers() if "correction_bias" in name},
         "right": all_sum(accelerator, right).item(),

@@ -31,7 +31,8 @@ def test_two_ranks_equal_one(two_ranks, case):
         # float64 sums of a few hundred terms in another order
         torch.testing.assert_close(two["gradients"][name], gradient, rtol=0, atol=1e-12 * scale, msg=name)
     with_image = any(name.startswith("image") for name in first + second)
-    assert one["gradients"]["model.vision.patch_embed.weight"].any() == with_image
+    if not CASES[case].adapters:  # they sit in the last layer, where no text sees an image: what counts is no hang
+        assert one["gradients"]["model.vision.patch_embed.weight"].any() == with_image
     for key in ("loss", "accuracy", "units", "tokens", "grad_norm", "router_text_imbalance", "router_text_balance"):
         assert math.isclose(one["metrics"][key], two["metrics"][key], rel_tol=1e-12), key
     for name, bias in one["biases"].items():
