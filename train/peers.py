@@ -265,9 +265,15 @@ class Peers:
 
     def _say(self, text: str) -> None:
         """Once on each machine, whichever rank it is about: all may meet the same bad record."""
-        with self.saying:  # both threads may have it to say: the second goes on only when it has been said
+        # Both threads may have it to say: the second goes on only when it has been said. Not for ever: the first may wait
+        # for a store whose machine has gone.
+        alone = self.saying.acquire(timeout=self.leave_s)
+        try:
             if self._first_to_say(text.partition(FAILED)[2] or text):
                 os.write(2, f"{text}\n".encode())  # one write, so that the lines of several ranks don't mingle
+        finally:
+            if alone:
+                self.saying.release()
 
     def _first_to_say(self, text: str) -> bool:
         if self.store_is_gone:

@@ -107,6 +107,7 @@ def rank(case: Case, environment: dict[str, str], output: Path) -> None:
             peers.me = peers.me._replace(machine=case.machines[me], host=f"host-{case.machines[me]}")
         dist.init_process_group("gloo", timeout=timedelta(seconds=LONG_S))
         peers.watch()
+        dist.barrier()  # nobody dies before all are watched; until then only the launcher looks after them
         case.ranks[me](me)
 
 
