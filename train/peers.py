@@ -265,8 +265,8 @@ class Peers:
 
     def _say(self, text: str) -> None:
         """Once on each machine, whichever rank it is about: all may meet the same bad record."""
-        # Both threads may have it to say: the second goes on only when it has been said. Not for ever: the first may wait
-        # for a store whose machine has gone.
+        # Both threads may have it to say: the second goes on only when it has been said. Not for ever: the first may
+        # wait for a store whose machine has gone.
         alone = self.saying.acquire(timeout=self.leave_s)
         try:
             if self._first_to_say(text.partition(FAILED)[2] or text):

@@ -106,8 +106,8 @@ def test_peak_is_the_model_and_one_shard(folder: Path):
     for stored in ("float32", "bfloat16"):
         assert len(list((folder / stored).glob("*.safetensors"))) >= 6  # one shard is a small part of the model
     command = [sys.executable, "-c", MEASURE, str(folder), str(SHARD)]
-    # Large blocks are mapped one by one, as train/memory.py asks for while weights are cut up: gaps that glibc leaves in
-    # its heap come and go from run to run, up to a module, and are not what is measured.
+    # Large blocks are mapped one by one, as train/memory.py asks for while weights are cut up: gaps that glibc leaves
+    # in its heap come and go from run to run, up to a module, and are not what is measured.
     settings = {"PYTHONPATH": str(Path(ernie_model.__file__).parents[1]), "MALLOC_MMAP_THRESHOLD_": str(MIB // 16)}
     environment = os.environ | settings
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
