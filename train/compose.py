@@ -32,8 +32,17 @@ from train.config import (
     check,
     suggestion,
 )
+from train.inference_config import ChatConfig, EvaluationConfig, IndexConfig, ServeConfig
 
-ENTRIES = {"sft": SFTConfig, "convert": ConvertConfig, "export": ExportConfig}
+ENTRIES = {
+    "sft": SFTConfig,
+    "convert": ConvertConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluationConfig,
+    "serve": ServeConfig,
+    "chat": ChatConfig,
+    "index": IndexConfig,
+}
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "plan", "experiment")
 

@@ -1,0 +1,134 @@
+"""Settings of what runs a model without training it: `ernie evaluate`, `serve`, `chat`, `index`.
+
+They share where the weights are (`Weights`), how the engine runs (`EngineConfig`), how answers are sampled
+(`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
+"""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from train.config import PositionRule, Precision, check
+
+
+@dataclass
+class EngineConfig:
+    """How answers are computed. None of it changes what is computed, except by rounding."""
+
+    cache_gib: float = 1.0
+    """Memory of the key/value cache."""
+    page_tokens: int = 16
+    """Tokens of one page of the cache; prompts share whole pages."""
+    step_tokens: int = 2048
+    """Tokens computed in one step: of prompts, in chunks, and one for each answer being written."""
+    max_running: int = 64
+    """Answers written at once."""
+    max_waiting: int = 1024
+    """Requests that may wait; more are refused."""
+    max_context: int | None = None
+    """Longest prompt with its answer, in tokens; null: what the checkpoint says."""
+    share_prefixes: bool = True
+    """Requests that begin alike compute the beginning once."""
+    media_cache_mib: int = 256
+    """Memory of computed image and video features."""
+    threads: int = 0
+    """CPU threads of the products; 0 leaves it to torch."""
+
+    def __post_init__(self):
+        for name in ("cache_gib", "step_tokens", "page_tokens", "max_running", "max_waiting"):
+            check(getattr(self, name) > 0, f"engine.{name} is {getattr(self, name)}; it must be more than 0.")
+        check(self.max_context is None or self.max_context >= 2, f"engine.max_context is {self.max_context}; use >= 2.")
+        check(self.media_cache_mib >= 0, f"engine.media_cache_mib is {self.media_cache_mib}; it must be 0 or more.")
+        check(self.threads >= 0, f"engine.threads is {self.threads}; it must be 0 or more.")
+
+
+@dataclass
+class SamplingConfig:
+    """What is used where a request says nothing else."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: all."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    thinking: bool = False
+    """The prompt opens a thought, as the Thinking releases expect."""
+
+
+@dataclass
+class AgentConfig:
+    """The loop of answering and using tools."""
+
+    tools: list[str] = field(default_factory=list)
+    """Names of built-in tools, or python:module.function of one's own."""
+    max_turns: int = 6
+    """Answers written for one question, tool calls among them."""
+    max_calls: int = 4
+    """Tool calls of one turn."""
+    max_tokens: int = 16384
+    """Prompt, answers and results together."""
+    tool_time_s: float = 20.0
+    max_result_chars: int = 8192
+    """Longer text of a tool is cut, and says so."""
+    time_s: float = 600.0
+    """The whole question."""
+    index: str | None = None
+    """The folder that `ernie index` wrote, for image_search."""
+
+
+@dataclass
+class Weights:
+    """Which model."""
+
+    checkpoint: str = MISSING
+    """A folder with weights as runs/NAME/export, a run folder (its export, else its best), or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    precision: Precision = Precision.bf16
+    """What weights are held and computed in."""
+    position_after_video: PositionRule | None = None
+    """Where text continues after a long video; null keeps what the checkpoint says."""
+    cpu: bool = False
+    """Stay on the CPU where there is a GPU."""
+
+
+@dataclass
+class ModelAtWork(Weights):
+    """What evaluate, serve and chat have in common."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+
+
+@dataclass
+class EvaluationConfig(ModelAtWork):
+    """`ernie evaluate`: see train/evaluate.py."""
+
+    output: str = "evaluations/${now:%Y-%m-%d_%H-%M-%S}"
+
+
+@dataclass
+class ServeConfig(ModelAtWork):
+    """`ernie serve`: see train/serve.py."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+
+@dataclass
+class ChatConfig(ModelAtWork):
+    """`ernie chat`: see train/chat.py."""
+
+
+@dataclass
+class IndexConfig(Weights):
+    """`ernie index`: see train/index.py."""
+
+    folder: str = MISSING
+    """The images."""
+    output: str | None = None
+    """null: FOLDER/.ernie_index"""
