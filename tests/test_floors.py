@@ -33,7 +33,7 @@ CONFIG_LIBRARIES = ("hydra", "omegaconf")
 # Where the model may know of other devices. Everything else in ernie_model is maths on one.
 MAY_COMMUNICATE = ("ernie_model/expert_parallel.py", "ernie_model/sequence_parallel.py")
 # config.py and compose.py turn settings into dataclasses, run.py tells Hydra's errors to the user.
-MAY_READ_HYDRA = re.compile(rf"train/(config|inference_config|compose|explain|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
+MAY_READ_HYDRA = re.compile(rf"train/((inference_)?config|compose|explain|run|{'|'.join(ENTRY_POINTS)})\.py|tests/.*")
 
 
 def imports(source: str) -> list[str]:
