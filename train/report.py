@@ -14,7 +14,7 @@ from ernie_model.parts import Part
 from train.build import arithmetic, human
 from train.checkpoint import Saved
 from train.config import SFTConfig
-from train.evaluate import Score
+from train.heldout import Score
 from train.loop import TrainState
 from train.memory import held_bytes
 from train.parallel.layout import Layout

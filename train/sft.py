@@ -33,7 +33,7 @@ from train.config import (
     check_steps,
 )
 from train.efficiency import Work, peak_flops
-from train.evaluate import draw_answers, measure
+from train.heldout import draw_answers, measure
 from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
 from train.loop import Hooks, Plan, TrainState, fit
 from train.objectives import sft

@@ -18,7 +18,7 @@ from train.config import (
     PeftKind,
     PoolWeights,
 )
-from train.evaluate import exact
+from train.heldout import exact
 from train.loop import all_sum, any_rank, train_step
 from train.lora.adapt import adapt
 from train.objectives.sft import SFT

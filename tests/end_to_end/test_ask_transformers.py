@@ -12,7 +12,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from tests.end_to_end.ask_transformers import ask
-from train.evaluate import answer
+from train.heldout import answer
 
 
 @pytest.fixture

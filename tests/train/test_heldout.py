@@ -7,7 +7,7 @@ import torch
 
 from ernie_model.context import Packed
 from tests.train import small
-from train.evaluate import answer, exact, in_rows, prompt_length, wilson
+from train.heldout import answer, exact, in_rows, prompt_length, wilson
 from train.policy import on_device
 
 
