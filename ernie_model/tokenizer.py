@@ -12,8 +12,10 @@ Strings and ids: reference 1.3. Ids are always looked up by string, never writte
 """
 
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -233,8 +235,32 @@ class Tokenizer:
         return ids, [bisect_right(starts, max(start, stop - 1)) - 1 for start, stop in offsets]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
-        """The text of `ids`; the inverse of both encodings except for U+2581, which the family uses as its space."""
-        return self._markup.decode(list(ids), skip_special_tokens=skip_special)
+        """The text of `ids`; the inverse of both encodings except for U+2581, which the family uses as its space.
+
+        Bytes that are no UTF-8 become U+FFFD, and only those. (`tokenizers` gives up a whole run of byte tokens for one
+        that is wrong, newlines among them, so what it shows of an answer may change with the next token.)
+        """
+        text = self._markup.decode(list(ids), skip_special_tokens=skip_special)
+        if "\N{REPLACEMENT CHARACTER}" not in text or skip_special:
+            return text
+        return b"".join(self.token_bytes[i] or b"" for i in ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes | None, ...]:
+        """What each id writes in the middle of a text, as UTF-8; one byte for `<0x0A>`. None: no token has this id."""
+        before = self._markup.encode("a", add_special_tokens=False).ids
+        texts = self._markup.decode_batch([[*before, i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        start = len(self._markup.decode(before))
+        names = [self.token(i) for i in range(self.vocab_size)]
+        single = [name and _BYTE_TOKEN.fullmatch(name) for name in names]
+        return tuple(
+            None if name is None else bytes([int(byte[1], 16)]) if byte else text[start:].encode()
+            for name, byte, text in zip(names, single, texts, strict=True)
+        )
+
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""How a vocabulary spells the bytes it falls back to."""
 
 
 def _is_markup(content: str) -> bool:
