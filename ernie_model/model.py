@@ -32,7 +32,10 @@ class ModelOutput(NamedTuple):
     hidden_TD: Tensor
     """After the final norm; `hidden_TD @ model.head_VD.T` are the logits."""
     router: RouterStats | None
-    """One leading dimension for the sparse layers; None in a dense model."""
+    """One leading dimension for the sparse layers; None in a dense model, and where it was not asked for."""
+    expert_LTK: Tensor | None = None
+    """The experts that every token visited in the sparse layers, if asked for; vision experts come after the text
+    experts."""
 
 
 class Layer(nn.Module):
@@ -122,7 +125,10 @@ class ErnieModel(nn.Module):
         *,
         patch_PX: Tensor | None = None,
         grids: Sequence[Grid] = (),
+        feature_MD: Tensor | None = None,
         join: bool = False,
+        stats: bool = True,
+        experts: bool = False,
     ) -> ModelOutput:
         """Run one packed row.
 
@@ -134,7 +140,11 @@ class ErnieModel(nn.Module):
             patch_PX: pixels of `context.media(grids)`, that is of all images and videos unless ranks share the row, in
                 order of appearance, patches in merge-block order.
             grids: (frames, rows, columns) of all images and videos, in patches.
+            feature_MD: instead of pixels and grids, what `media_features` made of them: a row for each placeholder, so
+                that a row of tokens may begin or end inside an image.
             join: use every weight, also what only images and videos reach: another rank does, in a row of its own.
+            stats: count what the routers did.
+            experts: report which experts every token visited.
 
         Raises:
             ValueError: pixels, grids and placeholders disagree.
@@ -142,28 +152,52 @@ class ErnieModel(nn.Module):
         here = slice(context.cuts[context.part], context.cuts[context.part + 1])
         x_TD = self.embed_tokens(token_T[here])
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
-        pools, media_T, media_P = self._pools(token_T, grids, context, join)
-        if grids:
+        given = None if feature_MD is None else feature_MD.shape[0]
+        pools, media_T, media_P = self._pools(token_T, grids, given, context)
+        pools = pools._replace(join=join, stats=stats, visited=[] if experts else None)
+        if grids and feature_MD is None:
             feature_MD = context.deliver(self._compute_media(patch_PX, context.media(grids), x_TD), grids, media_P)
+        if feature_MD is not None:
             x_TD = x_TD.index_copy(0, media_T.nonzero()[:, 0], feature_MD)  # placeholders in order (reference 2.4)
         elif patch_PX is not None:
             raise ValueError(f"{patch_PX.shape[0]} patches came without grids.")
         elif join and self.vision is not None:
             x_TD = touch(x_TD, self._features_of_nothing(x_TD))
         rotation = text_rotation(position_3T[:, here], self.config, dtype=x_TD.dtype)
-        stats: list[RouterStats] = []
+        counted: list[RouterStats] = []
         for layer in self.layers:
             x_TD, layer_stats = self.run_layer(layer, x_TD, rotation, context, pools)
             if layer_stats is not None:
-                stats.append(layer_stats)
-        return ModelOutput(self.norm(x_TD), RouterStats.stack(stats) if stats else None)
+                counted.append(layer_stats)
+        return ModelOutput(
+            self.norm(x_TD),
+            RouterStats.stack(counted) if counted else None,
+            torch.stack(pools.visited) if pools.visited else None,
+        )
+
+    def media_features(self, patch_PX: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """(M, D): what the vision tower and the resampler make of whole images and videos, one row a placeholder.
+
+        Raises:
+            ValueError: a text-only model, or pixels and grids disagree.
+        """
+        if self.vision is None:
+            raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
+        for grid in grids:
+            check_grid(grid)
+        return self._compute_media(patch_PX, grids, self._like())
+
+    def _like(self) -> Tensor:
+        """(0, D) activations: their dtype and device."""
+        return self.embed_tokens.weight[:0].to(self.compute_dtype or self.embed_tokens.weight.dtype)
 
     def _pools(
-        self, token_T: Tensor, grids: Sequence[Grid], context: Context, join: bool
+        self, token_T: Tensor, grids: Sequence[Grid], features: int | None, context: Context
     ) -> tuple[Pools, Tensor, list[int]]:
         """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders; of the tokens that are here.
 
-        Vision tokens are placeholders and start/end tokens. A row whose placeholders and grids disagree is refused.
+        Vision tokens are placeholders and start/end tokens. A row whose placeholders and grids, or features that were
+        given, disagree is refused.
         Also returns the number of placeholders in each part of the row.
         """
         parts = [slice(*ends) for ends in itertools.pairwise(context.cuts)]
@@ -171,21 +205,26 @@ class ErnieModel(nn.Module):
         vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
         media_T = _is_one_of(token_T, self.config.placeholder_token_ids)
         if self.vision is None:
-            if grids:
-                raise ValueError(f"{len(grids)} images or videos were given to a text-only model.")
+            if grids or features:
+                raise ValueError("images or videos were given to a text-only model.")
             return Pools(vision_T[here], 0), media_T[here], [0] * len(parts)
         # The only wait for the device in a forward: every layer needs the size of both pools on the host.
         vision_P, media_P = torch.stack(
             [torch.stack([x_T[part].sum() for part in parts]) for x_T in (vision_T, media_T)]
         ).tolist()
+        found = sum(media_P)
+        if features is not None:
+            if found != features:
+                raise ValueError(f"the row has {found} placeholder tokens, but {features} media features were given.")
+            return Pools(vision_T[here], vision_P[context.part]), media_T[here], media_P
         for grid in grids:
             check_grid(grid)
         expected = sum(num_media_tokens(grid) for grid in grids)
-        if (found := sum(media_P)) != expected:
+        if found != expected:
             raise ValueError(
                 f"the row has {found} placeholder tokens, but its {len(grids)} images and videos need {expected}."
             )
-        return Pools(vision_T[here], vision_P[context.part], join), media_T[here], media_P
+        return Pools(vision_T[here], vision_P[context.part]), media_T[here], media_P
 
     def _compute_media(self, patch_PX: Tensor | None, grids: Sequence[Grid], like: Tensor) -> Tensor:
         """(M, D): the features of these images and videos, in the dtype of `like`."""

@@ -39,6 +39,10 @@ class Pools(NamedTuple):
     """Their number, on the host: it is read once per forward, so that no layer has to wait for the device."""
     join: bool = False
     """Some rank has tokens for the vision pool: every rank calls both pools, whatever its own tokens are."""
+    stats: bool = True
+    """Count what the routers did."""
+    visited: list[Tensor] | None = None
+    """Every sparse layer appends its (T, K) experts."""
 
 
 class Routing(NamedTuple):
@@ -262,12 +266,14 @@ class MoE(nn.Module):
         self.shared_experts = SwiGLU(config.hidden_size, shared, bias=config.use_bias) if shared else None
         self.route: Route = route_local  # the seam: expert parallelism swaps this function
 
-    def forward(self, x_TD: Tensor, pools: Pools) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, pools: Pools) -> tuple[Tensor, RouterStats | None]:
         routing, stats = self.choose(x_TD, pools)
+        if pools.visited is not None:
+            pools.visited.append(routing.expert_TK)
         vision = self.vision.experts if self.vision is not None else None
         return self.route(x_TD, routing, self.text.experts, vision, self.shared_experts), stats
 
-    def choose(self, x_TD: Tensor, pools: Pools) -> tuple[Routing, RouterStats]:
+    def choose(self, x_TD: Tensor, pools: Pools) -> tuple[Routing, RouterStats | None]:
         """Softmax over the token's own pool; the K best by probability + correction bias; weights without the bias."""
         score_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         logit_TE = self.text.router(score_TD)
@@ -283,6 +289,8 @@ class MoE(nn.Module):
         weight_TK = prob_TE.gather(1, chosen_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
         routing = Routing(chosen_TK + offset, weight_TK, pools.num_vision, pools.join)
+        if not pools.stats:
+            return routing, None
         preferred_TK = prob_TE.detach().topk(self.experts_per_token, dim=-1).indices + offset
         return routing, self._stats(logit_TE, prob_TE, routing.expert_TK, preferred_TK, pools)
 

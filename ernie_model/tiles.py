@@ -32,6 +32,18 @@ def tiled_attention(q_BLNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, causal: b
     return _TiledAttention.apply(q_BLNH, k_BLGH, v_BLGH, causal)  # pyright: ignore[reportReturnType]
 
 
+@torch.no_grad()
+def attention_after(q_LNH: Tensor, k_GSH: Tensor, v_GSH: Tensor) -> Tensor:
+    """Causal attention of the last L of S tokens, whose predecessors were computed earlier; (L, N, H), no gradient."""
+    length, past = q_LNH.shape[0], k_GSH.shape[1] - q_LNH.shape[0]
+    q = q_LNH.unflatten(1, (k_GSH.shape[0], -1)).transpose(0, 1)  # (G, L, M, H)
+    out = torch.empty_like(q)
+    for part, tile, seen in _tiles(q.shape, causal=True, past=past):
+        prob = _probabilities(q[part, tile], k_GSH[part, :seen, None], causal=True).to(q.dtype)
+        out[part, tile] = torch.bmm(prob, v_GSH[part, :seen]).unflatten(1, (-1, q.shape[2]))
+    return out.transpose(0, 1).reshape(length, -1, q.shape[3])
+
+
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BLNH, k_BLGH, v_BLGH, causal):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,13 +94,16 @@ def _future(tile: int, heads: int, dtype: torch.dtype) -> Tensor:
     return torch.full((tile, tile), -math.inf, dtype=dtype).triu(1).repeat_interleave(heads, dim=0)
 
 
-def _tiles(shape: torch.Size, causal: bool) -> list[tuple[slice, slice, int]]:
-    """(which of Z, which queries, how many keys they see), sized so that the scores of a tile stay in the cache."""
+def _tiles(shape: torch.Size, causal: bool, past: int = 0) -> list[tuple[slice, slice, int]]:
+    """(which of Z, which queries, how many keys they see), sized so that the scores of a tile stay in the cache.
+
+    `past`: keys before those of the first query.
+    """
     batch, length, heads, _ = shape
     tile = max(TILE_ROWS // heads, 16)
-    part = max(TILE_BYTES // (4 * tile * heads * length), 1)
+    part = max(TILE_BYTES // (4 * tile * heads * (past + length)), 1)
     return [
-        (slice(z, z + part), slice(at, min(at + tile, length)), min(at + tile, length) if causal else length)
+        (slice(z, z + part), slice(at, min(at + tile, length)), past + (min(at + tile, length) if causal else length))
         for z in range(0, batch, part)
         for at in range(0, length, tile)
     ]
