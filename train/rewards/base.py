@@ -1,8 +1,8 @@
 """What a reward function sees and returns."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,7 @@ class Attempt:
     """{"name", "arguments", "failed"} of each call, in order."""
 
 
-class Reward(Protocol):
-    def __call__(self, attempt: Attempt, expected: str, **options: Any) -> float | None:
-        """In [0, 1]; None when it cannot be told (the right answer cannot be read), which is not 0.
-
-        Whatever the attempt holds, nothing is raised.
-        """
-        ...
+Reward = Callable[..., float | None]
+"""(attempt: Attempt, expected: str, **options) -> in [0, 1]; None when it cannot be told (the right answer cannot be
+read), which is not 0. Whatever the attempt holds, nothing is raised.
+"""
