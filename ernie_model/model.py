@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie_model.attention import Attention, Context
 from ernie_model.config import ErnieConfig
-from ernie_model.layers import Linear, RMSNorm, SwiGLU, touch
+from ernie_model.layers import Linear, RMSNorm, SwiGLU, cast, touch
 from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats
 from ernie_model.recompute import Runner, keep_activations
 from ernie_model.resampler import Resampler
@@ -93,6 +94,14 @@ class ErnieModel(nn.Module):
     def head(self) -> nn.Linear | nn.Embedding:
         """The module that has it."""
         return self.embed_tokens if self.lm_head is None else self.lm_head
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, V) in the dtype of `hidden_TD`, also of a quantised head (inference/quantize.py). Training has chunks."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden_TD)
+        if isinstance(self.embed_tokens, nn.Embedding):
+            return F.linear(hidden_TD, cast(self.embed_tokens.weight, hidden_TD))
+        return self.embed_tokens.project(hidden_TD)
 
     def init_weights(self) -> None:
         """Matrices from a normal distribution with `initializer_range`, norms 1, biases 0."""
