@@ -5,6 +5,7 @@ They share where the weights are (`Weights`), how the engine runs (`EngineConfig
 """
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from omegaconf import MISSING
 
@@ -79,6 +80,46 @@ class AgentConfig:
     """The folder that `ernie index` wrote, for image_search."""
 
 
+class Bits(Enum):
+    """See ernie_model.inference.quantize.Scheme."""
+
+    int8 = "int8"
+    int4 = "int4"
+    int2 = "int2"
+
+
+@dataclass
+class QuantizeConfig:
+    """Weights in fewer bits, part by part (docs/export.md). A part that is null stays as it is."""
+
+    text_experts: Bits | None = None
+    vision_experts: Bits | None = None
+    shared: Bits | None = None
+    attention: Bits | None = None
+    dense: Bits | None = None
+    """The MLPs of the layers without experts."""
+    vision: Bits | None = None
+    resampler: Bits | None = None
+    embeddings: Bits | None = None
+    """The embedding, and the head with it."""
+    group: int = 128
+    """Columns of a row that share a scale in int4 and int2: 32, 64, 128 or 256."""
+    calibration: str | None = None
+    """Conversations whose activations say which errors count: a task of data/tasks, or a file as data.path takes it.
+    They should hold images where the model will see some. null: all errors count alike."""
+    examples: int = 64
+    """How many of them."""
+
+    def __post_init__(self):
+        check(self.group in (32, 64, 128, 256), f"quantize.group is {self.group}; use 32, 64, 128 or 256.")
+        check(self.examples >= 1, f"quantize.examples is {self.examples}; it must be at least 1.")
+
+    def parts(self) -> dict[str, str]:
+        """Part -> bits, of those that are set."""
+        names = [name for name in vars(self) if name not in ("group", "calibration", "examples")]
+        return {name: bits.value for name in names if (bits := getattr(self, name)) is not None}
+
+
 @dataclass
 class Weights:
     """Which model."""
@@ -91,6 +132,10 @@ class Weights:
     """What weights are held and computed in."""
     position_after_video: PositionRule | None = None
     """Where text continues after a long video; null keeps what the checkpoint says."""
+    adapter: str | None = None
+    """An adapter folder, or a run folder that holds one: it is added to the weights of `checkpoint` in memory."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """Of weights that are not quantised yet, in memory; `ernie export` writes them for good."""
     cpu: bool = False
     """Stay on the CPU where there is a GPU."""
 

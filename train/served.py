@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from ernie_model.checkpoint import load_model
+from ernie_model.checkpoint import load_model, local_folder
 from ernie_model.config import PositionAfterVideo
+from ernie_model.inference.quantize import load_quantised, prepare, quantization_of
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
+from train.calibration import quantise
 from train.config import Precision, UserError
 from train.inference_config import Weights
 
@@ -24,12 +26,63 @@ def open_model(config: Weights) -> Served:
     Raises:
         UserError, ConfigError, CheckpointError, TokenizerError: with what is wrong and where.
     """
-    source = weights_folder(config.checkpoint)
+    source = str(local_folder(weights_folder(config.checkpoint), config.revision, FILES))
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
-    model = load_model(source, dtype=dtype, revision=config.revision, position_after_video=rule)
+    read = Processor.from_pretrained(source)
+    # Positions follow the model's rule, which may have been overridden.
+    config_of_model = read.config if rule is None else read.config.replace(position_after_video=rule)
+    processor = Processor(read.tokenizer, config_of_model, read.image, read.video, read.chat)
+    if quantization_of(source) is not None:
+        refuse_changes(config)
+        model = load_quantised(source, dtype=dtype, device=device_of(config), position_after_video=rule)
+        return Served(model, processor)
+    model = load_model(source, dtype=dtype, position_after_video=rule)
     model.requires_grad_(False).eval()
-    return Served(model.to(device_of(config)), Processor.from_pretrained(source, config.revision))
+    if config.adapter is not None:
+        merge_adapter(model, config.adapter)
+    model = model.to(device_of(config))
+    if quantise(model, processor, config.quantize) is not None:
+        prepare(model)
+    return Served(model, processor)
+
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "*.ttf", "tokenizer.model"]
+
+
+def refuse_changes(config: Weights) -> None:
+    """Raises UserError: quantised weights can neither be quantised again nor take an adapter."""
+    for key, value in (("adapter", config.adapter), ("quantize", ", ".join(config.quantize.parts()))):
+        if value:
+            raise UserError(
+                f"checkpoint={config.checkpoint} is quantised already, and {key}={value} needs weights of 16 bits or "
+                f"more. Name the checkpoint that it was made of, or leave {key} out."
+            )
+
+
+@torch.no_grad()
+def merge_adapter(model: ErnieModel, adapter: str) -> None:
+    """W := W + scale * B A, in place, of every tensor that the adapter changes.
+
+    Args:
+        adapter: a folder in peft's format, or a run folder with one.
+
+    Raises:
+        UserError: there is no adapter, or it is of another model.
+    """
+    from train.lora.files import CONFIG, read_adapter  # peft takes seconds to import
+    from train.lora.layers import effective_rows
+
+    folder = Path(adapter)
+    if not (folder / CONFIG).exists():
+        found = [folder / name for name in ("adapter", "best_adapter") if (folder / name / CONFIG).exists()]
+        folder = found[0] if found else folder
+    for name, factors in read_adapter(folder, model, "adapter").factors.items():
+        weight = model.get_parameter(name)
+        wide = torch.promote_types(weight.dtype, factors.A.dtype)
+        for index in range(weight.shape[0]) if weight.ndim == 3 else (None,):  # one expert's float32 copy at a time
+            part = () if index is None else (index,)
+            weight[part] = effective_rows(weight, [factors], part, dtype=wide).to(weight.dtype)
 
 
 def device_of(config: Weights) -> torch.device:

@@ -210,7 +210,7 @@ def _rounded_up(scale: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes (..., g) -> bytes (..., g * bits / 8). Byte j holds columns j, j + g/n, ...: unpacking copies runs."""
+    """uint8 codes (..., g) -> bytes (..., g * bits / 8). Byte j holds columns j, j + g/n, ...: runs, when unpacked."""
     several = codes.unflatten(-1, (8 // bits, -1))
     out = several[..., 0, :].clone()
     for place in range(1, 8 // bits):
@@ -254,7 +254,9 @@ class _Matrix:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         if self.for_kernel:
-            raise RuntimeError("codes were packed for a kernel, which keeps its order to itself; read the folder again.")
+            raise RuntimeError(
+                "codes were packed for a kernel, which keeps its order to itself. Read the folder again."
+            )
         return dequantise(self.one, self.scheme, self.columns, dtype)
 
 
@@ -493,7 +495,7 @@ class Calibration:
             )
         if self.head:
             self._hooks.append(
-                self.model.norm.register_forward_hook(lambda module, inputs, out: self._add("embed_tokens.weight", out))
+                self.model.norm.register_forward_hook(lambda *args: self._add("embed_tokens.weight", args[-1]))
             )
         return self
 
@@ -634,7 +636,7 @@ def load_quantised(
 
 
 def prepare(model: ErnieModel) -> None:
-    """Bring codes into the order that is fastest where the model lies and for its dtype; it can't be saved afterwards."""
+    """Bring codes into the order that is fastest here for the model's dtype; it can't be saved afterwards."""
     if model.norm.weight.device.type == "cpu" and model.norm.weight.dtype == torch.bfloat16:
         for module in model.modules():
             if isinstance(module, QuantisedModule):

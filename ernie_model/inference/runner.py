@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ernie_model.config import ErnieConfig
 from ernie_model.inference.kv_cache import KVCache, PagedCache, Span, page_bytes
 from ernie_model.inference.request import MediaItem
-from ernie_model.layers import cast, wide
+from ernie_model.layers import wide
 from ernie_model.model import ErnieModel
 from ernie_model.rope import num_media_tokens
 
@@ -63,7 +62,7 @@ class Runner:
 
     def __init__(self, model: ErnieModel, *, num_pages: int, page_tokens: int, max_rows: int):
         self.model, self.max_rows = model, max_rows
-        weight = model.embed_tokens.weight
+        weight = model.norm.weight  # which is never quantised
         self.dtype, self.device = model.compute_dtype or weight.dtype, weight.device
         self.cache = PagedCache(
             model.config, num_pages=num_pages, page_tokens=page_tokens, dtype=self.dtype, device=self.device
@@ -115,7 +114,7 @@ class Runner:
             wanted = [t for end, row in zip(ends, rows, strict=True) for t in range(end - row.num_logits, end)]
             hidden_SD = out.hidden_TD.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=self.device))
         with torch.no_grad():  # not in inference mode: whoever samples may change the logits in place
-            logit_SV = wide(F.linear(hidden_SD, cast(self.model.head_VD, hidden_SD)))
+            logit_SV = wide(self.model.logits(hidden_SD))
         return StepOutput(
             logit_SV, [self._experts(out.expert_LTK, row, end) for row, end in zip(rows, ends, strict=True)]
         )

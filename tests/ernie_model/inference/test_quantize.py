@@ -16,9 +16,9 @@ from ernie_model.inference import quantize
 from ernie_model.inference.quantize import (
     QUANTISABLE,
     Calibration,
-    Quantization,
     QuantisedExperts,
     QuantisedModule,
+    Quantization,
     Scheme,
     dequantise,
     load_quantised,
@@ -186,6 +186,8 @@ def test_bfloat16_on_the_cpu_uses_kernels_for_few_rows(config, monkeypatch):
     """What the kernels compute differs from the written-out product by the rounding of bfloat16 alone."""
     plain = random_model(config, torch.bfloat16)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    called, kernel = [], quantize._int4_kernel
+    monkeypatch.setattr(quantize, "_int4_kernel", lambda *args: called.append(1) or kernel(*args))
     for scheme in (Scheme.INT4, Scheme.INT8):
         model = copy.deepcopy(plain)
         quantise_model(model, Quantization({Part.ATTENTION: scheme, Part.TEXT_EXPERTS: scheme}, 32))
@@ -197,10 +199,7 @@ def test_bfloat16_on_the_cpu_uses_kernels_for_few_rows(config, monkeypatch):
         written_out.gate_up_EFD.data, written_out.down_EDF.data = gate_up, down
         quantize.prepare(model)
         assert linear.for_kernel == experts.for_kernel == (scheme is Scheme.INT4)
-        called = []
-        for name in ("_int4_kernel",):
-            original = getattr(quantize, name)
-            monkeypatch.setattr(quantize, name, lambda *a, original=original: called.append(1) or original(*a))
+        called.clear()
         # 2^-8 is the rounding of one bfloat16; products of 64 terms, each rounded weight and input exact
         out = linear(x).double()
         exact = x.double() @ weight.T
