@@ -165,6 +165,37 @@ def render(
     return writer.pieces
 
 
+def render_continuation(
+    messages: Sequence[Message],
+    *,
+    images_before: int,
+    videos_before: int,
+    thinking: bool | None = None,
+    chat_format: ChatFormat | None = None,
+) -> list[Piece]:
+    """What stands between an assistant's `<|end_of_sentence|>` and its next turn: `messages`, the generation prompt.
+
+    Args:
+        messages: results of tools and what the user says next; as for `render`, and none of the assistant's.
+        images_before, videos_before: how many the conversation holds already; labels go on from there.
+
+    Raises:
+        ChatError: a message that the format cannot express; an assistant's message; no message.
+    """
+    if not messages:
+        raise ChatError("there is no message to go on with.")
+    writer = _Writer(chat_format or ChatFormat(), thinking)
+    writer.num_media = {PieceKind.IMAGE: images_before, PieceKind.VIDEO: videos_before}
+    writer.previous_role = "assistant"
+    for index, message in enumerate(messages):
+        if message.get("role") == "assistant":
+            raise ChatError(f"message {index}: only the assistant itself goes on with a message of the assistant's.")
+        writer.write(index, message, being_written=False)
+    writer.index = len(messages)
+    writer.generation_prompt(bool(thinking))
+    return writer.pieces
+
+
 def to_text(pieces: Sequence[Piece]) -> str:
     """The chat string, with one placeholder for each image and video."""
     return "".join(piece.text for piece in pieces)

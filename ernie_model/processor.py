@@ -26,7 +26,17 @@ import torch
 from torch import Tensor
 
 from ernie_model.atomic import atomic_write
-from ernie_model.chat import ChatError, ChatFormat, Piece, PieceKind, SpanKind, jinja_template, render, to_text
+from ernie_model.chat import (
+    ChatError,
+    ChatFormat,
+    Piece,
+    PieceKind,
+    SpanKind,
+    jinja_template,
+    render,
+    render_continuation,
+    to_text,
+)
 from ernie_model.checkpoint import local_folder
 from ernie_model.config import ErnieConfig
 from ernie_model.images import (
@@ -126,7 +136,42 @@ class Processor:
             ChatError: messages that the chat format cannot express.
             MediaError: an image or video that cannot be honoured; it names the file.
         """
-        pieces = self._render(messages, tools, thinking, add_generation_prompt, every_turn)
+        return self._encode(self._render(messages, tools, thinking, add_generation_prompt, every_turn))
+
+    def encode_continuation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        images_before: int,
+        videos_before: int,
+        thinking: bool | None = None,
+    ) -> Encoded:
+        """What follows the `<|end_of_sentence|>` of an assistant's turn, up to where it writes the next one.
+
+        A conversation goes on with the ids that were sampled; nothing of it is tokenised again. When the turns before
+        hold their reasoning, or stand behind their generation prompts (`every_turn`), earlier ids and these together
+        are what `encode` makes of the whole.
+
+        Args:
+            messages: results of tools and what the user says next (`chat.render_continuation`).
+            images_before, videos_before: how many the conversation holds already; labels go on from there.
+
+        Returns:
+            Positions count from 0; `rope.position_ids` of the whole sequence gives those in their place.
+
+        Raises:
+            ChatError, MediaError: as `encode`.
+        """
+        pieces = render_continuation(
+            messages,
+            images_before=images_before,
+            videos_before=videos_before,
+            thinking=thinking,
+            chat_format=self.chat,
+        )
+        return self._encode(pieces, media_before=images_before + videos_before)
+
+    def _encode(self, pieces: Sequence[Piece], media_before: int = 0) -> Encoded:
         ids: list[int] = []
         owner: list[int] = []  # index of the piece each token belongs to
         run: list[int] = []  # indices of adjacent text pieces, not yet tokenised
@@ -144,7 +189,7 @@ class Processor:
                 finish_run()
             if piece.kind in (PieceKind.IMAGE, PieceKind.VIDEO):
                 finish_run()
-                patch_PX, grid = self._media(piece, number=len(grids) + 1)
+                patch_PX, grid = self._media(piece, number=media_before + len(grids) + 1)
                 patches.append(patch_PX)
                 grids.append(grid)
                 new_ids = self._media_ids(piece.kind, grid)

@@ -485,3 +485,72 @@ def test_generation_stops_where_a_turn_ends(saved, processor, vl_config):
     ends = json.loads((saved / "generation_config.json").read_text())
     end_of_turn = processor.tokenizer.require("<|end_of_sentence|>")
     assert ends["eos_token_id"] == sorted([vl_config.eos_token_id, end_of_turn])
+
+
+# ------------------------------------------------------------------------------------------------------- continuations
+
+
+def test_a_continuation_by_hand(processor):
+    results = [
+        message("tool", [image(red(56, 56)), text("a label")]),
+        message("tool", "error: no"),
+        message("user", [image(red(56, 84)), text("And now?")]),
+    ]
+    encoded = processor.encode_continuation(results, images_before=2, videos_before=1, thinking=True)
+    assert re.sub(r"(<\|IMAGE_PLACEHOLDER\|>)+", "@", processor.decode(encoded.token_T)) == (
+        "User: \n<tool_output>\nPicture 3:<|IMAGE_START|>@<|IMAGE_END|>a label\n</tool_output>\n"
+        "<tool_output>\nerror: no\n</tool_output>\n"
+        "User: Picture 4:<|IMAGE_START|>@<|IMAGE_END|>And now?\nAssistant: <think>"
+    )
+    assert encoded.grids == ((1, 4, 4), (1, 4, 6))
+    assert not any(span.generated for span in encoded.spans)
+
+
+thoughts = st.builds(
+    message,
+    st.just("assistant"),
+    words,
+    reasoning_content=words.filter(lambda word: word.strip("\n")),
+    tool_calls=st.sampled_from([[], [{"function": {"name": "f", "arguments": {"x": [1, "字"]}}}]]),
+)
+shown = st.lists(st.just(image(red(56, 56))) | words.map(text), min_size=1, max_size=3)
+said = st.lists(st.builds(message, st.sampled_from(["user", "tool"]), shown | words), min_size=1, max_size=3)
+
+
+@same_fixture
+@given(rounds=st.lists(st.tuples(said, thoughts), min_size=1, max_size=3), rest=said, thinking=st.booleans())
+def test_turns_and_continuations_end_to_end_are_the_whole_conversation(processor, rounds, rest, thinking):
+    """With reasoning in every turn, as the Thinking releases write it."""
+    history = [part for others, turn in rounds for part in (*others, turn)]
+    whole = processor.encode([*history, *rest], add_generation_prompt=True, thinking=thinking)
+    begun = processor.encode(history)
+    images = sum(
+        part["type"] == "image" for turn in history if isinstance(turn["content"], list) for part in turn["content"]
+    )
+    more = processor.encode_continuation(rest, images_before=images, videos_before=0, thinking=thinking)
+    assert whole.token_T.tolist() == begun.token_T.tolist() + more.token_T.tolist()
+    assert whole.grids == begun.grids + more.grids
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_without_reasoning_a_continuation_shows_turns_as_training_does(processor, thinking):
+    """`every_turn` is how data is trained by default: each turn behind its generation prompt."""
+    history = [message("user", "Hi"), message("assistant", "Hello.")]
+    rest = [message("user", "And?")]
+    whole = processor.encode(
+        [*history, *rest, message("assistant", "")], every_turn=True, thinking=thinking
+    ).token_T.tolist()
+    begun = processor.encode(history, every_turn=True, thinking=thinking).token_T.tolist()
+    more = processor.encode_continuation(rest, images_before=0, videos_before=0, thinking=thinking).token_T.tolist()
+    assert whole[: len(begun) + len(more)] == begun + more
+
+
+@pytest.mark.parametrize("messages", [[], [message("assistant", "I go on.")]])
+def test_a_continuation_of_nothing_or_of_the_assistant_itself_is_refused(processor, messages):
+    with pytest.raises(ChatError, match="no message|assistant"):
+        processor.encode_continuation(messages, images_before=0, videos_before=0)
+
+
+def test_a_picture_of_a_continuation_is_counted_from_the_beginning_when_it_is_refused(processor):
+    with pytest.raises(MediaError, match="image 4 of the conversation"):
+        processor.encode_continuation([message("tool", [image(b"?")])], images_before=2, videos_before=1)

@@ -1,0 +1,226 @@
+"""A user's function as a tool, in a process of its own that can be killed.
+
+    here                              there:  python -m ernie_model.inference.tool_process module.function
+    tool_from_path("module.function")
+      start  ────────────────────────►  import module
+             ◄────────────────────────  name, description, schema     | why it is not a tool
+    tool.run(arguments, context)
+      call   ────────────────────────►  function(**arguments)
+             ◄────────────────────────  ToolResult, within its limits | what it raised
+      late: the process and all it started are killed; the next call starts another
+
+The module is never imported here: what it does on import, and the memory it takes, stay there. A process serves one
+call at a time; several calls at once take up to `MAX_PROCESSES`. What the function prints goes to stderr.
+"""
+
+import importlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.connection import Pipe as pipe
+from typing import Any
+
+from ernie_model.inference.tools import (
+    ERROR_CHARS,
+    TOOL_ATTRIBUTE,
+    Tool,
+    ToolContext,
+    ToolError,
+    ToolResult,
+    bounded,
+    took_too_long,
+    what_happened,
+)
+
+STDERR = 2
+MAX_PROCESSES = 4
+START_S = 60.0
+"""Importing the module may take so long; it does not count as the tool's time."""
+
+
+def tool_from_path(path: str) -> Tool:
+    """The function `module.function` that `tools.tool` marks. Its first process starts at once.
+
+    Raises:
+        ValueError: it cannot be imported, or is not marked as a tool; the message says which.
+    """
+    module, _, function = path.rpartition(".")
+    if not (module and function):
+        raise ValueError(f"python:{path} must be python:module.function.")
+    processes = _Processes(path)
+    first = processes.take(START_S)
+    processes.give_back(first)
+    processes.name = first.definition["name"]
+    sees_context = first.definition["sees_context"]
+
+    def run(arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+        return processes.run(arguments, context if sees_context else ToolContext(limits=context.limits))
+
+    return Tool(**first.definition, run=run, keeps_limits=True)
+
+
+class _Processes:
+    """Up to MAX_PROCESSES for one function. Any thread may call `run`."""
+
+    def __init__(self, path: str):
+        self.path = self.name = path
+        self._free: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        for _ in range(MAX_PROCESSES):
+            self._free.put(None)  # may be started
+
+    def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+        time_s = context.limits.tool_time_s
+        process = self.take(time_s)
+        try:
+            outcome = process.call(arguments, context, time_s)
+        except TimeoutError:
+            process.kill()
+            return ToolResult.failure(took_too_long(self.name, time_s))
+        except (EOFError, OSError) as error:
+            process.kill()
+            raise ToolError(f"{self.name} ended its process{process.how_it_ended()}.") from error
+        finally:
+            self.give_back(process if process.alive else None)
+        if isinstance(outcome, ToolResult):
+            return outcome
+        raise ToolError(outcome)
+
+    def take(self, time_s: float) -> "_Process":
+        try:
+            process = self._free.get(timeout=time_s)
+        except queue.Empty:
+            raise ToolError(f"{self.name} is busy with {MAX_PROCESSES} calls.") from None
+        if process is not None and process.alive:
+            return process
+        try:
+            return _Process(self.path)
+        except BaseException:
+            self._free.put(None)
+            raise
+
+    def give_back(self, process: "_Process | None") -> None:
+        self._free.put(process)
+
+
+class _Process:
+    """Raises ValueError: what `path` names is not a tool."""
+
+    def __init__(self, path: str):
+        ours, theirs = pipe()
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, path, str(theirs.fileno()), str(os.getpid())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=STDERR,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            # Ctrl-C in the terminal does not reach a session of its own, and all that it starts can be killed with it.
+            start_new_session=True,
+        )
+        theirs.close()
+        self._pipe = ours
+        self._end = weakref.finalize(self, _kill, self._popen)  # at the latest when the program ends
+        try:
+            answer = self._answer(START_S)
+        except TimeoutError:
+            self.kill()
+            raise ValueError(f"python:{path}: importing it took longer than {START_S:g} s.") from None
+        except (EOFError, OSError):
+            self.kill()
+            raise ValueError(f"python:{path}: importing it ended its process{self.how_it_ended()}.") from None
+        if isinstance(answer, str):
+            self.kill()
+            raise ValueError(answer)
+        self.definition: dict[str, Any] = answer
+
+    @property
+    def alive(self) -> bool:
+        return self._popen.poll() is None
+
+    def call(self, arguments: dict[str, Any], context: ToolContext, time_s: float) -> Any:
+        self._pipe.send((arguments, context))
+        return self._answer(time_s)
+
+    def _answer(self, time_s: float) -> Any:
+        if not self._pipe.poll(time_s):
+            raise TimeoutError
+        return self._pipe.recv()
+
+    def kill(self) -> None:
+        self._end()
+        self._pipe.close()
+
+    def how_it_ended(self) -> str:
+        code = self._popen.returncode
+        return "" if code is None or code == -signal.SIGKILL else f" (exit code {code})"
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------- there
+
+
+def serve(path: str, connection: Connection) -> None:
+    """Answer calls until the other side is gone."""
+    try:
+        tool = _imported(path)
+    except BaseException as error:
+        connection.send(str(error)[:ERROR_CHARS])
+        return
+    definition = dict(name=tool.name, description=tool.description, parameters=dict(tool.parameters))
+    connection.send(definition | dict(sees_context=tool.sees_context))
+    while True:
+        try:
+            arguments, context = connection.recv()
+        except EOFError:
+            return
+        outcome: ToolResult | str
+        try:
+            outcome = bounded(tool.run(arguments, context), context.limits)
+        except Exception as error:
+            outcome = what_happened(tool.name, error)
+        connection.send(outcome)
+
+
+def _imported(path: str) -> Tool:
+    module, _, function = path.rpartition(".")
+    try:
+        found: Callable[..., Any] | None = getattr(importlib.import_module(module), function, None)
+    except BaseException as error:
+        raise ValueError(f"python:{path}: importing {module} failed: {type(error).__name__}: {error}") from error
+    if found is None:
+        raise ValueError(f"python:{path}: {module} has no {function}.")
+    tool = getattr(found, TOOL_ATTRIBUTE, None)
+    if tool is None:
+        raise ValueError(
+            f"python:{path} is not a tool. Mark the function with @tool(SCHEMA) of ernie_model.inference.tools."
+        )
+    return tool
+
+
+def _end_with_parent(parent: int) -> None:
+    """A function that hangs would outlive a program that was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent(int(sys.argv[3]))
+    serve(sys.argv[1], Connection(int(sys.argv[2])))
