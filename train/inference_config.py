@@ -25,7 +25,7 @@ class EngineConfig:
     max_running: int = 64
     """Answers written at once."""
     max_waiting: int = 1024
-    """Requests that may wait; more are refused."""
+    """Requests taken beside `max_running`; more are refused."""
     max_context: int | None = None
     """Longest prompt with its answer, in tokens; null: what the checkpoint says."""
     share_prefixes: bool = True

@@ -1,5 +1,6 @@
 """Settings to a model that works: weights, processor, engine."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,12 +8,13 @@ import torch
 
 from ernie_model.checkpoint import load_model, local_folder
 from ernie_model.config import PositionAfterVideo
+from ernie_model.inference.engine import Engine, EngineSettings
 from ernie_model.inference.quantize import load_quantised, prepare, quantization_of
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.calibration import quantise
 from train.config import Precision, UserError
-from train.inference_config import Weights
+from train.inference_config import ModelAtWork, Weights
 
 
 class Served(NamedTuple):
@@ -83,6 +85,18 @@ def merge_adapter(model: ErnieModel, adapter: str) -> None:
         for index in range(weight.shape[0]) if weight.ndim == 3 else (None,):  # one expert's float32 copy at a time
             part = () if index is None else (index,)
             weight[part] = effective_rows(weight, [factors], part, dtype=wide).to(weight.dtype)
+
+
+def open_engine(config: ModelAtWork, served: Served) -> Engine:
+    """
+    Raises:
+        UserError: engine.* asks for what this model cannot be run with.
+    """
+    try:
+        settings = EngineSettings(**dataclasses.asdict(config.engine))
+        return Engine(served.model, served.processor.tokenizer, settings)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def device_of(config: Weights) -> torch.device:

@@ -145,7 +145,7 @@ class Finish(Enum):
     STOP = "stop"
     """By a terminator, a stop id or a stop text."""
     LENGTH = "length"
-    """`max_new_tokens`, or the model's longest context."""
+    """`max_new_tokens`. (A request that could outgrow the context is refused: `RequestError`.)"""
     CANCELLED = "cancelled"
     TIMEOUT = "timeout"
     ERROR = "error"
@@ -198,7 +198,7 @@ class Delta:
 
 
 class Generates(Protocol):
-    """What agent, evaluation and server need of an engine (`engine.AsyncEngine`)."""
+    """What agent, evaluation and server need of an engine (`async_engine.AsyncEngine`)."""
 
     async def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float | None = None) -> Completion:
         """Raises RequestError, EngineFull. Cancelling the task cancels the request."""
