@@ -347,21 +347,41 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Generator[av.Vid
     yield from container.decode(stream)
 
 
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,asf,ogg,gif,apng,"
+    "webp,nut,mxf,wtv,yuv4mpegpipe"
+)
+"""Containers that hold their own frames. FFmpeg would also open lists of other files and addresses (HLS, DASH, concat)
+and descriptions of streams to listen for (SDP): a video must not lead anywhere else."""
+MAX_FRAME_PIXELS = 64_000_000
+"""Width times height of a frame; a larger one is not decoded."""
+_OPTIONS = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
+
+
 def _open(file: VideoFile) -> InputContainer:
     if isinstance(file, bytes | io.BytesIO):
         content = file if isinstance(file, bytes) else file.getvalue()
-        return av.open(io.BytesIO(content), mode="r")  # a new stream: every reader starts at the beginning
+        # a new stream: every reader starts at the beginning
+        return av.open(io.BytesIO(content), mode="r", options=_OPTIONS)
     if not Path(file).is_file():
         raise MediaError(file, "there is no such file.")
     if Path(file).stat().st_size == 0:
         raise MediaError(file, "the file is empty (0 bytes).")
-    return av.open(str(file), mode="r")
+    return av.open(str(file), mode="r", options=_OPTIONS)
 
 
 def _video_stream(container: InputContainer, file: VideoFile) -> VideoStream:
     if not container.streams.video:
         raise MediaError(file_name(file), "the file holds no video stream.")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.width * stream.height > MAX_FRAME_PIXELS:
+        raise MediaError(
+            file_name(file),
+            f"frames of {stream.width} x {stream.height} pixels, and at most {MAX_FRAME_PIXELS:,} are decoded. "
+            "Shrink the video.",
+        )
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # the header may say less than there is
+    return stream
 
 
 def _undecodable(file: VideoFile, error: Exception) -> MediaError:
