@@ -349,10 +349,12 @@ def _decoded(container: InputContainer, stream: VideoStream) -> Generator[av.Vid
 
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,asf,ogg,gif,apng,"
-    "webp,nut,mxf,wtv,yuv4mpegpipe"
+    "webp,nut,mxf,wtv,yuv4mpegpipe,wav,mp3,flac,aac"
 )
-"""Containers that hold their own frames. FFmpeg would also open lists of other files and addresses (HLS, DASH, concat)
-and descriptions of streams to listen for (SDP): a video must not lead anywhere else."""
+"""Containers that hold their own frames; and sound, which is then refused in words of its own.
+
+FFmpeg would also open lists of other files and addresses (HLS, DASH, concat) and descriptions of streams to listen for
+(SDP): a video must not lead anywhere else."""
 MAX_FRAME_PIXELS = 64_000_000
 """Width times height of a frame; a larger one is not decoded."""
 _OPTIONS = {"format_whitelist": CONTAINERS, "max_pixels": str(MAX_FRAME_PIXELS)}
