@@ -227,6 +227,14 @@ class ErnieConfig:
         """The dictionary transformers expects in config.json (nested for vision-language models)."""
         return _write_vl(self) if self.vision is not None else _write_text(self)
 
+    def to_flat_json(self) -> dict[str, Any]:
+        """The flat dictionary of Baidu's own repositories, which vLLM reads (reference 1.4).
+
+        Raises:
+            ConfigError: a text-only model, which has one form, or sparse layers that are no range.
+        """
+        return _write_flat_vl(self)
+
     def replace(self, **changes: Any) -> "ErnieConfig":
         return dataclasses.replace(self, **changes)
 
@@ -381,6 +389,7 @@ def _read_flat_vl(raw: dict[str, Any]) -> ErnieConfig:
         vision=_read_vision(raw["vision_config"], merge=merge),
         image_token_id=raw["im_patch_id"],
         **ids,
+        position_after_video=PositionAfterVideo(raw.get("position_after_video", "spatial")),
     )
 
 
@@ -492,3 +501,46 @@ def _write_vl(config: ErnieConfig) -> dict[str, Any]:
         **{name: getattr(config, name) for name in MEDIA_TOKEN_FIELDS},
         position_after_video=config.position_after_video.value,
     )
+
+
+def _write_flat_vl(config: ErnieConfig) -> dict[str, Any]:
+    if config.vision is None or config.mrope_section is None:
+        raise ConfigError(f"{config.model_type} has no flat form of its own; to_json writes what everyone reads.")
+    vision, section = config.vision, list(config.mrope_section)
+    out = dict(
+        model_type="ernie4_5_moe_vl",
+        architectures=["Ernie4_5_VLMoeForConditionalGeneration"],
+        **_write_base(config),
+        **_write_experts(config),
+        num_experts_per_tok=config.experts_per_token,  # the name that vLLM looks for when it reports routed experts
+        moe_intermediate_size=[config.text_expert_width, config.vision_expert_width],
+        moe_gate_act="softmax",
+        rope_theta=config.rope_theta,
+        # Without it vLLM would silently give images one-dimensional positions.
+        rope_scaling={"type": "default", "rope_type": "default", "mrope_section": section},
+        freq_allocation=section[2],
+        im_patch_id=config.image_token_id,
+        **{name: getattr(config, name) for name in MEDIA_TOKEN_FIELDS if name != "image_token_id"},
+        pixel_hidden_size=vision.hidden_size,
+        spatial_conv_size=vision.spatial_merge_size,
+        temporal_conv_size=vision.temporal_merge_size,
+        use_temporal_conv=True,
+        position_after_video=config.position_after_video.value,
+        vision_config=dict(
+            model_type="DFNRope_vision_transformer",
+            depth=vision.depth,
+            embed_dim=vision.hidden_size,
+            hidden_size=vision.hidden_size,
+            hidden_act="quick_gelu",
+            mlp_ratio=vision.intermediate_size / vision.hidden_size,
+            num_heads=vision.num_heads,
+            in_channels=vision.in_channels,
+            patch_size=vision.patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            rms_norm_eps=vision.layer_norm_eps,
+        ),
+    )
+    for key, value in _range_from_layers(config).items():
+        out[key] = value if key == "moe_layer_interval" else [value, value]
+    out["moe_num_experts"] = [config.num_experts] * 2
+    return out

@@ -21,7 +21,7 @@ def requirements() -> list[str]:
     return [line for line in lines if not line.startswith("ernie-train")]
 
 
-@pytest.mark.parametrize("package", ["ernie_model", "data", "train", "configs"])
+@pytest.mark.parametrize("package", ["ernie_model", "data", "train", "configs", "vllm_plugin"])
 def test_every_data_file_matches_a_package_data_pattern(package):
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["*"]
     assert package in PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]

@@ -24,7 +24,6 @@ from train.config import (
     ConvertConfig,
     DataConfig,
     DigitsData,
-    ExportConfig,
     FilesData,
     Schedule,
     SFTConfig,
@@ -32,7 +31,7 @@ from train.config import (
     check,
     suggestion,
 )
-from train.inference_config import ChatConfig, EvaluationConfig, IndexConfig, ServeConfig
+from train.inference_config import ChatConfig, EvaluationConfig, ExportConfig, IndexConfig, ServeConfig
 
 ENTRIES = {
     "sft": SFTConfig,

@@ -842,16 +842,6 @@ class ConvertConfig:
         check(self.to in ("messages", "erniekit"), f"to is {self.to}; it must be messages or erniekit.")
 
 
-@dataclass
-class ExportConfig:
-    """`ernie export`: see train/export.py."""
-
-    checkpoint: str = MISSING
-    """A run folder, whose newest checkpoint is meant, or one of its checkpoints/step-... folders."""
-    output: str = MISSING
-    """A folder that does not exist yet."""
-
-
 def suggestion(key: str, known: list[str]) -> str:
     """`; did you mean optim.lr?`, or nothing when no key is near."""
     # A misspelt last part within the right group is the common case; then a right last part in the wrong place.

@@ -177,3 +177,56 @@ class IndexConfig(Weights):
     """The images."""
     output: str | None = None
     """null: FOLDER/.ernie_index"""
+
+
+class Layout(Enum):
+    hub = "hub"
+    """What this suite and transformers read, and vLLM of text models."""
+    vllm = "vllm"
+    """What vLLM reads of vision-language models."""
+
+
+class Certify(Enum):
+    auto = "auto"
+    """transformers where it is installed and the model has at most `certify_most` parameters, else ours."""
+    none = "none"
+    ours = "ours"
+    """The written files are read again and must give the same logits."""
+    transformers = "transformers"
+    """They must give transformers' model the same logits too."""
+
+
+@dataclass
+class ExportConfig:
+    """`ernie export`: see train/export.py."""
+
+    checkpoint: str = MISSING
+    """A run folder, whose newest checkpoint is meant; one of its checkpoints/step-... folders; or a folder of weights
+    or a hub id, for another layout, another precision, merged adapters or fewer bits."""
+    output: str = MISSING
+    """A folder that does not exist yet."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub checkpoint."""
+    adapter: str | None = None
+    """Of a folder of weights: the adapter to merge into them."""
+    precision: Precision | None = None
+    """What weights are stored in; null: as they are in the checkpoint. Routers are always float32."""
+    max_shard_gb: float = 5.0
+    """A file of weights is closed before it becomes larger."""
+    layout: Layout = Layout.hub
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """Write OUTPUT/quantized instead of OUTPUT/export."""
+    certify: Certify = Certify.auto
+    """With whom the written files are compared before they appear."""
+    certify_most: float = 2e9
+    """Parameters up to which certify=auto asks transformers, and everyone computes in float32. Two float32 copies of
+    the model must fit into memory for that."""
+    vllm_python: str | None = None
+    """A Python that has vLLM, to ask it as well: /somewhere/bin/python."""
+
+    def __post_init__(self):
+        check(self.max_shard_gb > 0, f"max_shard_gb is {self.max_shard_gb}; it must be more than 0.")
+        check(
+            self.layout is Layout.hub or not self.quantize.parts(),
+            "layout=vllm and quantize exclude each other: vLLM does not read this suite's quantised weights.",
+        )
