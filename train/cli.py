@@ -18,6 +18,8 @@ COMMANDS = {
     "preview": ("train.preview", "see what a run would be shown: pictures, tokens, packed rows, as a page"),
     "export": ("train.export", "write a checkpoint of a run as a folder that transformers and vLLM load"),
     "convert": ("train.convert", "turn records of one format into another"),
+    "chat": ("train.chat", "talk to a model in the terminal, with pictures, videos and tools"),
+    "index": ("train.index", "make a folder of pictures searchable by picture, for the tool image_search"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
 }
 

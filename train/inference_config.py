@@ -71,13 +71,26 @@ class AgentConfig:
     """Tool calls of one turn."""
     max_tokens: int = 16384
     """Prompt, answers and results together."""
+    time_s: float = 600.0
+    """Seconds for the whole question."""
     tool_time_s: float = 20.0
+    """Seconds for one call of a tool."""
     max_result_chars: int = 8192
     """Longer text of a tool is cut, and says so."""
-    time_s: float = 600.0
-    """The whole question."""
+    max_result_images: int = 4
+    """Pictures of one result of a tool; more are left out, and it says so."""
+    max_image_pixels: int = 4_842_768
+    """Larger pictures of a tool are shrunk to this area: the processor's own 6,177 image tokens of 28 x 28 pixels."""
     index: str | None = None
     """The folder that `ernie index` wrote, for image_search."""
+
+    def __post_init__(self):
+        for name in ("max_turns", "max_tokens", "max_image_pixels"):
+            check(getattr(self, name) >= 1, f"agent.{name} is {getattr(self, name)}; it must be 1 or more.")
+        for name in ("max_calls", "max_result_chars", "max_result_images"):
+            check(getattr(self, name) >= 0, f"agent.{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("time_s", "tool_time_s"):
+            check(getattr(self, name) > 0, f"agent.{name} is {getattr(self, name)}; it must be more than 0.")
 
 
 class Bits(Enum):
@@ -177,6 +190,11 @@ class IndexConfig(Weights):
     """The images."""
     output: str | None = None
     """null: FOLDER/.ernie_index"""
+    max_pixels: int = 602_112
+    """Larger pictures are shrunk to this area before they are looked at: 768 image tokens of 28 x 28 pixels."""
+
+    def __post_init__(self):
+        check(self.max_pixels >= 784, f"max_pixels is {self.max_pixels}; one image token has 784, use more.")
 
 
 class Layout(Enum):

@@ -1,0 +1,121 @@
+"""`ernie index` from its settings to the files, and the tools that settings name."""
+
+import dataclasses
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from ernie_model.checkpoint import save_model
+from ernie_model.config import ErnieConfig, VisionConfig
+from ernie_model.inference.image_index import ImageIndex
+from ernie_model.inference.tools import Limits
+from ernie_model.model import ErnieModel
+from ernie_model.processor import Processor
+from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from train.agents import limits_of, open_agent, open_toolbox, sampling_params
+from train.config import Precision, UserError
+from train.index import index_folder
+from train.inference_config import AgentConfig, ChatConfig, IndexConfig, SamplingConfig
+from train.served import open_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = ErnieConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=128,
+        num_experts=4,
+        experts_per_token=2,
+        text_expert_width=32,
+        vision_expert_width=16,
+        sparse_layers=(1,),
+        mrope_section=(3, 3, 2),
+        vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
+        **tiny_tokenizer_ids(),
+    )
+    torch.manual_seed(0)
+    model = ErnieModel(config)
+    model.init_weights()
+    save_model(model, folder)
+    Processor(load_tiny_tokenizer(), config).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for colour in ("red", "green", "blue"):
+        Image.new("RGB", (60, 60), colour).save(folder / f"{colour}.png")
+    (folder / "broken.png").write_bytes(b"")
+    return folder
+
+
+def ernie(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "train.cli", *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_an_index_is_made_by_its_settings_and_searched_by_a_chat(checkpoint, pictures):
+    config = IndexConfig(checkpoint=str(checkpoint), folder=str(pictures), cpu=True)
+    lines = index_folder(config)
+    assert lines[:2] == ["computed  3", "kept      0"] and lines[2].startswith("left out  broken.png: ")
+    index = pictures / ".ernie_index"
+    assert lines[3] == f"written   {index}"
+    assert [entry.caption for entry in ImageIndex.load(index).entries] == ["blue", "green", "red"]
+    agent = AgentConfig(tools=["image_search"], index=str(index))
+    chat = ChatConfig(checkpoint=str(checkpoint), cpu=True, agent=agent)
+    made = open_agent(chat, open_model(chat), engine=None, tools=["image_zoom_in_tool"])  # pyright: ignore
+    assert list(made.toolbox.tools) == ["image_search", "image_zoom_in_tool"]
+    in_float32 = dataclasses.replace(config, precision=Precision.fp32)
+    assert index_folder(in_float32)[:2] == ["computed  0", "kept      3"], "the same model, held otherwise"
+
+
+def test_the_command(checkpoint, pictures, tmp_path):
+    command = [sys.executable, "-m", "train.cli", "index", f"checkpoint={checkpoint}", "cpu=true"]
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=120)
+    result = run([*command, f"folder={pictures}", f"output={tmp_path}/index"])
+    assert result.returncode == 0 and f"written   {tmp_path}/index\n" in result.stdout, result.stderr
+
+
+def test_mistakes_are_told(checkpoint, tmp_path):
+    with pytest.raises(UserError, match="folder=/nowhere is not a folder"):
+        index_folder(IndexConfig(checkpoint=str(checkpoint), folder="/nowhere", cpu=True))
+    with pytest.raises(UserError, match="max_pixels is 3"):
+        IndexConfig(checkpoint="x", folder="y", max_pixels=3)
+
+
+@pytest.mark.parametrize(
+    "agent, problem",
+    [
+        (
+            dict(tools=["zoom"]),
+            "there is no tool 'zoom'; use image_zoom_in_tool, image_search or python:module.function",
+        ),
+        (dict(tools=["image_search"]), "needs agent.index"),
+        (dict(tools=["image_search"], index="/nowhere"), "/nowhere holds no index.json"),
+        (dict(tools=["python:no_such_module.f"]), "ModuleNotFoundError"),
+    ],
+)
+def test_tools_that_there_are_not(checkpoint, agent, problem):
+    config = ChatConfig(checkpoint=str(checkpoint), agent=AgentConfig(**agent))
+    with pytest.raises(UserError, match="agent.tools=") as raised:
+        open_toolbox(config.agent, None)  # pyright: ignore
+    assert problem in str(raised.value)
+
+
+def test_settings_become_limits_and_sampling():
+    assert limits_of(AgentConfig()) == Limits(), "the defaults agree"
+    assert limits_of(AgentConfig(max_turns=2, tool_time_s=3)).tool_time_s == 3
+    assert sampling_params(SamplingConfig(temperature=0.5), seed=3).temperature == 0.5
+    with pytest.raises(UserError, match=r"sampling\.top_p is 2"):
+        sampling_params(SamplingConfig(top_p=2.0))
+    with pytest.raises(UserError, match=r"agent\.max_turns is 0"):
+        AgentConfig(max_turns=0)

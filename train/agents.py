@@ -1,0 +1,70 @@
+"""Settings to an agent: tools, limits, sampling. What evaluate, serve and chat share above the engine."""
+
+from collections.abc import Iterable
+from functools import partial
+
+from ernie_model.inference.agent import Agent
+from ernie_model.inference.image_index import Embedder, ImageIndex, ImageIndexError, image_search_tool
+from ernie_model.inference.request import Generates, RequestError, SamplingParams
+from ernie_model.inference.tool_process import tool_from_path
+from ernie_model.inference.tools import Limits, Tool, ToolBox, zoom_tool
+from train.config import UserError
+from train.inference_config import AgentConfig, ModelAtWork, SamplingConfig
+from train.served import Served
+
+BUILT_IN = ("image_zoom_in_tool", "image_search")
+PYTHON = "python:"
+
+
+def open_agent(config: ModelAtWork, served: Served, engine: Generates, *, tools: Iterable[str] = ()) -> Agent:
+    """The agent that the settings describe.
+
+    Args:
+        tools: names beside those of `agent.tools`, such as the ones a task needs.
+
+    Raises:
+        UserError: a tool that there isn't, or cannot be opened; a sampling setting outside its range.
+    """
+    return Agent(
+        engine,
+        served.processor,
+        open_toolbox(config.agent, served, tools),
+        limits_of(config.agent),
+        sampling_params(config.sampling),
+        thinking=config.sampling.thinking,
+    )
+
+
+def open_toolbox(config: AgentConfig, served: Served, more: Iterable[str] = ()) -> ToolBox:
+    """Raises UserError: see `open_agent`."""
+    names = list(dict.fromkeys((*config.tools, *more)))
+    try:
+        return ToolBox([_open_tool(name, config, served) for name in names])
+    except (ImageIndexError, ValueError) as error:
+        raise UserError(f"agent.tools={names}: {error}") from error
+
+
+def _open_tool(name: str, config: AgentConfig, served: Served) -> Tool:
+    if name.startswith(PYTHON):
+        return tool_from_path(name.removeprefix(PYTHON))
+    if name == "image_zoom_in_tool":
+        return zoom_tool()
+    if name == "image_search":
+        if config.index is None:
+            raise ValueError("image_search needs agent.index, the folder that `ernie index` wrote.")
+        index = ImageIndex.load(config.index)
+        return image_search_tool(index, Embedder(served.model, served.processor, index.max_pixels))
+    raise ValueError(f"there is no tool {name!r}; use {', '.join(BUILT_IN)} or {PYTHON}module.function.")
+
+
+def limits_of(config: AgentConfig) -> Limits:
+    return Limits(**{name: getattr(config, name) for name in vars(Limits())})
+
+
+def sampling_params(config: SamplingConfig, *, seed: int | None = None) -> SamplingParams:
+    """Raises UserError: a value outside its range."""
+    make = partial(SamplingParams, seed=seed)
+    try:
+        return make(**{name: value for name, value in vars(config).items() if name != "thinking"})
+    except RequestError as error:
+        raise UserError(f"sampling.{error}") from error
