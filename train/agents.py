@@ -1,10 +1,13 @@
 """Settings to an agent: tools, limits, sampling. What evaluate, serve and chat share above the engine."""
 
+import importlib
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.image_index import Embedder, ImageIndex, ImageIndexError, image_search_tool
+from ernie_model.inference.moderation import Filter, ListFilter, Moderation
 from ernie_model.inference.request import Generates, RequestError, SamplingParams
 from ernie_model.inference.tool_process import tool_from_path
 from ernie_model.inference.tools import Limits, Tool, ToolBox, zoom_tool
@@ -23,7 +26,7 @@ def open_agent(config: ModelAtWork, served: Served, engine: Generates, *, tools:
         tools: names beside those of `agent.tools`, such as the ones a task needs.
 
     Raises:
-        UserError: a tool that there isn't, or cannot be opened; a sampling setting outside its range.
+        UserError: a tool or filter that there isn't, or cannot be opened; a sampling setting outside its range.
     """
     return Agent(
         engine,
@@ -32,7 +35,32 @@ def open_agent(config: ModelAtWork, served: Served, engine: Generates, *, tools:
         limits_of(config.agent),
         sampling_params(config.sampling),
         thinking=config.sampling.thinking,
+        moderation=Moderation(
+            input=open_filters(config.agent.input_filters, "agent.input_filters"),
+            output=open_filters(config.agent.output_filters, "agent.output_filters"),
+        ),
     )
+
+
+def open_filters(names: Iterable[str], key: str) -> tuple[Filter, ...]:
+    """Raises UserError: see `open_agent`. `key` is the setting that the names stand in."""
+    return tuple(_open_filter(name, key) for name in names)
+
+
+def _open_filter(name: str, key: str) -> Filter:
+    if not name.startswith(PYTHON):
+        try:
+            return ListFilter(line for line in Path(name).read_text("utf-8").splitlines() if line.strip())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{key}: {name} cannot be read as a list of phrases, one a line ({error}).") from error
+    module, _, function = name.removeprefix(PYTHON).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever a module does when it is imported
+        raise UserError(f"{key}: {name} cannot be imported ({type(error).__name__}: {error}).") from error
+    if not callable(found):
+        raise UserError(f"{key}: {name} is no function.")
+    return found
 
 
 def open_toolbox(config: AgentConfig, served: Served, more: Iterable[str] = ()) -> ToolBox:

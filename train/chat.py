@@ -128,6 +128,9 @@ class Chat:
             with view:
                 run = self.agent.run([*self.messages, question], thinking=self.thinking, on_event=view)
                 episode = self.runner.run(run)
+        except (ChatError, MediaError, RequestError):
+            self.pending = []  # they would be refused again with the next question
+            raise
         except KeyboardInterrupt:
             self.console.print("[dim](stopped)[/]")
             self._remember(question, [{"role": "assistant", "content": view.content}], view.thoughts)

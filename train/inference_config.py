@@ -83,6 +83,11 @@ class AgentConfig:
     """Larger pictures of a tool are shrunk to this area: the processor's own 6,177 image tokens of 28 x 28 pixels."""
     index: str | None = None
     """The folder that `ernie index` wrote, for image_search."""
+    input_filters: list[str] = field(default_factory=list)
+    """What looks at texts before they are answered: files of forbidden phrases, one a line, or python:module.function
+    from a text to None or to what it found."""
+    output_filters: list[str] = field(default_factory=list)
+    """The same, for what the model writes."""
 
     def __post_init__(self):
         for name in ("max_turns", "max_tokens", "max_image_pixels"):

@@ -83,7 +83,7 @@ class Embedder:
             assert part is not None
             for name, weight in sorted(part.state_dict().items()):
                 digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+                digest.update(weight.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -5,20 +5,24 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 from data.conversation import Source
 from data.formats import messages as messages_format
 from data.records import Record
+from ernie_model.checkpoint import save_model
 from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.inference.agent import Agent, Limits
 from ernie_model.inference.moderation import ListFilter, Moderation
 from ernie_model.inference.tools import ToolBox, tool_from_function, zoom_tool
+from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from tests.ernie_model.inference.scripted import ScriptedEngine
@@ -125,8 +129,9 @@ def test_mistakes_are_told_and_the_chat_goes_on(processor, line, problem):
 
 def test_a_video_that_is_none_is_told_and_does_not_stay(processor, tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"none")
-    talk = Talk(processor, [f"/video {tmp_path}/a.mp4", "What?", "/reset", "Hi"], "Hello.")
-    assert not talk.honoured and "video 1: a.mp4" in talk.shown and talk.shown.endswith("a new conversation\nHello.\n")
+    talk = Talk(processor, [f"/video {tmp_path}/a.mp4", "What?", "Hi"], "Hello.")
+    first, second, third = talk.shown.splitlines()
+    assert not talk.honoured and first == "video 1: a.mp4" and "a.mp4: " in second and third == "Hello."
 
 
 def test_commands(processor):
@@ -228,3 +233,27 @@ def test_lines_that_are_typed(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         next(lines)
     assert list(lines) == ["c"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    model = ErnieModel(processor.config)
+    model.init_weights()
+    save_model(model, folder)
+    processor.save(folder)
+    return folder
+
+
+def test_the_program_answers_what_comes_through_a_pipe(checkpoint, picture):
+    """The real engine; weights are random, so what it says is nothing, and how it ends is told."""
+    command = [sys.executable, "-m", "train.cli", "chat", f"checkpoint={checkpoint}", "cpu=true"]
+    settings = ["sampling.max_new_tokens=5", "agent.tools=[image_zoom_in_tool]", "engine.cache_gib=0.1"]
+    lines = f"/image {picture}\nWhat is it?\n/nothing\n"
+    result = subprocess.run([*command, *settings], input=lines, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 1 and result.stderr == "", result.stderr
+    shown = result.stdout.splitlines()
+    assert shown[0] == "picture 1: 224 x 112"
+    assert shown[-2] == "(truncated: turn 1 has no room for more tokens.)"
+    assert shown[-1].startswith("there is no command /nothing")

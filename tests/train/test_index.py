@@ -16,7 +16,7 @@ from ernie_model.inference.tools import Limits
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.agents import limits_of, open_agent, open_toolbox, sampling_params
+from train.agents import limits_of, open_agent, open_filters, open_toolbox, sampling_params
 from train.config import Precision, UserError
 from train.index import index_folder
 from train.inference_config import AgentConfig, ChatConfig, IndexConfig, SamplingConfig
@@ -119,3 +119,22 @@ def test_settings_become_limits_and_sampling():
         sampling_params(SamplingConfig(top_p=2.0))
     with pytest.raises(UserError, match=r"agent\.max_turns is 0"):
         AgentConfig(max_turns=0)
+
+
+def looks(text: str) -> str | None:
+    return "a question" if "?" in text else None
+
+
+def test_filters_are_files_of_phrases_or_functions(tmp_path):
+    (tmp_path / "phrases.txt").write_text("lock pick\n\nsecret\n")
+    phrases, function = open_filters([f"{tmp_path}/phrases.txt", f"python:{__name__}.looks"], "agent.input_filters")
+    assert phrases("a SECRET") == "the phrase 'secret'" and phrases("") is None
+    assert function("what?") == "a question"
+    for name in (
+        f"{tmp_path}/none.txt",
+        "python:no_such.f",
+        f"python:{__name__}.nothing",
+        f"python:{__name__}.__doc__",
+    ):
+        with pytest.raises(UserError, match="agent.output_filters: "):
+            open_filters([name], "agent.output_filters")
