@@ -258,7 +258,9 @@ class Engine:
     def _plan(self) -> dict[Request, int]:
         """What is computed now, features included. Requests whose images cannot be computed end here."""
         plan: dict[Request, int] = {}
-        for job, count in self._scheduler.schedule().items():
+        scheduled = self._scheduler.schedule()
+        assert scheduled, "the first request can always go on"
+        for job, count in scheduled.items():
             assert isinstance(job, Request)
             plan[job] = count
         missing: dict[Key, MediaItem] = {}

@@ -163,8 +163,8 @@ class Scheduler:
 
     def _plan(self, plan: dict[Job, int], job: Job, room: int) -> None:
         if job.wants_all_logits:
-            room = min(room, self.step_logits - sum(n for other, n in plan.items() if other.wants_all_logits))
-            room += plan.get(job, 0)
+            others = sum(n for other, n in plan.items() if other.wants_all_logits and other is not job)
+            room = min(room, self.step_logits - others)
         count = self._make_room(job, min(job.left, room), plan) if room > 0 else 0
         if count:
             plan[job] = count

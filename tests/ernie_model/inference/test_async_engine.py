@@ -105,6 +105,34 @@ def test_an_exception_in_the_loop_reaches_all_who_wait(vl_config, tokenizer):
     run(main())
 
 
+def test_an_exception_reaches_who_was_on_the_way(vl_config, tokenizer):
+    """Requests and other wishes that lie in the inbox while the last step fails."""
+
+    async def main():
+        engine, _, runner = make(vl_config, tokenizer)
+        inside, gate = threading.Event(), threading.Event()
+
+        def broken(rows):
+            inside.set()
+            gate.wait()
+            raise MemoryError("no room")
+
+        runner.run = broken
+        tasks = [asyncio.create_task(engine.generate(text(1, 5), LONG))]
+        await asyncio.to_thread(inside.wait)
+        tasks.append(asyncio.create_task(engine.generate(text(2, 5), LONG)))
+        tasks.append(asyncio.create_task(engine.update_weights(lambda: None)))
+        while len(engine._inbox) < 2:
+            await asyncio.sleep(0.001)
+        gate.set()
+        for task in tasks:
+            with pytest.raises(EngineClosed, match="no room"):
+                await task
+        await engine.close()
+
+    run(main())
+
+
 @pytest.mark.parametrize("drain", [True, False])
 def test_close_drains_or_cancels(vl_config, tokenizer, drain):
     async def main():

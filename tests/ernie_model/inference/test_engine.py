@@ -425,7 +425,7 @@ def test_new_weights_compute_everything_anew(vl_config, tokenizer, check):
 
 
 def test_new_weights_in_the_middle_of_a_prompt(vl_config, tokenizer, check):
-    engine, _ = make_engine(vl_config, tokenizer, step_tokens=8)
+    engine, _ = make_engine(vl_config, tokenizer, step_tokens=8)  # the first step ends inside an image
     prompt = with_pictures(vl_config, 1, 2)
     request_id = engine.add(prompt, dataclasses.replace(GREEDY, routed_experts=True, prompt_logprobs=True))
     engine.step()
@@ -448,6 +448,42 @@ def test_preempted_requests_go_on_as_if_nothing_had_been(vl_config, tokenizer, c
         check(prompt, completion)
     assert engine.stats().preemptions > 0
     engine.check()
+
+
+def test_a_prompt_whose_log_probs_are_asked_for_loses_its_pages(vl_config, tokenizer, check):
+    engine, _ = make_engine(vl_config, tokenizer, num_pages=10, step_tokens=2)
+    first = engine.add(text(1, 4), dataclasses.replace(GREEDY, max_new_tokens=35))
+    engine.step()
+    prompt = text(2, 26)
+    second = engine.add(prompt, dataclasses.replace(GREEDY, prompt_logprobs=True))
+    done = run(engine)
+    assert engine.stats().preemptions == 1 and engine.stats().sampled_tokens == 40
+    check(text(1, 4), done[first])
+    check(prompt, done[second])
+    chain = expected_chain(vl_config, prompt)
+    rows = torch.stack([fake_logits(state, vl_config.vocab_size).log_softmax(-1) for state in chain[:-1]])
+    wanted = rows.gather(1, torch.tensor(prompt.token_ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(done[second].prompt_logprobs[1:]), wanted)
+
+
+@pytest.mark.parametrize("num_pages", [13, 14])
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_long_prompt_takes_the_pages_of_a_later_answer(vl_config, tokenizer, check, length, num_pages):
+    """The two begin pages in different steps, so that the answer has its place in the step already."""
+    engine, _ = make_engine(vl_config, tokenizer, num_pages=num_pages, step_tokens=2)
+    first = engine.add(text(1, 36), GREEDY)
+    engine.step()
+    second = engine.add(text(2, length), dataclasses.replace(GREEDY, max_new_tokens=40))
+    done = run(engine)
+    check(text(1, 36), done[first])
+    check(text(2, length), done[second])
+    assert engine.stats().preemptions > 0
+
+
+def test_who_wants_experts_does_not_wait_for_who_does_not(vl_config, tokenizer):
+    engine, runner = make_engine(vl_config, tokenizer)
+    engine.generate([text(1, 13)] * 3, [GREEDY, *[dataclasses.replace(GREEDY, routed_experts=True)] * 2])
+    assert [row.experts for row in runner.steps[0]] == [False, True]
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one(vl_config, tokenizer):
@@ -544,4 +580,4 @@ def test_any_mix_ends_with_all_pages_back(
             assert len(completion.prompt_logprobs) in (0, len(prompts[request_id].token_ids))
     stats = engine.stats()
     assert stats.pages_used == stats.running == stats.waiting == 0
-    assert not any(request.features for request in engine._live.values())
+    assert max((sum(len(row.token_ids) for row in rows) for rows in runner.steps), default=0) <= step_tokens
