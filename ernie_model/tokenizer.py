@@ -158,6 +158,11 @@ class Tokenizer:
         """Id of a special token such as `<think>`; None if this tokenizer writes it as ordinary text."""
         return self._special_ids.get(string)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        return self._reserved_ids
+
     def require(self, string: str) -> int:
         """Id of a special token that the suite cannot work without.
 
