@@ -16,7 +16,7 @@ from train.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
-PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md")
+PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md")
 
 
 def commands(page: str) -> list[str]:
@@ -26,6 +26,8 @@ def commands(page: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+KEYS = {"train.convert": ("input:", "output:"), "train.chat": ("checkpoint:", "agent:"), "train.index": ("folder:",)}
+"""What the settings of a program show, besides those of training."""
 ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]
 
 
@@ -69,8 +71,7 @@ def test_a_command_on_a_page_works(line):
         return
     out = run(*arguments, *([] if "--cfg" in arguments else ["--cfg", "job"]))
     assert out.returncode == 0, out.stderr
-    groups = ("input:", "output:") if "train.convert" in arguments else ("model:", "optim:")
-    assert all(group in out.stdout for group in groups)
+    assert all(key in out.stdout for key in KEYS.get(arguments[2], ("model:", "optim:")))
 
 
 def test_this_notices_a_command_with_a_typo():

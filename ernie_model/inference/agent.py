@@ -45,7 +45,7 @@ from ernie_model.inference.request import (
     RequestError,
     SamplingParams,
 )
-from ernie_model.inference.tools import ERROR_CHARS, Limits, ToolBox, ToolContext, ToolResult, in_thread
+from ernie_model.inference.tools import ERROR_CHARS, Limits, ToolBox, ToolContext, ToolResult
 from ernie_model.inference.turn_text import Parsed, StreamParser, ToolCallText, parse
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import END_THINK
@@ -272,7 +272,7 @@ class _Run:
                 check(self.moderation.input, text)
             except Blocked as finding:
                 return Episode([], [], [], status=Status.BLOCKED, error=f"input: {finding}")
-        prompt = await in_thread(lambda: self._begin(messages))
+        prompt = await asyncio.to_thread(self._begin, messages)
         if len(prompt.token_ids) >= self.limits.max_tokens:
             raise RequestError(
                 f"the prompt has {len(prompt.token_ids)} tokens; with its answer it may have "
@@ -400,7 +400,7 @@ class _Run:
         episode.turns[-1] = replace(turn, results=tuple(results))
         if self.left_s <= 0:
             return Status.TIMEOUT, f"the question took longer than {self.limits.time_s:g} s (agent.time_s)."
-        return await in_thread(lambda: self._observe(episode, results))
+        return await asyncio.to_thread(self._observe, episode, results)
 
     def _observe(self, episode: Episode, results: Sequence[ToolResult]) -> tuple[Status, str | None] | None:
         """Append the results, if there is room for an answer to them."""

@@ -212,7 +212,7 @@ class ToolBox:
             return ToolResult.failure(took_too_long(name, time_s))
         try:
             result = running.result()
-            return result if tool.keeps_limits else await in_thread(lambda: bounded(result, context.limits))
+            return result if tool.keeps_limits else await asyncio.to_thread(bounded, result, context.limits)
         except Exception as error:
             return ToolResult.failure(what_happened(name, error))
 
