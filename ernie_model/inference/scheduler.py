@@ -18,6 +18,7 @@ is always computed, because its logits are needed.
 Shape letters:  T tokens
 """
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -222,20 +223,17 @@ class Scheduler:
         job.expected = 0
         if job.computed % size or job.computed // size >= limit:
             return
-        start = job.computed
-        for name in job.names[start // size : limit]:
-            page = self.pool.find(name, experts=job.experts)
+        while (index := job.computed // size) < limit:
+            page = self.pool.find(job.names[index], experts=job.experts)
             if page is None:
-                break
+                job.expected = self._expected(job, index)
+                return
             self.pool.share(page)
-            spare = job.pages[job.computed // size :]  # of a step that failed
-            del job.pages[job.computed // size :]
-            self.pool.release(spare)
+            self.pool.release(job.pages[index:])  # of a step that failed
+            del job.pages[index:]
             job.pages.append(page)
             job.computed += size
             job.cached += 0 if job.prompt_done else size
-        if job.computed // size < limit:
-            job.expected = self._expected(job, job.computed // size)
 
     def _expected(self, job: Job, index: int) -> int:
         """How many of its pages from `index` on an earlier request will have computed."""
@@ -245,12 +243,7 @@ class Scheduler:
                 break
             if other.computed // self.pool.page_tokens > index or (job.experts and not other.experts):
                 continue
-            count = 0
-            for mine, theirs in zip(job.names[index:limit], other.names[index:], strict=False):
-                if mine != theirs:
-                    break
-                count += 1
-            most = max(most, count)
+            most = max(most, _common(job.names, other.names, index, limit) - index)
         return most
 
     def _make_room(self, job: Job, count: int, plan: dict[Job, int]) -> int:
@@ -270,3 +263,9 @@ class Scheduler:
 
 def _left(job: Job) -> int:
     return job.left
+
+
+def _common(mine: Sequence[bytes], theirs: Sequence[bytes], index: int, limit: int) -> int:
+    """Up to where, from `index` on and to `limit` at most, the two have the same names; a name stands for all before
+    it, so it can be searched for by halves."""
+    return bisect_left(range(index, min(limit, len(theirs))), True, key=lambda i: mine[i] != theirs[i]) + index

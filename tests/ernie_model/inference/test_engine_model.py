@@ -1,6 +1,7 @@
 """The engine with a real model against one full forward pass over prompt and answer: tokens, log-probs, experts."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from ernie_model.config import PositionAfterVideo
 from ernie_model.context import Packed
 from ernie_model.inference.engine import Engine, EngineSettings
-from ernie_model.inference.request import Completion, Finish, Prompt, SamplingParams
+from ernie_model.inference.request import Completion, Finish, Prompt, Regex, RequestError, SamplingParams
 from ernie_model.inference.runner import Runner
 from ernie_model.model import ErnieModel
 from ernie_model.rope import position_ids
@@ -165,6 +166,23 @@ def test_the_same_seed_gives_the_same_text_whatever_runs_beside_it(models, token
     beside = engine.generate([text(2, 9), prompt, prompt, prompt, text(3, 30)], [others[0], *[params] * 2, *others[2:]])
     assert beside[1].token_ids == beside[2].token_ids == alone.token_ids != beside[3].token_ids
     assert beside[1].text == alone.text
+
+
+def test_a_constraint_holds_and_an_impossible_one_is_refused(models, tokenizer):
+    """Among others, with little room, and where it makes no difference: greedy tokens elsewhere stay what they are."""
+    model = models()
+    engine = engine_of(model, tokenizer, num_pages=24, step_tokens=16)
+    digits = SamplingParams(temperature=0, max_new_tokens=20, constraint=Regex(pattern="[0-9]{3}-[a-f]{2}"))
+    prompts = [text(1, 30), with_pictures(model.config, 1), text(2, 20), text(3, 9)]
+    first, second, *free = engine.generate(prompts, [digits, digits, PARAMS, PARAMS])
+    for completion in (first, second):
+        assert completion.finish is Finish.STOP and re.fullmatch("[0-9]{3}-[a-f]{2}", completion.text)
+    for prompt, completion in zip(prompts[2:], free, strict=True):
+        check(engine, model, prompt, completion)
+    with pytest.raises(RequestError):
+        engine.generate(prompts, dataclasses.replace(digits, constraint=Regex(pattern="[0-9")))
+    assert not engine.has_work
+    engine.check()
 
 
 @pytest.mark.parametrize("cache_gib", [0.001, 0.01])
