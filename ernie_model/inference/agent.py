@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ernie_model.images import ImageSize, load_image
 from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
+from ernie_model.inference.parsing import Parsed, StreamParser, ToolCallText, parse
 from ernie_model.inference.request import (
     Completion,
     Delta,
@@ -46,7 +47,6 @@ from ernie_model.inference.request import (
     SamplingParams,
 )
 from ernie_model.inference.tools import ERROR_CHARS, Limits, ToolBox, ToolContext, ToolResult
-from ernie_model.inference.turn_text import Parsed, StreamParser, ToolCallText, parse
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import END_THINK
 
