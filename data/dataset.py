@@ -29,14 +29,12 @@ from data.errors import DataError, Stage, refusing
 from data.formats import Format, messages
 from data.media import MediaFolder
 from data.records import Broken, Record, Records, RecordStream, open_records, open_stream
-from data.tasks import digits
-
-TASKS = ("digits",)
+from data.tasks import TASKS
 
 TRIES = 10
 """Records from the beginning of a dataset that are looked at for its format and modality; the first readable counts."""
 
-_KEY = re.compile(r"\bdata\.(path|format|columns|split|subset|media_root)\b")
+_KEY = re.compile(r"\bdata\.(path|format|columns|split|subset|media_root|limit)\b")
 
 BLOCKS_KEPT = 4
 """Blocks of a stream held in memory: the one that is drawn from, the next, and two that workers may still read."""
@@ -226,7 +224,9 @@ class SetSpec:
     keys: Mapping[str, str] = field(default_factory=dict)
     """For errors: which setting a field comes from, where that is not `data.FIELD`."""
     task: str | None = None
-    """One of `TASKS`, made in memory, instead of a path."""
+    """One of `data.tasks.TASKS`, made in memory, instead of a path."""
+    limit: int | None = None
+    """Train on the first so many conversations only; what is held out stays whole."""
     format: str | None = None
     columns: Mapping[str, str] | None = None
     split: str | None = None
@@ -244,7 +244,7 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
     for a missing or empty file, and for settings that contradict each other or do not fit the first record.
     """
     if spec.task is not None:
-        return open_task(name, spec.task, seed)
+        return open_task(name, spec.task, seed, spec.limit)
     with _keys_of(spec):
         return _open_path(name, spec, eval_fraction, seed, block_size)
 
@@ -258,6 +258,11 @@ def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_
                 f"data.eval_fraction is {eval_fraction}, but {name} is streaming: its length is not known, so no share "
                 "of it can be held out. Use data.eval_path, or streaming: false."
             )
+        if spec.limit is not None:
+            raise DataError(
+                f"data.limit is {spec.limit}, but {name} is streaming: records are drawn from all of it as they come. "
+                "Leave data.limit out, or use streaming: false."
+            )
         stream = open_stream(spec.path, split=spec.split, subset=spec.subset)
         first = next((row for row in itertools.islice(stream.read_from(0), TRIES) if isinstance(row, Record)), None)
         return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
@@ -265,7 +270,8 @@ def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_
     read = _reader(spec, _first(records))
     twins = find_twins(records)
     if not eval_fraction:
-        return Splits(RecordDataset(name, records, media, read, None, twins), None)
+        first = np.arange(len(records))[: spec.limit]
+        return Splits(RecordDataset(name, records, media, read, first, twins), None)
     if len(records) < 2:
         raise DataError(
             f"data.eval_fraction is {eval_fraction}, but {spec.path} has a single record, which cannot be split. "
@@ -273,7 +279,7 @@ def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_
         )
     count = min(max(1, round(len(records) * eval_fraction)), len(records) - 1)
     order = np.random.default_rng(seed).permutation(len(records))
-    train, heldout = np.sort(order[count:]), np.sort(order[:count])
+    train, heldout = np.sort(order[count:])[: spec.limit], np.sort(order[:count])
     return Splits(
         RecordDataset(name, records, media, read, train, twins),
         RecordDataset(name, records, media, read, heldout, twins),
@@ -290,15 +296,15 @@ def _keys_of(spec: SetSpec) -> Iterator[None]:
         raise DataError(said) from error
 
 
-def open_task(name: str, task: str, seed: int = 0) -> Splits:
-    """`digits`: the handwritten digits of data/tasks/digits.py; the seed fixes what is held out."""
+def open_task(name: str, task: str, seed: int = 0, limit: int | None = None) -> Splits:
+    """A task of data/tasks; the seed fixes what is asked and what is held out."""
     if task not in TASKS:
         raise DataError(f"the task of {name} is {task!r}; it must be one of {', '.join(TASKS)}.")
-    train = digits.conversations("train", seed)
-    heldout = digits.conversations("heldout", seed)
+    train = TASKS[task].conversations("train", seed)
+    heldout = TASKS[task].conversations("heldout", seed)
     shared = {conversation.id for conversation in train} & {conversation.id for conversation in heldout}
-    assert not shared, f"digits {sorted(shared)} are both trained on and held out"
-    return Splits(ListDataset(name, train), ListDataset(name, heldout))
+    assert not shared, f"{sorted(shared)} of {task} are both trained on and held out"
+    return Splits(ListDataset(name, train[:limit]), ListDataset(name, heldout))
 
 
 def find_twins(records: Records) -> dict[int, int]:

@@ -16,11 +16,11 @@ from train.compose import (
     to_typed,
 )
 from train.config import (
-    DigitsData,
     FilesData,
     Precision,
     Schedule,
     SFTConfig,
+    TaskData,
     UserError,
     check_steps,
     suggestion,
@@ -41,7 +41,7 @@ def load(*overrides: str) -> SFTConfig:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice):
     theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
-    needed = ["data.path=chats.jsonl"] if choice in theirs else []
+    needed = ["data.path=chats.jsonl"] if choice in theirs else ["data.task=counting"] if choice == "data=task" else []
     assert isinstance(load(choice, *needed), SFTConfig)
 
 
@@ -55,7 +55,7 @@ def test_command_line_beats_experiment_beats_group_beats_schema():
     assert config.run.name == "digits" and config.run.folder == "runs/digits"  # experiment
     assert config.model.precision is Precision.fp32  # group; the schema says bf16
     assert config.optim.beta2 == 0.95 and config.optim.schedule is Schedule.cosine  # schema
-    assert isinstance(config.data, DigitsData)
+    assert isinstance(config.data, TaskData) and config.data.task == "digits"
 
 
 def test_files_have_settings_of_its_own():
@@ -101,7 +101,7 @@ def message(*overrides: str) -> str:
         ("+optim.leer=1", "optim.leer is not a setting of sft; did you mean optim.lr?"),
         ("model.config.hiden_size=3", "model.config.hiden_size is not a setting"),
         ("datta=digits", "datta is not a setting of sft; did you mean data?"),
-        ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, files."),
+        ("data=digts", "there is no configs/data/digts.yaml; did you mean data=digits? It can be digits, files, task."),
         ("experiment=digitz", "there is no configs/experiment/digitz.yaml; did you mean experiment=digits?"),
         ("data.path=a.jsonl", "data.path is not a setting of the chosen data; it belongs to data=files."),
         ("run.folder=~/a", "run.folder=~/a cannot be read: a character in it has a meaning of its own. Put quotes"),
@@ -144,6 +144,12 @@ def message(*overrides: str) -> str:
         ("model.config=null", "model.checkpoint and model.config are both null"),
         ("model.offload_activations=true", "recomputed layers, but model.recompute is none."),
         ("model.processor=null", "model.processor is null and there is no model.checkpoint"),
+        ("model.image_pixels=[3136]", "model.image_pixels is [3136]; it must be two numbers of pixels"),
+        ("model.video_pixels=[3136,700]", "model.video_pixels is [3136, 700]; it must be two numbers of pixels"),
+        ("data=task", "these settings have no default and were not given: data.task."),
+        ("data=task data.task=letters", "data.task is letters; it must be one of digits, counting"),
+        ("data.limit=0", "data.limit is 0; it must be at least 1, or null for all."),
+        ("data=files data.sets={b:{task:digits,limit:0}}", "data.sets.b.limit is 0; it must be at least 1"),
         ("data=files", "data.path and data.sets are both missing."),
         ("data=files data.path=a data.sets={b:{path:c}}", "data.path is for a single dataset, and data.sets is given."),
         ("data=files data.sets={b:{weight:2}}", "needs a path or a task, and not both."),
@@ -194,6 +200,17 @@ def test_differences_name_what_changes_the_numbers_and_only_that():
     }
 
 
+def test_a_run_of_digits_goes_on_under_its_new_name():
+    """Its checkpoint says data.kind=digits, and nothing of settings that have been added since."""
+    now = plain(load("experiment=digits"))
+    old = now | {"data": {key: value for key, value in now["data"].items() if key not in ("task", "limit")}}
+    old["data"]["kind"] = "digits"
+    assert differences(old, now) == {}
+    other = plain(load("experiment=digits", "data.task=counting"))
+    assert differences(old, other) == {"data.task": ("digits", "counting")}
+    assert differences(old, plain(load("experiment=digits", "data.limit=9"))) == {"data.limit": ("(absent)", 9)}
+
+
 def test_the_order_of_globs_changes_the_numbers():
     """After the way through state.json, which keeps the order."""
     scales = ["{layers.0.*: 0.5, layers.*: 0.2}", "{layers.*: 0.2, layers.0.*: 0.5}"]
@@ -213,7 +230,7 @@ def test_a_constant_learning_rate_may_go_on_for_longer():
 
 def test_plain_settings_come_back_the_same():
     config = load("experiment=digits")
-    assert plain(config)["model"]["precision"] == "fp32" and plain(config)["data"]["kind"] == "digits"
+    assert plain(config)["model"]["precision"] == "fp32" and plain(config)["data"]["kind"] == "task"
 
 
 def test_nothing_near_suggests_nothing():

@@ -6,6 +6,7 @@ model.config        random weights; the tokenizer's ids fill in vocab_size and t
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.recompute import recompute, recompute_offload
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from ernie_model.video import VideoSettings
 from train.compose import flatten
 from train.config import (
     HeldIn,
@@ -143,7 +145,7 @@ def read_config(config: ModelConfig) -> ErnieConfig:
 
 def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor:
     if config.processor == TINY:
-        return Processor(load_tiny_tokenizer(), architecture, ImageSettings())
+        return Processor(load_tiny_tokenizer(), architecture, *_pixels(config, ImageSettings(), VideoSettings()))
     source = config.processor or config.checkpoint
     assert source is not None  # ModelConfig checks it
     try:
@@ -152,7 +154,16 @@ def build_processor(config: ModelConfig, architecture: ErnieConfig) -> Processor
         key = "model.processor" if config.processor else "model.checkpoint"
         raise UserError(f"{key}={source} has no processor that can be read: {error}") from error
     # Positions must follow the model's configuration, which may have been overridden.
-    return Processor(loaded.tokenizer, architecture, loaded.image, loaded.video, loaded.chat)
+    return Processor(loaded.tokenizer, architecture, *_pixels(config, loaded.image, loaded.video), loaded.chat)
+
+
+def _pixels(config: ModelConfig, image: ImageSettings, video: VideoSettings) -> tuple[ImageSettings, VideoSettings]:
+    """The processor's settings with the areas that the user gave."""
+    if config.image_pixels is not None:
+        image = replace(image, min_pixels=config.image_pixels[0], max_pixels=config.image_pixels[1])
+    if config.video_pixels is not None:
+        video = replace(video, min_pixels=config.video_pixels[0], max_pixels=config.video_pixels[1])
+    return image, video
 
 
 def read_architecture(config: ModelConfig, rule: PositionAfterVideo | None) -> ErnieConfig:

@@ -23,10 +23,10 @@ from omegaconf.errors import OmegaConfBaseException
 from train.config import (
     ConvertConfig,
     DataConfig,
-    DigitsData,
     FilesData,
     Schedule,
     SFTConfig,
+    TaskData,
     UserError,
     check,
     suggestion,
@@ -42,7 +42,7 @@ ENTRIES = {
     "chat": ChatConfig,
     "index": IndexConfig,
 }
-DATA_SCHEMAS: dict[str, type[DataConfig]] = {"digits": DigitsData, "files": FilesData}
+DATA_SCHEMAS: dict[str, type[DataConfig]] = {"task": TaskData, "files": FilesData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "plan", "experiment")
 
 # What may differ between a checkpoint and the run that continues it: everything else changes the numbers.
@@ -163,6 +163,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     if old.get("optim", {}).get("schedule") == Schedule.constant.value:
         free += ["run.steps", "run.epochs"]  # a constant learning rate doesn't depend on where the run ends
     old_flat, new_flat = flatten(old), flatten(new)
+    if old_flat.get("data.kind") == "digits":  # what data.kind=task data.task=digits used to be called
+        old_flat |= {"data.kind": "task", "data.task": "digits"}
     absent = object()
     out = {}
     for name in ORDERED:
@@ -173,6 +175,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
         if any(key == name or key.startswith(name + ".") for name in free):
             continue
         before, after = old_flat.get(key, absent), new_flat.get(key, absent)
+        if before is absent and after is None:
+            continue  # a setting that has been added since, and is off
         if before != after:
             out[key] = tuple("(absent)" if value is absent else value for value in (before, after))
     return out

@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.tasks import TASKS
+
 
 class UserError(Exception):
     """Something only the user can put right. Printed as a short message, without a traceback; exit code 1."""
@@ -60,7 +62,7 @@ class HeldIn(Enum):
 
 
 class DataKind(Enum):
-    digits = "digits"
+    task = "task"
     files = "files"
 
 
@@ -102,6 +104,10 @@ def check(rule: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_limit(key: str, limit: int | None) -> None:
+    check(limit is None or limit >= 1, f"{key} is {limit}; it must be at least 1, or null for all.")
+
+
 def check_seed(key: str, seed: int) -> None:
     check(0 <= seed <= MAX_SEED, f"{key} is {seed}; it must lie in 0..{MAX_SEED}.")
 
@@ -117,6 +123,11 @@ class ModelConfig:
     processor: str | None = None
     """Folder or hub id of the tokenizer and the image settings. null: the same as `checkpoint`. tiny: the small
     tokenizer that ships with the suite."""
+    image_pixels: list[int] | None = None
+    """Smallest and largest area of a picture after resizing, [3136, 100000]; a token covers 784 pixels. null keeps what
+    the processor says. What is trained with is saved with the weights."""
+    video_pixels: list[int] | None = None
+    """The same of a video's frame."""
     config: dict[str, Any] | None = None
     """The architecture as a config.json dictionary; null reads it from `checkpoint`."""
     precision: Precision = Precision.bf16
@@ -140,6 +151,13 @@ class ModelConfig:
             "model.processor is null and there is no model.checkpoint to take it from; set model.processor=tiny or a "
             "folder with a tokenizer.",
         )
+        for name in ("image_pixels", "video_pixels"):
+            area = getattr(self, name)
+            check(
+                area is None or (len(area) == 2 and 784 <= area[1] and 0 < area[0] <= area[1]),
+                f"model.{name} is {area}; it must be two numbers of pixels, [smallest, largest], the largest at least "
+                "784 (28 x 28, one token), or null.",
+            )
         check(
             not self.offload_activations or self.recompute is not Recompute.none,
             "model.offload_activations=true moves the inputs of recomputed layers, but model.recompute is none. Set "
@@ -206,10 +224,20 @@ class DataConfig:
 
 
 @dataclass
-class DigitsData(DataConfig):
-    """scikit-learn's 1,797 scanned digits as image conversations, a fifth of them held out (data/tasks/digits.py)."""
+class TaskData(DataConfig):
+    """A task that ships with the suite, its questions made by code, some of them held out (data/tasks)."""
 
-    kind: DataKind = DataKind.digits
+    kind: DataKind = DataKind.task
+    task: str = MISSING
+    """Its name; `python -m data.tasks` lists them."""
+    limit: int | None = None
+    """Train on the first so many of its conversations only; null: all."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = list(TASKS)
+        check(self.task in known, f"data.task is {self.task}; it must be one of {', '.join(known)}.")
+        check_limit("data.limit", self.limit)
 
 
 @dataclass
@@ -219,7 +247,9 @@ class SetConfig:
     path: str | None = None
     """File, folder, brace pattern of shards, or Hugging Face dataset."""
     task: str | None = None
-    """A task made in memory instead: digits."""
+    """A task made in memory instead (`python -m data.tasks` lists them)."""
+    limit: int | None = None
+    """Train on the first so many conversations only; null: all. What is held out stays whole."""
     format: str | None = None
     """Name of the format (data/formats); null: recognised by the first record."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -257,12 +287,13 @@ class SetConfig:
         assert isinstance(typed, cls)
         check((typed.path is None) != (typed.task is None), f"{where} needs a path or a task, and not both.")
         if typed.task is not None:
-            unused = [key for key in settings if key not in ("task", "weight", "modality")]
+            unused = [key for key in settings if key not in ("task", "limit", "weight", "modality")]
             check(
                 not unused,
                 f"{where}.{unused[0] if unused else ''} would do nothing: a task is made in memory, not read. Remove "
                 "it, or give a path.",
             )
+        check_limit(f"{where}.limit", typed.limit)
         check(0 <= typed.weight < math.inf, f"{where}.weight is {typed.weight}; it must be a finite number, 0 or more.")
         return typed
 
@@ -282,6 +313,8 @@ class FilesData(DataConfig):
     """Of a Hugging Face dataset."""
     subset: str | None = None
     """Of a Hugging Face dataset: its configuration."""
+    limit: int | None = None
+    """Train on the first so many conversations only; null: all. What is held out stays whole."""
     streaming: bool = False
     """Read front to back and shuffle within blocks, for what is too large to be looked through before the start."""
     shuffle_block: int = 1024
@@ -312,7 +345,7 @@ class FilesData(DataConfig):
             "data.sets={name: {path: chats.jsonl}}.",
         )
         if self.sets:
-            of_one_set = ("path", "format", "columns", "split", "subset", "streaming")
+            of_one_set = ("path", "format", "columns", "split", "subset", "limit", "streaming")
             given = [name for name in of_one_set if getattr(self, name)]
             check(
                 not given,
@@ -335,6 +368,7 @@ class FilesData(DataConfig):
                 0 <= parts < math.inf,
                 f"data.modality_ratio.{modality} is {parts}; it must be a finite number, 0 or more.",
             )
+        check_limit("data.limit", self.limit)
         check(self.shuffle_block >= 1, f"data.shuffle_block is {self.shuffle_block}; it must be at least 1.")
         check(
             0 <= self.eval_fraction < 1,

@@ -25,7 +25,7 @@ from train.compose import (
     register,
     to_typed,
 )
-from train.config import SFTConfig
+from train.config import SFTConfig, TaskData
 from train.preview_page import Page, write_page
 from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Witness, samples_of, segments_of
@@ -47,9 +47,10 @@ def main(cfg: DictConfig) -> None:
     samples, rows, stream = collect(config, processor)
 
     folder.mkdir(parents=True, exist_ok=True)
+    source = config.data.task if isinstance(config.data, TaskData) else config.data.kind.value
     page = Page(
         title=f"What {config.run.name} is shown",
-        subtitle=f"The first conversations of {config.data.kind.value} data, as {config.model.name or 'the model'} "
+        subtitle=f"The first conversations of {source} data, as {config.model.name or 'the model'} "
         "would be trained on them. Hover over tokens and pictures.",
         samples=samples,
         rows=rows,

@@ -23,12 +23,12 @@ from ernie_model.flops import forward_flops
 from ernie_model.processor import Processor
 from train.config import (
     DataConfig,
-    DigitsData,
     FilesData,
     SetConfig,
+    TaskData,
 )
 
-OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root")
+OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root", "limit")
 """Settings of a set that its errors may name."""
 
 
@@ -45,8 +45,9 @@ class Data(NamedTuple):
 
 def open_parts(config: DataConfig) -> Parts:
     """Raises DataError: files missing or empty, settings that contradict each other."""
-    if isinstance(config, DigitsData):
-        return open_mixture({"digits": Share(spec=SetSpec(task="digits"))}, seed=config.seed)
+    if isinstance(config, TaskData):
+        spec = SetSpec(task=config.task, limit=config.limit)
+        return open_mixture({config.task: Share(spec=spec)}, seed=config.seed)
     assert isinstance(config, FilesData)
     ratio = {mixture.Modality(name): parts for name, parts in config.modality_ratio.items()}
     return open_mixture(
@@ -81,6 +82,7 @@ def _sets(config: FilesData) -> dict[str, SetConfig]:
         columns=config.columns,
         split=config.split,
         subset=config.subset,
+        limit=config.limit,
         streaming=config.streaming,
     )
     return {Path(config.path).name: one}
@@ -96,6 +98,7 @@ def _share(name: str, one: SetConfig, config: FilesData) -> Share:
         columns=one.columns,
         split=one.split,
         subset=one.subset,
+        limit=one.limit,
         streaming=one.streaming,
         media_root=one.media_root or config.media_root,
         fetch=config.fetch if one.fetch is None else one.fetch,

@@ -1,1 +1,15 @@
-"""Small real tasks that ship with the suite: for the demo, the tests and the benchmarks."""
+"""Small tasks that ship with the suite, with answers a program can check: for the demo, tests and benchmarks.
+
+A task draws its pictures when it is asked for conversations. Naming it costs nothing: what only drawing needs
+(scikit-learn, matplotlib) is imported then.
+"""
+
+from data.tasks import charts, circuits, counting, digits, documents, grounding, search, video, zoom
+from data.tasks.base import SPLITS, Split, Task, question_of
+
+TASKS: dict[str, Task] = {
+    module.TASK.name: module.TASK
+    for module in (digits, grounding, counting, charts, documents, zoom, video, circuits, search)
+}
+
+__all__ = ["SPLITS", "TASKS", "Split", "Task", "question_of"]

@@ -10,27 +10,21 @@ strokes; 56 x 56 is the smallest image the processor accepts unresized.
 The held-out part is a fifth of every digit, chosen by the seed: 360 or so scans that no training example shows.
 """
 
-import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data.conversation import Conversation, Message, Part
+from data.conversation import Conversation, Part
 from data.errors import DataError
-from data.formats import messages
-from data.media import save_media
-from data.records import write_jsonl as write_records
-
-Split = Literal["train", "heldout"]
-SPLITS: tuple[Split, ...] = ("train", "heldout")
+from data.tasks.base import HELDOUT_SHARE, Split, Task, asked
+from data.tasks.drawing import png
 
 SIDE = 56
 """Pixels; a multiple of 28, so that the processor leaves the picture as it is."""
-HELDOUT_SHARE = 0.2
 QUESTIONS = ("Which digit?", "What digit is this?", "Read the digit.", "Which number?")
 
 
@@ -40,13 +34,12 @@ def conversations(split: Split, seed: int = 0) -> list[Conversation]:
     # The question is drawn for every scan, so that it does not depend on the split.
     question = np.random.default_rng([seed, 1]).integers(len(QUESTIONS), size=len(labels))
     return [
-        Conversation(
-            id=f"digits-{index:04d}",
-            messages=(
-                Message(role="user", parts=(Part.of_image(_png(index)), Part.of_text(QUESTIONS[question[index]]))),
-                Message(role="assistant", parts=(Part.of_text(str(labels[index])),)),
-            ),
-            answer=str(labels[index]),
+        asked(
+            f"digits-{index:04d}",
+            (Part.of_image(_png(index)), Part.of_text(QUESTIONS[question[index]])),
+            str(labels[index]),
+            reward="exact",
+            domain="digits",
         )
         for index in split_indices(labels, seed)[split]
     ]
@@ -64,25 +57,19 @@ def split_indices(labels: Sequence[int] | np.ndarray, seed: int) -> dict[str, li
     return {"train": [i for i in everything if i not in heldout], "heldout": sorted(heldout)}
 
 
+@cache
+def scans(split: Split, seed: int) -> list[tuple[Image.Image, str]]:
+    """The scans of a split, 8 x 8 grey pixels, white on black, with their digits: for scenes of other tasks.
+
+    A scan is on the same side of every task, so that tasks can be learned together.
+    """
+    _, labels = _scans()
+    return [(_small(index), str(labels[index])) for index in split_indices(labels, seed)[split]]
+
+
 def write_jsonl(folder: str | Path, seed: int = 0) -> dict[str, Path]:
-    """The same conversations as files: train.jsonl, heldout.jsonl and images/*.png. Returns the two paths by split."""
-    folder = Path(folder)
-    paths = {}
-    for split in SPLITS:
-        records = []
-        for conversation in conversations(split, seed):
-            question, answer = conversation.messages
-            image, text = question.parts
-            assert isinstance(image.media, bytes)
-            path = save_media(folder, f"images/{conversation.id}.png", image.media)
-            on_disk = Conversation(
-                id=conversation.id,
-                messages=(Message(role="user", parts=(Part.of_image(path), text)), answer),
-                answer=conversation.answer,
-            )
-            records.append(messages.write(on_disk))
-        paths[split] = write_records(folder / f"{split}.jsonl", records)
-    return paths
+    """See `Task.write_jsonl`."""
+    return TASK.write_jsonl(folder, seed)
 
 
 @cache
@@ -91,15 +78,26 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn.datasets import load_digits  # takes a second to import, so only when the task is used
     except ImportError as error:
-        raise DataError("data=digits needs the scans that ship with scikit-learn: pip install scikit-learn") from error
+        raise DataError(
+            "tasks with handwriting need the scans that ship with scikit-learn: pip install scikit-learn"
+        ) from error
     bunch: Any = load_digits()
     return bunch.images, bunch.target
 
 
 @cache
 def _png(index: int) -> bytes:
+    return png(_small(index).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+
+
+def _small(index: int) -> Image.Image:
     images, _ = _scans()
-    small = Image.fromarray((images[index] * (255 / 16)).round().astype(np.uint8))
-    file = io.BytesIO()
-    small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(file, format="PNG")
-    return file.getvalue()
+    return Image.fromarray((images[index] * (255 / 16)).round().astype(np.uint8))
+
+
+TASK = Task(
+    name="digits",
+    description="which handwritten digit is in the picture (1,797 real scans)",
+    conversations=conversations,
+    max_new_tokens=8,
+)
