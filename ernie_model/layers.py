@@ -60,16 +60,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, cast(self.weight, input), cast(self.bias, input), self.eps)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The output, and the number by which each row was multiplied."""
+    x_wide = wide(x)
+    scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    # The order of the casts is the reference's: round first, then multiply by the weight (reference 2.7).
+    return (x_wide * scale).to(x.dtype) * cast(weight, x), scale
+
+
 class _RMSNorm(torch.autograd.Function):
     """Saves the input and one number per row; the naive graph keeps three copies of the input."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x_wide = wide(x)
-        scale = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+        y, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        # The order of the casts is the reference's: round first, then multiply by the weight (reference 2.7).
-        return (x_wide * scale).to(x.dtype) * cast(weight, x)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -94,6 +100,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            if x.dtype == self.weight.dtype and wide(x) is x:  # torch's own would not round before the weight
+                return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return _rms_norm(x, self.weight, self.eps)[0]
         return _RMSNorm.apply(x, self.weight, self.eps)  # pyright: ignore[reportReturnType]
 
     def extra_repr(self) -> str:
@@ -120,6 +130,8 @@ class _SiluMul(torch.autograd.Function):
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """The SwiGLU activation: silu(gate) * up."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(up)
     return _SiluMul.apply(gate, up)  # pyright: ignore[reportReturnType]
 
 

@@ -198,7 +198,8 @@ class ErnieModel(nn.Module):
 
     def _like(self) -> Tensor:
         """(0, D) activations: their dtype and device."""
-        return self.embed_tokens.weight[:0].to(self.compute_dtype or self.embed_tokens.weight.dtype)
+        weight = self.norm.weight  # which is never quantised
+        return weight.new_zeros(0, self.config.hidden_size, dtype=self.compute_dtype or weight.dtype)
 
     def _pools(
         self, token_T: Tensor, grids: Sequence[Grid], features: int | None, context: Context
@@ -211,6 +212,9 @@ class ErnieModel(nn.Module):
         """
         parts = [slice(*ends) for ends in itertools.pairwise(context.cuts)]
         here = parts[context.part]
+        if not grids and not features and _all_text(token_T, self.config.vision_pool_token_ids):
+            nothing_T = torch.zeros_like(token_T[here], dtype=torch.bool)
+            return Pools(nothing_T, 0), nothing_T, [0] * len(parts)
         vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
         media_T = _is_one_of(token_T, self.config.placeholder_token_ids)
         if self.vision is None:
@@ -254,6 +258,11 @@ class ErnieModel(nn.Module):
         """(M, D): what the vision tower and the resampler make of pixels."""
         assert self.vision is not None and self.resampler is not None
         return self.resampler(self.vision(patch_PX, grids), grids)
+
+
+def _all_text(token_T: Tensor, vision_ids: Sequence[int]) -> bool:
+    """Seen at once for the few tokens of a step of answers; more, and those on a GPU, are counted there."""
+    return token_T.shape[0] <= 64 and not token_T.is_cuda and set(vision_ids).isdisjoint(token_T.tolist())
 
 
 def _is_one_of(token_T: Tensor, ids: Sequence[int]) -> Tensor:

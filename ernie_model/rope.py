@@ -16,6 +16,7 @@ Shape letters:  T tokens   P patches   N heads   H head width
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ Grid = tuple[int, int, int]
 class Rotation(NamedTuple):
     cos: Tensor  # (T, H/2), float32 (float64 for a float64 model)
     sin: Tensor
+    polar_T1C: Tensor | None = None
+    """cos + i sin, (T, 1, H/2), where no gradient is wanted."""
 
 
 def num_media_tokens(grid: Grid) -> int:
@@ -98,19 +101,31 @@ def position_ids(token_T: Tensor, grids: Sequence[Grid], config: ErnieConfig) ->
 def text_rotation(position_3T: Tensor, config: ErnieConfig, *, dtype: torch.dtype) -> Rotation:
     """Angles of every token; `dtype` is the model's, and decides between float32 and float64."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    half = config.head_dim // 2
-    steps = torch.arange(0, config.head_dim, 2, dtype=compute, device=position_3T.device)
-    frequency = 1.0 / (config.rope_theta ** (steps / config.head_dim))
-    time, height, width = position_3T.to(compute).unbind(0)
-    if config.mrope_section is None:
-        angle = time[:, None] * frequency
+    frequency, axis = _frequencies(
+        config.head_dim, config.rope_theta, config.mrope_section, compute, str(position_3T.device)
+    )
+    if axis is None:
+        angle = position_3T[0].to(compute)[:, None] * frequency
     else:
-        index = torch.arange(half, device=position_3T.device)
-        spatial = index < config.mrope_section[0] + config.mrope_section[1]
-        # frequency i follows height (even i) or width (odd i) among the first, time among the last
-        axis = torch.where(spatial, torch.where(index % 2 == 0, 1, 2), 0)
-        angle = torch.stack((time, height, width), dim=1)[:, axis] * frequency
-    return Rotation(angle.cos(), angle.sin())
+        angle = position_3T.t().to(compute).index_select(1, axis) * frequency
+    cos, sin = angle.cos(), angle.sin()
+    return Rotation(cos, sin, None if torch.is_grad_enabled() else torch.complex(cos, sin)[:, None])
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _frequencies(
+    head_dim: int, theta: float, section: tuple[int, int, int] | None, compute: torch.dtype, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """Frequencies of the H/2 pairs, and which of time, height and width each of them follows (None: all time)."""
+    steps = torch.arange(0, head_dim, 2, dtype=compute, device=device)
+    frequency = 1.0 / (theta ** (steps / head_dim))
+    if section is None:
+        return frequency, None
+    index = torch.arange(head_dim // 2, device=device)
+    spatial = index < section[0] + section[1]
+    # frequency i follows height (even i) or width (odd i) among the first, time among the last
+    return frequency, torch.where(spatial, torch.where(index % 2 == 0, 1, 2), 0)
 
 
 def vision_rotation(grids: Sequence[Grid], head_dim: int, *, dtype: torch.dtype, device: torch.device) -> Rotation:
@@ -147,14 +162,20 @@ class _RotatePairs(torch.autograd.Function):
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(x, torch.complex(cos, sin)[:, None])
+
+
+def _turn(x: Tensor, polar_T1C: Tensor) -> Tensor:
     # (x0 + i x1)(cos + i sin) is the rotation of the pair, in one pass over memory
     pairs = torch.view_as_complex(wide(x).contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * polar_T1C).flatten(-2).to(x.dtype)
 
 
 def rotate_text(x_TNH: Tensor, rotation: Rotation) -> Tensor:
     """Rotate adjacent channel pairs (2i, 2i+1); in float32, result in the dtype of `x_TNH` (reference 2.6)."""
-    return _RotatePairs.apply(x_TNH, *rotation)  # pyright: ignore[reportReturnType]
+    if rotation.polar_T1C is not None:
+        return _turn(x_TNH, rotation.polar_T1C)
+    return _RotatePairs.apply(x_TNH, rotation.cos, rotation.sin)  # pyright: ignore[reportReturnType]
 
 
 def rotate_vision(x_PNH: Tensor, rotation: Rotation) -> Tensor:

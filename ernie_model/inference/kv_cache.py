@@ -23,6 +23,9 @@ from ernie_model.layers import wide
 from ernie_model.rope import Grid
 from ernie_model.tiles import attention_after
 
+GATHERED_BYTES = 2**20
+"""Keys and values that are gathered before they are used: about what a core's second-level cache holds."""
+
 
 class Span(NamedTuple):
     """The tokens of one request in a step: `length` of them, of which the first is its token number `start`."""
@@ -62,24 +65,35 @@ class KVCache:
     The model's attention layers come by in order, each once: a `KVCache` serves one forward pass.
 
     Args:
-        spans: the requests of the step, end to end in the row; those of one token first.
+        spans: the requests of the step. Their tokens lie in the row in `order`, a list of indices into `spans`.
     """
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span]):
-        self.cache, self.spans = cache, spans
+        self.cache = cache
+        singles = [i for i, span in enumerate(spans) if span.length == 1]
+        self.bundles = bundles = _bundles(cache, spans, singles)
+        """Rows of one token that attend together, and how many pages they share."""
+        fresh = [i for i, span in enumerate(spans) if span.length > 1 and span.start == 0]
+        later = [i for i, span in enumerate(spans) if span.length > 1 and span.start > 0]
+        self.order = [i for rows, _ in bundles for i in rows] + fresh + later
         self.num_tokens = sum(span.length for span in spans)
         self.cuts, self.part = (0, self.num_tokens), 0
         self._layer = 0
         size, device = cache.page_tokens, cache.data.device
         slots: list[int] = []
-        for start, length, pages in spans:
-            slots += [pages[at // size] * size + at % size for at in range(start, start + length)]
+        for start, length, pages in (spans[i] for i in self.order):
+            if length == 1:
+                slots.append(pages[start // size] * size + start % size)
+            else:
+                slots += [pages[at // size] * size + at % size for at in range(start, start + length)]
         self._slot_T = torch.tensor(slots, device=device)
-        singles = [span for span in spans if span.length == 1]
-        self._singles = _Singles(cache, singles) if singles else None
-        rest = spans[len(singles) :]
-        assert all(span.length > 1 for span in rest), "spans of one token come first"
-        self._chunks = [_Chunk(cache, span) for span in rest]
+        self._parts: list[tuple[int, _Fresh | _Chunk | _Bundle]] = [
+            (len(rows), _Bundle(cache, [spans[i] for i in rows], shared)) for rows, shared in bundles
+        ]
+        if fresh:
+            lengths = [spans[i].length for i in fresh]
+            self._parts.append((sum(lengths), _Fresh(lengths)))
+        self._parts += [(spans[i].length, _Chunk(cache, spans[i])) for i in later]
         # A page that begins in this step and does not become full:
         ends = [(start, start + length, pages) for start, length, pages in spans]
         cache.clear([pages[end // size] for start, end, pages in ends if start <= end // size * size < end])
@@ -97,59 +111,117 @@ class KVCache:
         kv = self.cache.data[self._layer]
         self._layer += 1
         kv.flatten(1, 2).index_copy_(1, self._slot_T, torch.cat((k_TGH, v_TGH), dim=1).transpose(0, 1))
-        outputs, at = [], 0
-        if self._singles is not None:
-            at = self._singles.rows
-            outputs.append(self._singles.attend(q_TNH[:at], kv))
-        for chunk in self._chunks:
-            here = slice(at, at + chunk.length)
-            outputs.append(chunk.attend(q_TNH[here], k_TGH[here], v_TGH[here], kv))
-            at += chunk.length
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if len(self._parts) == 1:
+            return self._parts[0][1].attend(q_TNH, k_TGH, v_TGH, kv)
+        sizes = [tokens for tokens, _ in self._parts]
+        rows = zip(self._parts, q_TNH.split(sizes), k_TGH.split(sizes), v_TGH.split(sizes), strict=True)
+        return torch.cat([part.attend(q, k, v, kv) for (_, part), q, k, v in rows])
 
 
-class _Singles:
-    """Rows of one token, all together: their pages side by side, padded to the longest."""
+class _Fresh:
+    """Prompts from their first token on: nothing of the cache is needed."""
 
-    def __init__(self, cache: PagedCache, spans: Sequence[Span]):
-        self.rows, device = len(spans), cache.data.device
-        counts = [-(-(span.start + 1) // cache.page_tokens) for span in spans]
-        # A row's own first page stands in where others are longer: nothing of another request comes near its sums.
-        page_BI = torch.tensor(
-            [
-                [*span.pages[:count], *[span.pages[0]] * (max(counts) - count)]
-                for span, count in zip(spans, counts, strict=True)
-            ],
-            device=device,
-        )
-        heads = torch.arange(2 * cache.num_kv_heads, device=device) * cache.num_pages
-        self._page_index = (heads[:, None] + page_BI.flatten()).flatten()
-        end_B = torch.tensor([span.start + 1 for span in spans], device=device)
-        future_BL = torch.arange(page_BI.shape[1] * cache.page_tokens, device=device) >= end_B[:, None]
-        mask = torch.zeros(future_BL.shape, dtype=wide(cache.data[:0]).dtype, device=device)
-        self._mask_Z1L = mask.masked_fill_(future_BL, -math.inf).repeat(cache.num_kv_heads, 1)[:, None]
+    def __init__(self, lengths: Sequence[int]):
+        self._packed = Packed(lengths)
 
-    def attend(self, q_BNH: Tensor, kv: Tensor) -> Tensor:
-        groups = kv.shape[0] // 2
-        gathered = kv.flatten(0, 1).index_select(0, self._page_index)  # (2*G*B*I, C, H)
-        k_ZLH, v_ZLH = gathered.view(2, groups * self.rows, -1, kv.shape[3])
-        q_ZMH = q_BNH.unflatten(1, (groups, -1)).transpose(0, 1).flatten(0, 1)
-        score = torch.bmm(wide(q_ZMH) * q_ZMH.shape[-1] ** -0.5, wide(k_ZLH).transpose(1, 2)).add_(self._mask_Z1L)
-        y_ZMH = torch.bmm(score.softmax(-1).to(v_ZLH.dtype), v_ZLH)
-        return y_ZMH.unflatten(0, (groups, -1)).transpose(0, 1).flatten(1, 2)
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, kv: Tensor) -> Tensor:
+        return self._packed.attend(q_TNH, k_TGH, v_TGH)
 
 
 class _Chunk:
-    """Several tokens of one request."""
+    """Several tokens of one request, of which the cache has the beginning."""
 
     def __init__(self, cache: PagedCache, span: Span):
-        self.length, self.end = span.length, span.start + span.length
-        self._fresh = Packed([span.length]) if span.start == 0 else None
-        self._pages = torch.tensor(span.pages[: -(-self.end // cache.page_tokens)], device=cache.data.device)
+        self._end = span.start + span.length
+        self._page_I = torch.tensor(span.pages[: -(-self._end // cache.page_tokens)], device=cache.data.device)
 
     def attend(self, q_LNH: Tensor, k_LGH: Tensor, v_LGH: Tensor, kv: Tensor) -> Tensor:
-        if self._fresh is not None:
-            return self._fresh.attend(q_LNH, k_LGH, v_LGH)
-        gathered = kv.index_select(1, self._pages).flatten(1, 2)[:, : self.end]
-        k_GSH, v_GSH = gathered.chunk(2)
+        k_GSH, v_GSH = kv.index_select(1, self._page_I).flatten(1, 2)[:, : self._end].chunk(2)
         return attention_after(q_LNH, k_GSH, v_GSH)
+
+
+# ------------------------------------------------------------------------------------------------- rows of one token
+
+
+def _bundles(cache: PagedCache, spans: Sequence[Span], singles: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Which rows of one token attend together, and how many pages they share.
+
+    Those that share their beginning do; of the others, as many of similar length as fit the processor's cache: what is
+    gathered then is still there when it is multiplied.
+    """
+    size = cache.page_tokens
+    page_bytes = 2 * cache.num_kv_heads * size * cache.data.shape[-1] * cache.data.element_size()
+    full = {i: spans[i].start // size for i in singles}  # pages that the row does not write to
+    together, alone = [], []
+    for rows, shared in _sharing(spans, list(singles), full, 0):
+        (together if shared else alone).append((rows, shared))
+    rest = sorted((i for rows, _ in alone for i in rows), key=full.__getitem__, reverse=True)
+    bundles = together
+    while rest:
+        count = max(1, GATHERED_BYTES // ((full[rest[0]] + 1) * page_bytes))
+        bundles.append((rest[:count], 0))
+        rest = rest[count:]
+    return bundles
+
+
+def _sharing(spans: Sequence[Span], rows: list[int], full: dict[int, int], shared: int) -> list[tuple[list[int], int]]:
+    """Split rows that share their first `shared` pages so that the fewest pages are read."""
+    if len(rows) < 2:
+        return [(rows, 0)]
+    first, depth = spans[rows[0]].pages, shared
+    least = min(full[i] for i in rows)
+    if shared:  # or else the rows are all rows, with nothing in common
+        while depth < least and all(spans[i].pages[depth] == first[depth] for i in rows):
+            depth += 1
+    branches: dict[int, list[int]] = {}
+    for i in rows:
+        key = spans[i].pages[depth] if depth < full[i] else -1 - i
+        branches.setdefault(key, []).append(i)
+    if len(branches) == len(rows):
+        return [(rows, depth)] if depth else [([i], 0) for i in rows]
+    split = [part for branch in branches.values() for part in _sharing(spans, branch, full, depth + 1)]
+    saved = sum((len(part) - 1) * pages for part, pages in split)
+    return split if saved > (len(rows) - 1) * depth else [(rows, depth)]
+
+
+class _Bundle:
+    """Rows of one token: the pages that they share once, their own side by side, padded to the longest."""
+
+    def __init__(self, cache: PagedCache, spans: Sequence[Span], shared: int):
+        size, device = cache.page_tokens, cache.data.device
+        self._rows, self._groups = len(spans), cache.num_kv_heads
+        head_X1 = (torch.arange(2 * self._groups, device=device) * cache.num_pages)[:, None]
+        counts = [span.start // size + 1 - shared for span in spans]
+        longest = max(counts)
+        pages = []
+        for span, count in zip(spans, counts, strict=True):
+            pages += span.pages[shared : shared + count]
+            # The row's own page stands in where others are longer: nothing of another request comes near its sums.
+            pages += [span.pages[shared]] * (longest - count)
+        self._own = (head_X1 + torch.tensor(pages, device=device)).flatten()
+        self._shared = None
+        if shared:
+            self._shared = (head_X1 + torch.tensor(span.pages[:shared], device=device)).flatten()
+        end_B = torch.tensor([span.start + 1 - shared * size for span in spans], device=device)
+        future_BL = torch.arange(longest * size, device=device) >= end_B[:, None]
+        mask = torch.zeros(future_BL.shape, dtype=wide(cache.data[:0]).dtype, device=device)
+        self._mask_Z1L = mask.masked_fill_(future_BL, -math.inf).repeat(self._groups, 1)[:, None]
+
+    def attend(self, q_BNH: Tensor, k_BGH: Tensor, v_BGH: Tensor, kv: Tensor) -> Tensor:
+        rows, groups, width = self._rows, self._groups, kv.shape[3]
+        pages = kv.flatten(0, 1)  # (2*G*P, C, H)
+        k_ZLH, v_ZLH = pages.index_select(0, self._own).view(2, groups * rows, -1, width)
+        q_GBMH = (wide(q_BNH) * width**-0.5).view(rows, groups, -1, width).transpose(0, 1)
+        q_ZMH = q_GBMH.reshape(groups * rows, -1, width)
+        score_ZML = torch.baddbmm(self._mask_Z1L, q_ZMH, wide(k_ZLH).transpose(1, 2))
+        if self._shared is None:
+            y_ZMH = torch.bmm(score_ZML.softmax(-1).to(v_ZLH.dtype), v_ZLH)
+        else:
+            k_GSH, v_GSH = pages.index_select(0, self._shared).view(2, groups, -1, width)
+            score_GXS = torch.bmm(q_ZMH.view(groups, -1, width), wide(k_GSH).transpose(1, 2))
+            score = torch.cat((score_GXS.view(*score_ZML.shape[:2], -1), score_ZML), dim=-1)
+            prob = score.softmax(-1).to(v_ZLH.dtype)
+            prob_S, prob_L = prob.split([v_GSH.shape[1], v_ZLH.shape[1]], dim=-1)
+            y_ZMH = torch.bmm(prob_S.reshape(groups, -1, v_GSH.shape[1]), v_GSH).view(q_ZMH.shape)
+            y_ZMH = y_ZMH + torch.bmm(prob_L, v_ZLH)
+        return y_ZMH.view(groups, rows, -1, width).transpose(0, 1).reshape(rows, -1, width)

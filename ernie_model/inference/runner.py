@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ernie_model.config import ErnieConfig
+from ernie_model.inference.kernels import answering
 from ernie_model.inference.kv_cache import KVCache, PagedCache, Span, page_bytes
 from ernie_model.inference.request import MediaItem
 from ernie_model.layers import wide
@@ -64,6 +65,7 @@ class Runner:
         self.model, self.max_rows = model, max_rows
         weight = model.norm.weight  # which is never quantised
         self.dtype, self.device = model.compute_dtype or weight.dtype, weight.device
+        self._answering = answering(model, self.dtype)
         self.cache = PagedCache(
             model.config, num_pages=num_pages, page_tokens=page_tokens, dtype=self.dtype, device=self.device
         )
@@ -84,7 +86,7 @@ class Runner:
             return []
         patch_PX = torch.cat([item.patch_PX for item in media]).to(self.device)
         grids = [item.grid for item in media]
-        feature_MD = self.model.media_features(patch_PX, grids)
+        feature_MD = self._answering.media_features(patch_PX, grids)
         return list(feature_MD.split([num_media_tokens(grid) for grid in grids]))
 
     def run(self, rows: Sequence[Row]) -> StepOutput:
@@ -94,12 +96,11 @@ class Runner:
             ValueError: features and placeholders disagree.
         """
         assert 0 < len(rows) <= self.max_rows
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i].token_ids) > 1)  # single tokens first
-        placed = [rows[i] for i in order]
-        context = KVCache(self.cache, [Span(row.start, len(row.token_ids), row.pages) for row in placed])
+        context = KVCache(self.cache, [Span(row.start, len(row.token_ids), row.pages) for row in rows])
+        placed = [rows[i] for i in context.order]
         features = [feature for row in placed for feature in row.features]
         with torch.inference_mode():
-            out = self.model(
+            out = self._answering(
                 torch.tensor([token for row in placed for token in row.token_ids], device=self.device),
                 torch.cat([row.position_3T for row in placed], dim=1).to(self.device),
                 context,
@@ -108,13 +109,13 @@ class Runner:
                 experts=any(row.experts for row in rows),
             )
             begin, at = {}, 0
-            for i, row in zip(order, placed, strict=True):
+            for i, row in zip(context.order, placed, strict=True):
                 begin[i], at = at, at + len(row.token_ids)
             ends = [begin[i] + len(row.token_ids) for i, row in enumerate(rows)]
             wanted = [t for end, row in zip(ends, rows, strict=True) for t in range(end - row.num_logits, end)]
             hidden_SD = out.hidden_TD.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=self.device))
         with torch.no_grad():  # not in inference mode: whoever samples may change the logits in place
-            logit_SV = wide(self.model.logits(hidden_SD))
+            logit_SV = wide(self._answering.logits(hidden_SD))
         return StepOutput(
             logit_SV, [self._experts(out.expert_LTK, row, end) for row, end in zip(rows, ends, strict=True)]
         )
@@ -127,3 +128,4 @@ class Runner:
 
     def weights_changed(self) -> None:
         """What was derived from the weights is made anew."""
+        self._answering = answering(self.model, self.dtype)

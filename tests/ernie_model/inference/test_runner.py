@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from ernie_model.config import ErnieConfig, PositionAfterVideo, VisionConfig
 from ernie_model.context import Packed
+from ernie_model.inference.kv_cache import KVCache, Span
 from ernie_model.inference.request import MediaItem
 from ernie_model.inference.runner import Row, Runner
 from ernie_model.model import ErnieModel
@@ -173,6 +174,42 @@ def test_requests_that_begin_alike_share_pages():
             other.check(logit_TV, at, at + 1)
 
 
+def test_attempts_and_a_common_beginning():
+    """Eight rows: three attempts of one prompt, two of another, both after the same system text, and strangers."""
+    model, choose = build(**TEXT), random.Random(5)
+    runner, taken = make_runner(model, 256), set()
+    system = Conversation(model, 2 * PAGE - 1)
+
+    def follow(before: Conversation, count: int, seed: int) -> Conversation:
+        talk = Conversation.__new__(Conversation)
+        extra = torch.randint(20, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+        talk.__dict__ |= dict(token_ids=before.token_ids + extra, media=[], expert_LTK=None)
+        talk.position_3T = torch.arange(len(talk.token_ids)).expand(3, -1)
+        with torch.no_grad():
+            out = model(torch.tensor(talk.token_ids), talk.position_3T, Packed([len(talk.token_ids)]))
+            talk.logit_TV = F.linear(out.hidden_TD, model.head_VD)
+        return talk
+
+    prompts = [follow(system, 5 * PAGE, 1), follow(system, 3 * PAGE, 2)]
+    talks = [follow(prompts[0], 3 + i, 10 + i) for i in range(3)] + [follow(prompts[1], 5, 20 + i) for i in range(2)]
+    talks += [Conversation(model, count, seed=30 + count) for count in (1, 9, 27)]
+    of_system = pages_for(2 * PAGE, taken, choose, 256)
+    of_prompt = [of_system + pages_for(count * PAGE, taken, choose, 256) for count in (5, 3)]
+    shared = [of_prompt[0]] * 3 + [of_prompt[1]] * 2 + [[]] * 3
+    pages = [
+        before + pages_for(len(talk.token_ids) - len(before) * PAGE, taken, choose, 256)
+        for before, talk in zip(shared, talks, strict=True)
+    ]
+    for talk, mine in zip(talks, pages, strict=True):  # prompts, all but the last tokens
+        runner.run([talk.row(runner, 0, len(talk.token_ids) - 1, mine)])
+    rows = [talk.row(runner, len(t := talk.token_ids) - 1, len(t), p) for talk, p in zip(talks, pages, strict=True)]
+    spans = [Span(row.start, 1, row.pages) for row in rows]
+    bundles = [part for part in KVCache(runner.cache, spans).bundles if part[1]]
+    assert sorted(bundles) == [([0, 1, 2], 7), ([3, 4], 5)]  # 2 + 5 and 2 + 3 pages; nothing is gained by the common 2
+    for talk, logit_TV in zip(talks, runner.run(rows).logit_SV.split(1), strict=True):
+        talk.check(logit_TV, len(talk.token_ids) - 1, len(talk.token_ids))
+
+
 def test_what_an_earlier_owner_left_reaches_nobody():
     """A request whose numbers ran over fails alone: its pages go to another one, which sees none of it."""
     model, choose = build(**TEXT), random.Random(1)
@@ -183,6 +220,35 @@ def test_what_an_earlier_owner_left_reaches_nobody():
     for end in (5, 6, 7, 8, 9, 13):
         talk.check(runner.run([talk.row(runner, at, end, pages)]).logit_SV, at, end)
         at = end
+
+
+def test_a_longer_row_beside_it_brings_nothing():
+    """Rows of unequal length are padded to the longest; all that is not theirs is NaN here."""
+    model, choose = build(**TEXT), random.Random(6)
+    runner, taken = make_runner(model), {0}
+    runner.cache.data.fill_(float("nan"))
+    talks = [Conversation(model, count, seed=count) for count in (2, 21)]
+    pages = [pages_for(len(talk.token_ids), taken, choose) for talk in talks]
+    for talk, mine in zip(talks, pages, strict=True):
+        runner.run([talk.row(runner, 0, len(talk.token_ids) - 1, mine)])
+    ends = [len(talk.token_ids) for talk in talks]
+    rows = [talk.row(runner, end - 1, end, p) for talk, end, p in zip(talks, ends, pages, strict=True)]
+    for talk, end, logit_TV in zip(talks, ends, runner.run(rows).logit_SV.split(1), strict=True):
+        talk.check(logit_TV, end - 1, end)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_new_weights_are_used_once_announced(dtype):
+    """The runner holds copies of dense weights; training goes on in the model's own."""
+    model = build(dtype)
+    runner = make_runner(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    runner.weights_changed()
+    talk = Conversation(model, 3, (1, 4, 4), 6)
+    out = runner.run([talk.row(runner, 0, len(talk.token_ids), list(range(8)))])
+    talk.check(out.logit_SV, 0, len(talk.token_ids), tolerance=1e-4 if dtype == torch.float32 else 1e-9)
 
 
 def test_float32_stays_close():
