@@ -38,6 +38,8 @@ class FakeRunner:
         """A token that makes all logits behind it NaN."""
         self.bad_media: bytes | None = None
         """The digest of an image that raises."""
+        self.fails = 0
+        """So many steps raise."""
         self.steps: list[list[Row]] = []
 
     def weights_changed(self) -> None:
@@ -50,6 +52,9 @@ class FakeRunner:
         return [fake_features(item, self.version) for item in media]
 
     def run(self, rows: Sequence[Row]) -> StepOutput:
+        if self.fails:
+            self.fails -= 1
+            raise MemoryError("no room")
         self.steps.append(list(rows))
         written: set[tuple[int, int]] = set()
         read: set[int] = set()

@@ -500,7 +500,7 @@ PREFIXES = [(0, 0), (7, 0), (16, 0), (7, 1), (7, 2), (16, 1)]
 
 @st.composite
 def actions(draw):
-    kinds = st.sampled_from(["add", "add", "add", "step", "step", "step", "step", "cancel", "wait", "weights"])
+    kinds = st.sampled_from(["add", "add", "add", "step", "step", "step", "step", "cancel", "wait", "weights", "fail"])
     steps = []
     for kind in draw(st.lists(kinds, min_size=5, max_size=40)):
         if kind == "add":
@@ -525,7 +525,8 @@ def actions(draw):
 def test_any_mix_ends_with_all_pages_back(
     vl_config, tokenizer, actions, num_pages, step_tokens, max_running, share, page_tokens
 ):
-    """Random requests with common beginnings, cancels, time-outs and new weights in a cache that is far too small."""
+    """Random requests with common beginnings, cancels, time-outs, new weights, failing steps; in a cache that is far
+    too small."""
     now, check = 0.0, Check(vl_config, tokenizer)
     engine, runner = make_engine(
         vl_config,
@@ -541,7 +542,11 @@ def test_any_mix_ends_with_all_pages_back(
     prompts, streamed, done = {}, {}, {}
 
     def step():
-        for request_id, delta in engine.step():
+        try:
+            written = engine.step()
+        except MemoryError:  # and is tried again
+            written = []
+        for request_id, delta in written:
             assert request_id not in done, "a delta after the last"
             streamed.setdefault(request_id, []).extend(delta.token_ids)
             if delta.completion is not None:
@@ -566,6 +571,8 @@ def test_any_mix_ends_with_all_pages_back(
                 now += 1.0
             case ("weights", _):
                 engine.weights_changed()
+            case ("fail", _):
+                runner.fails = 1
             case _:
                 step()
     for _ in range(5000):
