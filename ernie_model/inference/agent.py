@@ -88,6 +88,7 @@ class Turn:
     reasoning: str | None
     content: str | None
     calls: tuple[ToolCallText, ...]
+    """None of them where one cannot be read."""
     completion: Completion
     results: tuple[ToolResult, ...] = ()
     """One for each call, in order; or one error for calls that cannot be read. Empty when nothing was run."""
@@ -101,7 +102,8 @@ class Turn:
             message["reasoning_content"] = self.reasoning
         if self.calls:
             message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.parsed}} for call in self.calls
+                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in self.calls
             ]
         return message
 
@@ -352,7 +354,7 @@ class _Run:
             completion.text,
             parsed.reasoning,
             parsed.content,
-            parsed.calls,
+            () if parsed.errors else parsed.calls,
             completion,
             problem="; ".join(parsed.errors)[:ERROR_CHARS] or None,
         )

@@ -187,6 +187,21 @@ def test_a_call_that_cannot_be_read_is_an_observation_and_takes_a_turn(processor
     assert f"<tool_output>\nerror: {first.problem}\n</tool_output>" in text_of(processor, episode)
 
 
+def test_beside_a_call_that_cannot_be_read_none_is_run(answer):
+    ran = []
+    toolbox = ToolBox([tool_from_function(lambda x: ran.append(x), X, name="double", description="It.")])
+    episode = answer(question(), DOUBLE % 1 + BROKEN + DOUBLE % 2, "Sorry.", toolbox=toolbox)
+    assert episode.status is Status.ANSWERED and ran == []
+    assert episode.turns[0].calls == () and len(episode.turns[0].results) == 1
+
+
+def test_arguments_that_are_no_object_are_an_observation(processor, answer):
+    episode = answer(question(), DOUBLE.replace('{"x": %s}', "[1, 2]"), "Sorry.")
+    assert episode.turns[0].results[0].text == "error: arguments of double must be a JSON object."
+    whole = [*question(), *episode.messages]
+    assert '"arguments": [1, 2]' in processor.render(whole), "the conversation can go on with it"
+
+
 def test_tokens_that_others_wrote_are_no_special_tokens(processor, answer):
     """A tool that returns the text of a placeholder or of an end does not bring one in."""
     hostile = tool_from_function(
