@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ernie_model.images import ImageSize, load_image
 from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
-from ernie_model.inference.parsing import Parsed, StreamParser, ToolCallText, parse
+from ernie_model.inference.parsing import StreamParser, ToolCallText, parse
 from ernie_model.inference.request import (
     Completion,
     Delta,
@@ -48,7 +48,6 @@ from ernie_model.inference.request import (
 )
 from ernie_model.inference.tools import ERROR_CHARS, Limits, ToolBox, ToolContext, ToolResult
 from ernie_model.processor import Processor
-from ernie_model.tokenizer import END_THINK
 
 __all__ = ["Agent", "AgentEvent", "Episode", "EventKind", "Limits", "Status", "Turn"]
 
@@ -349,7 +348,7 @@ class _Run:
         else:
             blocked = None
         episode.append(completion.token_ids, completion=completion)
-        parsed = self._parse(completion.text)
+        parsed = parse(completion.text, in_reasoning=self.thinking, calls=bool(self.definitions))
         turn = Turn(
             completion.text,
             parsed.reasoning,
@@ -428,14 +427,6 @@ class _Run:
             self.from_user += [False] * len(result.images)
         return None
 
-    def _parse(self, text: str) -> Parsed:
-        parsed = parse(text, in_reasoning=self.thinking)
-        if self.definitions or not (parsed.calls or parsed.errors):
-            return parsed
-        # Nobody offered tools, so what looks like a call is text.
-        content = text.partition(END_THINK)[2].lstrip("\n") if self.thinking else text
-        return replace(parsed, content=content, calls=(), errors=())
-
     def _finding(self, turn: Turn) -> str | None:
         """What the filters of a whole turn say."""
         try:
@@ -460,7 +451,7 @@ class _Run:
 
     async def _stream(self, prompt: Prompt, params: SamplingParams, number: int) -> Completion:
         """Raises _Stopped: a filter has found something."""
-        parser = StreamParser(in_reasoning=self.thinking)
+        parser = StreamParser(in_reasoning=self.thinking, calls=bool(self.definitions))
         guards = {kind: Guard(self.moderation.output) for kind in (EventKind.REASONING, EventKind.CONTENT)}
         token_ids: list[int] = []
         logprobs: list[float] = []

@@ -55,12 +55,13 @@ class Parsed:
 # ------------------------------------------------------------------------------------------------------ the whole text
 
 
-def parse(text: str, *, in_reasoning: bool) -> Parsed:
+def parse(text: str, *, in_reasoning: bool, calls: bool = True) -> Parsed:
     """Read a finished answer. Newlines that the format puts around the content are not part of it.
 
     Args:
         in_reasoning: the prompt ended with `<think>`: the text begins inside the reasoning, and without `</think>` all
             of it is reasoning. If false, only a text that itself begins with `<think>` has reasoning.
+        calls: False where no tools were offered: what looks like a call is content.
     """
     start = text.lstrip("\n")
     if in_reasoning or start.startswith(THINK):
@@ -69,14 +70,14 @@ def parse(text: str, *, in_reasoning: bool) -> Parsed:
     else:
         reasoning, rest = None, text
         inside = _inside_response(text) if start.startswith(RESPONSE) else text
-    _, content, calls = split_calls(inside)
+    _, content, found = split_calls(inside) if calls else (False, inside, ())
     content = (content or "").lstrip("\n")
     if inside != rest:
         content = content.rstrip("\n")
     elif content.startswith(RESPONSE):  # cut off before its end
         content = content.removeprefix(RESPONSE).lstrip("\n")
-    read = [_read_call(body) for body in _bodies(inside)]
-    return Parsed(reasoning, content or None, calls, tuple(error for error in read if isinstance(error, str)))
+    read = [_read_call(body) for body in _bodies(inside)] if calls else []
+    return Parsed(reasoning, content or None, found, tuple(error for error in read if isinstance(error, str)))
 
 
 def split_reasoning(text: str) -> tuple[str, str | None]:
@@ -217,14 +218,17 @@ class _At(Enum):
 
 
 class StreamParser:
-    """Reads an answer piece by piece. Put together, the pieces of any way to cut it are the same."""
+    """Reads an answer piece by piece. Put together, the pieces of any way to cut it are the same.
 
-    def __init__(self, *, in_reasoning: bool):
+    Args: see `parse`.
+    """
+
+    def __init__(self, *, in_reasoning: bool, calls: bool = True):
         self._at = _At.START
         self._in_reasoning = in_reasoning
         self._in_response = False
-        self._calls_read = True
-        """False once a call was not JSON: from then on all is content."""
+        self._calls_read = calls
+        """False also once a call was not JSON: from then on all is content."""
         self._num_calls = 0
         self._buffer = ""
         self._withheld = ""

@@ -136,8 +136,10 @@ def test_without_tools_it_is_one_answer(processor, answer):
 
 def test_what_looks_like_a_call_is_text_where_no_tools_are_offered(answer):
     for toolbox, run in ((ToolBox([]), {}), (box(), {"tools": []})):
-        episode = answer(question(), "Write:\n" + DOUBLE % 1, toolbox=toolbox, run=run)
+        events = []
+        episode = answer(question(), "Write:\n" + DOUBLE % 1, toolbox=toolbox, run=run, events=events)
         assert episode.status is Status.ANSWERED
+        assert "".join(event.text for event in events).strip() == episode.answer.strip()
         assert '{"name": "double"' in episode.answer and episode.turns[0].calls == ()
 
 

@@ -209,3 +209,15 @@ def test_hostile_texts_do_not_take_long():
         parse(text, in_reasoning=False)
         streamed([text[at : at + 7] for at in range(0, len(text), 7)], False)
     assert time.process_time() - start < 20  # 2 s
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_where_no_tools_were_offered_a_call_is_content(size):
+    text = f"a\n</think>\n\nWrite:\n{WEATHER}"
+    whole = parse(text, in_reasoning=True, calls=False)
+    assert whole == Parsed("a\n", f"Write:\n{WEATHER}")
+    parser = StreamParser(in_reasoning=True, calls=False)
+    pieces = [piece for at in range(0, len(text), size) for piece in parser.push(text[at : at + size])]
+    pieces += parser.finish()
+    assert {piece.kind for piece in pieces} == {"reasoning", "content"}
+    assert "".join(piece.text for piece in pieces if piece.kind == "content") == whole.content
