@@ -20,6 +20,7 @@ COMMANDS = {
     "convert": ("train.convert", "turn records of one format into another"),
     "chat": ("train.chat", "talk to a model in the terminal, with pictures, videos and tools"),
     "index": ("train.index", "make a folder of pictures searchable by picture, for the tool image_search"),
+    "serve": ("train.serve", "put a model behind an OpenAI-compatible address, with a page to chat with"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
 }
 

@@ -175,11 +175,78 @@ class EvaluationConfig(ModelAtWork):
 
 
 @dataclass
+class LimitsConfig:
+    """What `ernie serve` allows one client, and all of them together."""
+
+    concurrency: int = 64
+    """Requests read, prepared and answered at once."""
+    queue: int = 256
+    """Requests that wait for that, their bodies unread; more are refused (429)."""
+    body_mib: int = 64
+    images: int = 16
+    """Images of one request."""
+    videos: int = 2
+    """Videos of one request."""
+    megapixels: float = 64.0
+    """Of all images of one request together, before any resizing; a megapixel takes 3 MB."""
+    image_mib: int = 64
+    """One encoded image."""
+    video_mib: int = 256
+    """One encoded video."""
+    video_s: float = 300.0
+    """Length of one video."""
+    fetch_s: float = 30.0
+    """Time to fetch one address."""
+    new_tokens: int = 32768
+    """Of one answer."""
+    attempts: int = 16
+    """Answers to one request (`n`)."""
+    time_s: float = 600.0
+    """From a request's first byte to the last one of its answer."""
+    lag_s: float = 30.0
+    """A client that takes nothing of its answer for so long is cancelled."""
+    lag_tokens: int = 16384
+    """So is one for whom so many pieces of a stream wait."""
+    workers: int = 2
+    """Threads that decode images and tokenise."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            least = 0 if name in ("queue", "images", "videos") else 1
+            if isinstance(value, float):
+                check(0 < value < float("inf"), f"limits.{name} is {value}; it must be positive and finite.")
+            else:
+                check(value >= least, f"limits.{name} is {value}; it must be at least {least}.")
+
+
+@dataclass
 class ServeConfig(ModelAtWork):
     """`ernie serve`: see train/serve.py."""
 
     host: str = "127.0.0.1"
+    """0.0.0.0 lets other machines in."""
     port: int = 8000
+    """0 chooses a free one."""
+    name: str | None = None
+    """What clients call the model; null: the name of its folder or run."""
+    api_key: str | None = None
+    """What clients must send. It shows in the list of processes: the variable ERNIE_API_KEY or a file does not."""
+    api_key_file: str | None = None
+    """A file with one key in a line; any of them lets in."""
+    media_root: str | None = None
+    """The folder whose files requests may name as file:///...; null: none."""
+    fetch: bool = False
+    """May requests name https addresses? Only public ones are ever fetched."""
+    grace_s: float = 30.0
+    """After SIGTERM, what runs has so long to finish."""
+    ui: bool = False
+    """A page to chat with, at /ui."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+    def __post_init__(self):
+        check(0 <= self.port < 65536, f"port is {self.port}; it must lie in 0..65535.")
+        check(0 <= self.grace_s < float("inf"), f"grace_s is {self.grace_s}; it must be 0 or more, and finite.")
+        check(self.api_key != "", "api_key is empty; null lets everybody in.")
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from ernie_model.inference.detokenize import Detokenizer
 from ernie_model.inference.request import Completion, Delta, Finish, Prompt, SamplingParams
 from ernie_model.tokenizer import END_OF_SENTENCE, Tokenizer
 
@@ -33,25 +34,26 @@ class ScriptedEngine:
         self.prompts.append(prompt)
         self.running += 1
         try:
-            ids = [*self.tokenizer.encode_markup(self.reply(prompt)), self.tokenizer.require(END_OF_SENTENCE)]
-            finish = Finish.STOP if len(ids) <= params.max_new_tokens else Finish.LENGTH
-            ids, shown = ids[: params.max_new_tokens], ""
-            for number in range(1, len(ids) + 1):
+            end = self.tokenizer.require(END_OF_SENTENCE)
+            detokenizer = Detokenizer(self.tokenizer, params.stop, {end, *params.stop_ids})
+            sampled: list[int] = []
+            for token_id in [*self.tokenizer.encode_markup(self.reply(prompt)), end]:
                 await asyncio.sleep(self.pause_s)
-                last = number == len(ids)
-                text = self.tokenizer.decode(ids[: number - 1] if last and finish is Finish.STOP else ids[:number])
-                completion = None
-                if last:
+                sampled.append(token_id)
+                text, completion = detokenizer.push(token_id), None
+                if detokenizer.stopped is not None or len(sampled) == params.max_new_tokens:
+                    text += detokenizer.finish()
                     completion = Completion(
-                        token_ids=tuple(ids),
-                        text=text,
-                        finish=finish,
-                        logprobs=(-0.5,) * len(ids),
-                        versions=(0,) * len(ids),
-                        stop=ids[-1] if finish is Finish.STOP else None,
+                        token_ids=tuple(sampled),
+                        text=detokenizer.text,
+                        finish=Finish.LENGTH if detokenizer.stopped is None else Finish.STOP,
+                        logprobs=(-0.5,) * len(sampled),
+                        versions=(0,) * len(sampled),
+                        stop=detokenizer.stopped,
                         num_prompt_tokens=len(prompt.token_ids),
                     )
-                yield Delta(text[len(shown) :], (ids[number - 1],), (-0.5,), completion=completion)
-                shown = text
+                yield Delta(text, (token_id,), (-0.5,), completion=completion)
+                if completion is not None:
+                    return
         finally:
             self.running -= 1

@@ -1,0 +1,275 @@
+"""What the engine wrote -> OpenAI's completion, or the chunks of a stream.
+
+Both go through the same reader, piece by piece, so a stream put together is the completion.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pydantic import BaseModel
+
+from ernie_model.inference.parsing import Piece, StreamParser
+from ernie_model.inference.request import Completion, Delta, Finish
+from ernie_model.inference.server.prompts import Job
+from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, TOOL_CALL, Tokenizer
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class PromptDetails(BaseModel):
+    cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    reasoning_tokens: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class TopLogprob(BaseModel):
+    token: str
+    bytes: list[int] | None
+    logprob: float
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(BaseModel):
+    content: list[TokenLogprob]
+    """Of all tokens that were sampled and show in the text: thought, answer and calls."""
+    refusal: None = None
+
+
+class Function(BaseModel):
+    name: str
+    arguments: str
+
+
+class Call(BaseModel):
+    id: str
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class CallDelta(Call):
+    index: int
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: Logprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class MessageDelta(BaseModel):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[CallDelta] | None = None
+
+
+class ChunkChoice(BaseModel):
+    index: int
+    delta: MessageDelta
+    logprobs: Logprobs | None = None
+    finish_reason: FinishReason | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+
+
+# ------------------------------------------------------------------------------------------------------- one answer
+
+
+@dataclass
+class _Written:
+    """What one attempt has written so far."""
+
+    parser: StreamParser
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    begun: bool = False
+    completion: Completion | None = None
+
+
+class Answer:
+    """The answer to one request, as it comes."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer):
+        self.job = job
+        self.tokenizer = tokenizer
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.model = job.request.model
+        self._end_call_id = tokenizer.special_id(END_TOOL_CALL)
+        self._written = [_Written(StreamParser(in_reasoning=job.in_reasoning)) for _ in job.attempts]
+
+    def take(self, batch: Sequence[tuple[int, Delta]]) -> Iterator[ChatChunk]:
+        """The chunks that say it."""
+        for number, delta in batch:
+            written = self._written[number]
+            said = self._said(written, delta)
+            changes: list[MessageDelta] = []
+            for change in said:
+                if not written.begun:
+                    change.role = "assistant"
+                    written.begun = True
+                changes.append(change)
+            logprobs = self._logprobs(delta) if self.job.request.logprobs else None
+            if logprobs is not None and logprobs.content and not changes:
+                changes.append(MessageDelta(content=""))
+            for place, change in enumerate(changes):
+                shown = logprobs if place == 0 else None
+                yield self._chunk([ChunkChoice(index=number, delta=change, logprobs=shown, finish_reason=None)])
+            if delta.completion is not None:
+                written.completion = delta.completion
+                end = ChunkChoice(index=number, delta=MessageDelta(), finish_reason=_reason(written))
+                if not written.begun:
+                    end.delta = MessageDelta(role="assistant", content="")
+                yield self._chunk([end])
+
+    def whole(self) -> ChatCompletion:
+        """When all attempts are finished."""
+        return ChatCompletion(
+            id=self.id,
+            created=self.created,
+            model=self.model,
+            choices=[self._choice(number, written) for number, written in enumerate(self._written)],
+            usage=self.usage(),
+        )
+
+    def usage(self) -> Usage:
+        completions = [written.completion for written in self._written if written.completion is not None]
+        prompt_tokens = len(self.job.prompt.token_ids)
+        sampled = sum(len(completion.token_ids) for completion in completions)
+        return Usage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=sampled,
+            total_tokens=prompt_tokens + sampled,
+            # What none of the attempts had to compute; they share the rest among themselves.
+            prompt_tokens_details=PromptDetails(
+                cached_tokens=min((completion.num_cached_tokens for completion in completions), default=0)
+            ),
+            completion_tokens_details=CompletionDetails(
+                reasoning_tokens=sum(self._reasoning_tokens(completion) for completion in completions)
+            ),
+        )
+
+    def usage_chunk(self) -> ChatChunk:
+        return self._chunk([], self.usage())
+
+    # --------------------------------------------------------------------------------------------------------- parts
+
+    def _said(self, written: _Written, delta: Delta) -> list[MessageDelta]:
+        pieces = written.parser.push(delta.text)
+        if delta.completion is not None:
+            if self.job.one_call and delta.completion.stop == self._end_call_id:
+                pieces += written.parser.push(END_TOOL_CALL)  # the stop that ended it is not in the text
+            pieces += written.parser.finish()
+        return [self._change(written, piece) for piece in pieces]
+
+    def _change(self, written: _Written, piece: Piece) -> MessageDelta:
+        if piece.call is not None and self.job.offers_tools:
+            function = Function(name=piece.call.name, arguments=piece.call.arguments)
+            call = Call(id=f"call_{secrets.token_hex(12)}", function=function)
+            index = len(written.calls)
+            written.calls.append(call)
+            return MessageDelta(tool_calls=[CallDelta(index=index, **call.model_dump())])
+        if piece.kind == "reasoning":
+            written.reasoning += piece.text
+            return MessageDelta(reasoning_content=piece.text)
+        text = piece.text
+        if piece.call is not None:  # there is nothing to call: it is text that looks like it
+            name = json.dumps(piece.call.name, ensure_ascii=False)
+            text = f'{TOOL_CALL}\n{{"name": {name}, "arguments": {piece.call.arguments}}}\n{END_TOOL_CALL}'
+        written.content += text
+        return MessageDelta(content=text)
+
+    def _choice(self, number: int, written: _Written) -> Choice:
+        completion = written.completion
+        assert completion is not None
+        logprobs = None
+        if self.job.request.logprobs:
+            logprobs = self._logprobs(
+                Delta("", completion.token_ids, completion.logprobs, completion.top_logprobs, completion)
+            )
+        message = AnswerMessage(
+            content=written.content if written.content or not written.calls else None,
+            reasoning_content=written.reasoning or None,
+            tool_calls=written.calls or None,
+        )
+        return Choice(index=number, message=message, logprobs=logprobs, finish_reason=_reason(written))
+
+    def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
+        # `object` is said, as what is not said is not sent
+        about = {"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        return ChatChunk(**about, choices=choices, usage=usage)
+
+    def _logprobs(self, delta: Delta) -> Logprobs:
+        count = len(delta.token_ids)
+        completion = delta.completion
+        if count and completion is not None and completion.finish is Finish.STOP and isinstance(completion.stop, int):
+            count -= 1  # the id that ended it writes nothing
+        content = []
+        for place in range(count):
+            one = self._named(delta.token_ids[place], delta.logprobs[place])
+            top = delta.top_logprobs[place] if delta.top_logprobs else None
+            tops = [] if top is None else list(map(self._named, top.token_ids, top.logprobs))
+            content.append(TokenLogprob(**one.model_dump(), top_logprobs=tops))
+        return Logprobs(content=content)
+
+    def _named(self, token_id: int, logprob: float) -> TopLogprob:
+        written = self.tokenizer.token_bytes[token_id] or b""
+        return TopLogprob(token=written.decode("utf-8", "replace"), bytes=list(written), logprob=logprob)
+
+    def _reasoning_tokens(self, completion: Completion) -> int:
+        if not self.job.in_reasoning:
+            return 0
+        end = self.tokenizer.special_id(END_THINK)
+        if end in completion.token_ids:
+            return completion.token_ids.index(end) + 1
+        return len(completion.token_ids)
+
+
+def _reason(written: _Written) -> FinishReason:
+    assert written.completion is not None
+    if written.completion.finish is Finish.LENGTH:
+        return "length"
+    return "tool_calls" if written.calls else "stop"

@@ -1,0 +1,45 @@
+"""What a server allows."""
+
+from dataclasses import dataclass, field
+
+from ernie_model.inference.request import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    concurrency: int = 64
+    """Requests read, prepared and answered at once."""
+    queue: int = 256
+    """Requests that wait for that, their bodies unread; more are refused (429)."""
+    body_bytes: int = 64 * 2**20
+    images: int = 16
+    """Images of one request."""
+    videos: int = 2
+    """Videos of one request."""
+    pixels: int = 64_000_000
+    """Of all images of one request together, before any resizing; a decoded pixel takes 3 bytes."""
+    new_tokens: int = 32768
+    """Of one answer."""
+    attempts: int = 16
+    """`n`."""
+    time_s: float = 600.0
+    """From a request's first byte to the last one of its answer."""
+    lag_s: float = 30.0
+    """A client that takes nothing for so long is cancelled."""
+    lag_tokens: int = 16384
+    """So is one for whom so many pieces of a stream wait."""
+    workers: int = 2
+    """Threads that decode images and tokenise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    name: str
+    """What clients call the model."""
+    keys: tuple[str, ...] = ()
+    """Any of them lets in; none: everybody may."""
+    limits: Limits = field(default_factory=Limits)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    """What holds where a request says nothing else."""
+    thinking: bool = False
+    """Does an answer begin with a thought where a request does not say?"""
