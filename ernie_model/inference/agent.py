@@ -392,7 +392,8 @@ class _Run:
         if turn.problem is not None:
             results = [ToolResult.failure(turn.problem)]
         else:
-            limits = replace(self.limits, tool_time_s=max(0.001, min(self.limits.tool_time_s, self.left_s)))
+            left_s = max(0.001, self.left_s)
+            limits = replace(self.limits, time_s=left_s, tool_time_s=min(self.limits.tool_time_s, left_s))
             context = ToolContext(tuple(episode.images), tuple(self.from_user), limits)
             results = await asyncio.gather(*(self.toolbox.run(call.name, call.parsed, context) for call in calls))
         for index, result in enumerate(results):

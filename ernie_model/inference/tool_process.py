@@ -10,7 +10,8 @@
       late: the process and all it started are killed; the next call starts another
 
 The module is never imported here: what it does on import, and the memory it takes, stay there. A process serves one
-call at a time; several calls at once take up to `MAX_PROCESSES`. What the function prints goes to stderr.
+call at a time; several calls at once take up to `MAX_PROCESSES`, and more wait for their turn, which does not count as
+the tool's time. What the function prints goes to stderr.
 """
 
 import importlib
@@ -78,7 +79,7 @@ class _Processes:
 
     def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
         time_s = context.limits.tool_time_s
-        process = self.take(time_s)
+        process = self.take(context.limits.time_s)
         try:
             outcome = process.call(arguments, context, time_s)
         except TimeoutError:

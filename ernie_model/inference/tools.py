@@ -57,7 +57,7 @@ class Limits:
     max_tokens: int = 16384
     """Prompt, answers and results together."""
     time_s: float = 600.0
-    """The whole question."""
+    """The whole question; in a `ToolContext`, what is left of it."""
     tool_time_s: float = 20.0
     """One call."""
     max_result_chars: int = 8192

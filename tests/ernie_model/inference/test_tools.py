@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ernie_model.inference.tool_process import tool_from_path
+from ernie_model.inference.tool_process import MAX_PROCESSES, tool_from_path
 from ernie_model.inference.tools import (
     MAX_STUCK,
     TOKEN_SIDE,
@@ -315,6 +315,12 @@ def hang(x):
         pass
 
 @tool(X)
+def nap(x):
+    """Sleeps."""
+    time.sleep(x)
+    return "awake"
+
+@tool(X)
 def fall(x):
     """Ends its process."""
     if x:
@@ -381,6 +387,19 @@ def test_a_process_that_ends_is_followed_by_another(module):
     box = ToolBox([tool_from_path(f"{module}.fall")])
     assert call(box, "fall", {"x": 1}).text == "error: fall ended its process (exit code 3)."
     assert call(box, "fall", {"x": 0}).text == "stood"
+
+
+def test_more_calls_than_processes_wait_for_their_turn(module):
+    """Each takes most of its own time; together they take several times as long."""
+    box = ToolBox([tool_from_path(f"{module}.nap")])
+    context = ToolContext(limits=Limits(tool_time_s=1.0))
+
+    async def many():
+        return await asyncio.gather(*(box.run("nap", {"x": 0.4}, context) for _ in range(3 * MAX_PROCESSES)))
+
+    assert {result.text for result in asyncio.run(many())} == {"awake"}
+    late = call(box, "nap", {"x": 0.4}, ToolContext(limits=Limits(tool_time_s=0.1)))
+    assert late.text == "error: nap took longer than 0.1 s."
 
 
 def test_results_are_cut_in_the_process(module):
