@@ -1,6 +1,6 @@
 # Every target sets up what it needs (a virtual environment with pinned packages) and then does its job.
 #
-#   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes
+#   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes; then evaluate it
 #   make test        the test suite
 #   make lint        ruff and pyright
 #   make bench       speed against transformers
@@ -20,6 +20,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 demo: $(VENV)/.test
 	$(VENV)/bin/ernie sft experiment=digits
+	$(VENV)/bin/ernie evaluate checkpoint=runs/digits tasks=[digits] precision=fp32 output=runs/digits/evaluation
 	$(VENV)/bin/python -m tests.end_to_end.ask_transformers runs/digits
 
 test: $(VENV)/.test

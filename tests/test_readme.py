@@ -17,6 +17,7 @@ from train.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
+PAGES += ("docs/evaluation.md",)
 
 
 def commands(page: str) -> list[str]:

@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": ("train.chat", "talk to a model in the terminal, with pictures, videos and tools"),
     "index": ("train.index", "make a folder of pictures searchable by picture, for the tool image_search"),
     "serve": ("train.serve", "put a model behind an OpenAI-compatible address, with a page to chat with"),
+    "evaluate": ("train.evaluate", "ask a model the questions of tasks or of your own file, and score its answers"),
+    "compare": ("train.compare", "two evaluations of the same questions, with a paired test"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
 }
 

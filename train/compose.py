@@ -31,13 +31,14 @@ from train.config import (
     check,
     suggestion,
 )
-from train.inference_config import ChatConfig, EvaluationConfig, ExportConfig, IndexConfig, ServeConfig
+from train.inference_config import ChatConfig, CompareConfig, EvaluationConfig, ExportConfig, IndexConfig, ServeConfig
 
 ENTRIES = {
     "sft": SFTConfig,
     "convert": ConvertConfig,
     "export": ExportConfig,
     "evaluate": EvaluationConfig,
+    "compare": CompareConfig,
     "serve": ServeConfig,
     "chat": ChatConfig,
     "index": IndexConfig,

@@ -4,12 +4,15 @@ They share where the weights are (`Weights`), how the engine runs (`EngineConfig
 (`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from train.config import PositionRule, Precision, check
+from train.config import PositionRule, Precision, TrackerConfig, UserError, check, check_seed, suggestion
 
 
 @dataclass
@@ -167,11 +170,139 @@ class ModelAtWork(Weights):
     agent: AgentConfig = field(default_factory=AgentConfig)
 
 
+class Split(Enum):
+    """Of tasks that ship with the suite."""
+
+    heldout = "heldout"
+    train = "train"
+
+
+@dataclass
+class AskedConfig:
+    """One task or file, where it is asked otherwise than the rest: `per_task.NAME`."""
+
+    reward: str | None = None
+    """Instead of the reward that its records name."""
+    reward_options: dict[str, Any] = field(default_factory=dict)
+    """Joined to those of its records."""
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    thinking: bool | None = None
+    tools: list[str] | None = None
+    """null: the task's own, and agent.tools."""
+    format: str | None = None
+    """Files: name of the format (data/formats); null: recognised by the first record."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Files: what the format calls a column: what the records call it."""
+    split: str | None = None
+    """Of a Hugging Face dataset."""
+    subset: str | None = None
+    """Of a Hugging Face dataset: its configuration."""
+    media_root: str | None = None
+    """Files: the folder that paths of images and videos are relative to; null: the file's."""
+    fetch: bool = False
+    """Files: may media be fetched over https?"""
+
+    @classmethod
+    def of(cls, name: str, settings: Any) -> "AskedConfig":
+        """One entry of `per_task`, checked."""
+        if isinstance(settings, AskedConfig):
+            return settings
+        where = f"per_task.{name}"
+        check(isinstance(settings, dict), f"{where} is {settings}; it must be like {{reward: anls, limit: 100}}.")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in settings:
+            check(key in known, f"{where}.{key} is not a setting of a task{suggestion(str(key), known)}")
+        try:
+            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
+        except OmegaConfBaseException as error:
+            key = f"{where}.{error.full_key}" if error.full_key else where
+            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        assert isinstance(typed, cls)
+        for key in ("limit", "max_new_tokens"):
+            value = getattr(typed, key)
+            check(value is None or value >= 1, f"{where}.{key} is {value}; it must be at least 1, or null.")
+        return typed
+
+
 @dataclass
 class EvaluationConfig(ModelAtWork):
     """`ernie evaluate`: see train/evaluate.py."""
 
+    tasks: list[str] = field(default_factory=list)
+    """Names of tasks that ship with the suite (`python -m data.tasks` lists them), and files of questions of your own,
+    in any format of data/. A file is called by its name without the ending."""
+    split: Split = Split.heldout
+    """Of the suite's tasks; a file is asked whole."""
+    task_seed: int = 0
+    """What the suite's tasks are made with; as in training (data.seed), or held-out questions are others."""
+    limit: int | None = None
+    """Questions of each task, evenly over it; null: all."""
+    attempts: int = 1
+    """Answers to each question; more than one needs sampling.temperature above 0."""
+    pass_at: list[int] = field(default_factory=list)
+    """k of pass@k; empty: 1, and all attempts."""
+    right_at: float = 1.0
+    """The score from which an answer counts as right, for pass@k and accuracy."""
+    seed: int = 0
+    """Of sampling and of the bootstrap."""
+    reward: str | None = None
+    """For records that name none: see train/rewards, or python:module.function."""
+    per_task: dict[str, Any] = field(default_factory=dict)
+    """Settings of single tasks, by name: `AskedConfig`."""
+    likelihood: bool = True
+    """Also measure how probable the right answers are."""
+    concurrency: int = 128
+    """Questions that are being answered at once."""
+    pictures: int = 60
+    """Questions of each task on the page and in the trackers' tables, wrong ones first; 0 makes no page."""
     output: str = "evaluations/${now:%Y-%m-%d_%H-%M-%S}"
+    """The folder of results; one that was broken off goes on where it was."""
+    name: str | None = None
+    """What trackers call it; null: the name of the folder."""
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self):
+        self.per_task = {name: AskedConfig.of(name, settings) for name, settings in self.per_task.items()}
+        check(bool(self.tasks), "tasks is empty; for example tasks=[digits], or tasks=[questions.jsonl].")
+        check(self.limit is None or self.limit >= 1, f"limit is {self.limit}; it must be at least 1, or null for all.")
+        check(self.attempts >= 1, f"attempts is {self.attempts}; it must be at least 1.")
+        check(
+            self.attempts == 1 or self.sampling.temperature > 0,
+            f"attempts is {self.attempts} and sampling.temperature 0, which would write the same answer each time. "
+            "Set sampling.temperature, for example to 0.8, or attempts=1.",
+        )
+        for k in self.pass_at:
+            check(1 <= k <= self.attempts, f"pass_at has {k}; it must lie in 1..attempts, which is {self.attempts}.")
+        check(0 < self.right_at <= 1, f"right_at is {self.right_at}; it must be more than 0 and at most 1.")
+        check_seed("task_seed", self.task_seed)
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..4294967295.")
+        room = self.engine.max_waiting + self.engine.max_running
+        check(
+            1 <= self.concurrency <= room,
+            f"concurrency is {self.concurrency}; it must lie in 1..{room}, which is engine.max_waiting + "
+            "engine.max_running.",
+        )
+        check(self.pictures >= 0, f"pictures is {self.pictures}; it must be 0 or more.")
+
+
+@dataclass
+class CompareConfig:
+    """`ernie compare`: see train/compare.py."""
+
+    runs: list[str] = field(default_factory=list)
+    """Two folders that `ernie evaluate` wrote, the older one first."""
+    seed: int = 0
+    """Of the bootstrap and the permutation test."""
+    output: str | None = None
+    """A JSON file of what is shown; null writes none."""
+
+    def __post_init__(self):
+        check(
+            len(self.runs) == 2,
+            f"runs holds {len(self.runs)} folders; give two: runs=[evaluations/before,evaluations/after].",
+        )
+        check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..4294967295.")
 
 
 @dataclass

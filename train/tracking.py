@@ -32,6 +32,9 @@ from typing import Any, Protocol, TextIO
 logger = logging.getLogger(__name__)
 
 
+Cell = str | float | Path | None
+"""Of a table; a path is a picture."""
+
 Mark = dict[str, Any]
 """What a tracker needs to go on with a run; anything JSON can hold."""
 
@@ -56,6 +59,8 @@ class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None: ...
 
     def log_image(self, name: str, path: Path, step: int) -> None: ...
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None: ...
 
     def finish(self) -> None: ...
 
@@ -112,6 +117,9 @@ class Guarded:
     def log_image(self, name: str, path: Path, step: int) -> None:
         self._attempt(lambda: self.tracker.log_image(name, path, step))
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
+        self._attempt(lambda: self.tracker.log_table(name, columns, rows, step))
+
     def finish(self) -> None:
         self._attempt(self.tracker.finish)
         if self.failures:
@@ -137,6 +145,7 @@ class JsonlTracker:
 
     {"step": 10, "time": 1767225600.0, "loss": 0.41, ...}      a number that is not finite is the string "nan" or "inf"
     {"step": 10, "time": 1767225600.0, "image": "answers", "path": "answers_10.png"}
+    {"step": 10, "time": 1767225600.0, "table": "answers", "columns": ["picture", "said"], "rows": [["a.png", "7"]]}
     """
 
     name = "jsonl"
@@ -167,10 +176,23 @@ class JsonlTracker:
         self._write({"step": step, "time": round(time.time(), 3), **{k: _finite(v) for k, v in metrics.items()}})
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        shown = path.resolve()
-        if shown.is_relative_to(self.folder.resolve()):
-            shown = shown.relative_to(self.folder.resolve())
-        self._write({"step": step, "time": round(time.time(), 3), "image": name, "path": shown.as_posix()})
+        self._write({"step": step, "time": round(time.time(), 3), "image": name, "path": self._shown(path)})
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
+        plain = [
+            [
+                self._shown(one) if isinstance(one, Path) else _finite(one) if isinstance(one, float) else one
+                for one in row
+            ]
+            for row in rows
+        ]
+        table = {"table": name, "columns": list(columns), "rows": plain}
+        self._write({"step": step, "time": round(time.time(), 3), **table})
+
+    def _shown(self, path: Path) -> str:
+        """Relative to the run folder, where it lies in it."""
+        path, folder = path.resolve(), self.folder.resolve()
+        return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
 
     def finish(self) -> None:
         if self.file is not None:
@@ -263,6 +285,10 @@ class TrackioTracker:
         # trackio needs a current run to know where to copy the file to; `init` made ours the current one.
         self.run.log({name: self.trackio.Image(str(path), caption=f"{name}, step {step}")}, step=step)
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
+        data = [[self.trackio.Image(str(one)) if isinstance(one, Path) else one for one in row] for row in rows]
+        self.run.log({name: self.trackio.Table(columns=list(columns), data=data)}, step=step)
+
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self.trackio.finish()
@@ -315,6 +341,11 @@ class TensorBoardTracker:
         with Image.open(path) as image:
             self.writer.add_image(name, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
+        """As text: TensorBoard has no tables, and shows no picture inside a text; it gets their names."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(map(_in_markdown, line))} |" for line in lines), step)
+
     def finish(self) -> None:
         self.writer.close()
 
@@ -359,6 +390,10 @@ class WandbTracker:
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         self.run.log({name: self.wandb.Image(str(path)), "step": step})
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
+        data = [[self.wandb.Image(str(one)) if isinstance(one, Path) else one for one in row] for row in rows]
+        self.run.log({name: self.wandb.Table(columns=list(columns), data=data), "step": step})
 
     def finish(self) -> None:
         self.run.finish()
@@ -407,6 +442,11 @@ def _unused(name: str, taken: set[str]) -> str:
         number += 1
         candidate = f"{name}-{number}"
     return candidate
+
+
+def _in_markdown(cell: Cell) -> str:
+    text = "" if cell is None else cell.name if isinstance(cell, Path) else str(cell)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _finite(value: float) -> float | str:

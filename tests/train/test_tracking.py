@@ -67,12 +67,19 @@ def test_jsonl_has_one_line_per_call_at_once(tmp_path, picture):
     first = records(folder)  # before finish: a kill loses nothing that was logged
     tracker.log({"loss": math.nan, "grad_norm": math.inf}, step=2)
     tracker.log_image("answers", picture, step=2)
+    tracker.log_table("table", ["picture", "said", "score"], [[picture, "7", math.nan], [None, "1", 0.5]], step=2)
     tracker.finish()
 
     assert [{k: v for k, v in r.items() if k != "time"} for r in first] == [{"step": 1, "loss": 0.5, "accuracy": 1.0}]
     assert [{k: v for k, v in r.items() if k != "time"} for r in records(folder)[1:]] == [
         {"step": 2, "loss": "nan", "grad_norm": "inf"},
         {"step": 2, "image": "answers", "path": "answers.png"},
+        {
+            "step": 2,
+            "table": "table",
+            "columns": ["picture", "said", "score"],
+            "rows": [["answers.png", "7", "nan"], [None, "1", 0.5]],
+        },
     ]
 
 
@@ -181,9 +188,13 @@ def test_trackio_keeps_numbers_and_pictures_on_this_machine(picture, capsys):
     tracker.log({"loss": 0.5}, step=1)
     tracker.log({"loss": 0.4}, step=2)
     tracker.log_image("answers", picture, step=2)
+    tracker.log_table("table", ["picture", "said"], [[picture, "7"], [None, "1"]], step=2)
     tracker.finish()
     assert tracker.failures == 0
     logs = trackio_logs("keeps", "run")
+    (table,) = [log["table"] for log in logs if "table" in log]
+    assert table["_type"] == "trackio.table" and [row["said"] for row in table["_value"]] == ["7", "1"]
+    assert table["_value"][0]["picture"]["_type"] == "trackio.image"
     assert [(log["step"], log["loss"]) for log in logs if "loss" in log] == [(1, 0.5), (2, 0.4)]
     assert [log["answers"]["_type"] for log in logs if "answers" in log] == ["trackio.image"]
     assert capsys.readouterr().out == ""  # no advice in the middle of our own output
@@ -252,6 +263,7 @@ def test_tensorboard_holds_the_numbers_and_forgets_the_steps_trained_again(pictu
     for step in (1, 2):
         tracker.log({"loss": float(step)}, step)
     tracker.log_image("answers", picture, 2)
+    tracker.log_table("table", ["picture", "said"], [[picture, "a|b\nc"]], 2)
     mark = tracker.mark()
     tracker.log({"loss": 9.0}, 2)  # of the same step, and still after the mark
     for step in (3, 4):
@@ -273,6 +285,8 @@ def test_tensorboard_holds_the_numbers_and_forgets_the_steps_trained_again(pictu
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 3.5)]
     assert [e.step for e in events.Images("answers")] == [2]
+    (table,) = events.Tensors("table/text_summary")
+    assert table.tensor_proto.string_val[0].decode().splitlines()[-1] == r"| answers.png | a\|b c |"
 
 
 # ---- wandb ---------------------------------------------------------------------------------------
@@ -325,6 +339,7 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     tracker.start("run", CONFIG, folder)
     tracker.log({"loss": 0.5}, step=3)
     tracker.log_image("answers", picture, step=3)
+    tracker.log_table("table", ["picture", "said"], [[picture, "7"]], step=3)
     mark = tracker.mark()
     tracker.finish()
     assert tracker.failures == 0
@@ -338,6 +353,7 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     assert again.mark() == mark
     history = wandb_history(folder, runs=2)
     assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(3, 0.5), (2, 0.6)]
+    assert sum("table/_type" in row or "table" in row for row in history) == 1
     assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
 
 

@@ -5,6 +5,7 @@ json_valid    the answer is JSON, and what a schema asks for
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,34 +13,15 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
 
+from ernie_model.inference.grounding import last_json
 from train.rewards.base import Attempt
 from train.rewards.text import normalised
 
-LONGEST = 20_000
-"""Characters of an answer that are looked at, from its end."""
-
-_OPENING = re.compile(r"[\[{]")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)\n?```", re.DOTALL)
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
-def last_json(text: str) -> Any:
-    """The last JSON array or object in a text; None when there is none. Words around it are no hindrance."""
-    last, at, text = None, 0, text[-LONGEST:]
-    while match := _OPENING.search(text, at):
-        try:
-            last, at = _DECODER.raw_decode(text, match.start())
-        except RecursionError:  # nested a thousand deep: a model that repeats itself, not an answer
-            return None
-        except ValueError:
-            at = match.start() + 1
-    return last
 
 
 def json_fields(attempt: Attempt, expected: str, *, tolerance: float = 0.0) -> float | None:
@@ -49,14 +31,15 @@ def json_fields(attempt: Attempt, expected: str, *, tolerance: float = 0.0) -> f
     right = last_json(expected)
     if not isinstance(right, dict):
         return None
+    right = dict(_leaves(right))
+    if any(isinstance(value, float) and not math.isfinite(value) for value in right.values()):
+        return None  # NaN and Infinity are not JSON
     said = last_json(attempt.answer)
     if not isinstance(said, dict):
         return 0.0
-    right, said = dict(_leaves(right)), dict(_leaves(said))
-    fields = right.keys() | said.keys()
-    if not fields:
-        return 1.0
-    return sum(_same(said[key], right[key], tolerance) for key in right.keys() & said.keys()) / len(fields)
+    said = dict(_leaves(said))
+    hits = sum(_same(said[key], right[key], tolerance) for key in right.keys() & said.keys())
+    return hits / len(right.keys() | said.keys())
 
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

@@ -7,8 +7,8 @@ temporal_iou     right 2.0 to 6.0, said 4.0 to 8.0:  2 s shared of 6 s covered -
 
 from typing import Any
 
+from ernie_model.inference.grounding import last_json
 from train.rewards.base import Attempt
-from train.rewards.json_answer import last_json
 from train.rewards.number import quantities
 
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from train.config import UserError
 from train.rewards.base import Attempt
-from train.rewards.boxes import CAP, boxes_in, points_in
-from train.rewards.json_answer import last_json
+from train.rewards.boxes import CAP
 from train.rewards.number import Quantity, quantities, stated
 from train.rewards.registry import REWARDS, check_options, needs_answer, reward_named
 from train.rewards.temporal import interval
@@ -261,14 +260,14 @@ def test_too_many_boxes_earn_nothing():
     assert score("grounding_f1", f"{some[:-1]},{wrong}]", f"[{right}]") == 0
 
 
-def test_reading_boxes():
-    assert boxes_in('Here: {"bbox_2d": [1, 2, 3, 4], "label": "A Cat"} ok') == [(1, 2, 3, 4, "a cat")]
-    assert boxes_in("[1, 2, 3, 4]") == [(1, 2, 3, 4, "")]
-    assert boxes_in("[[1, 2, 3, 4]] or rather [[5, 6, 7, 8]]") == [(5, 6, 7, 8, "")]
-    assert boxes_in("[[-5, 2, 2000, 4]]") == [(0, 2, 1000, 4, "")]
-    for broken in ("[[3, 2, 1, 4]]", "[[1, 2, 1, 4]]", "[[1, 2, NaN, 4]]", '[["1", 2, 3, 4]]', "[[1, 2, 3]]", "none"):
-        assert boxes_in(broken) is None, broken
-    assert boxes_in("[]") == [] == points_in("[]")
+def test_broken_boxes_are_no_boxes():
+    """The parser's own rules: tests of grounding.py."""
+    gold = "[[0,0,9,9]]"
+    assert score("grounding_f1", "Here: [0, 0, 9, 9] ok", gold) == 1
+    assert score("grounding_f1", "[[0,0,9,9], [9,9,0,0], 5]", gold) == 1
+    assert score("grounding_f1", "[[9,9,0,0]]", gold) == 0
+    assert score("grounding_f1", "[[9,9,0,0]]", "[]") == 0
+    assert score("grounding_f1", '{"point_2d": [5, 5]}', gold) == 0
 
 
 def test_points():
@@ -343,12 +342,6 @@ def test_json_valid():
     assert score("json_valid", "[NaN]", "") == 0
     assert score("json_valid", "[1]", "", schema='{"type": 5}') is None
     assert score("json_valid", "[1]", "", schema={"$ref": "https://example.org/s.json"}) is None  # nothing is fetched
-
-
-def test_last_json():
-    assert last_json('a [1] b {"x": [2]} c') == {"x": [2]}
-    assert last_json('[{"x": 1}, {"x": ') == {"x": 1}  # cut off
-    assert last_json("[" * 30_000) is None
 
 
 # --------------------------------------------------------------------------------------------- tools, and the registry
