@@ -28,6 +28,7 @@ def commands(page: str) -> list[str]:
 
 
 KEYS = {"train.convert": ("input:", "output:"), "train.chat": ("checkpoint:", "agent:"), "train.index": ("folder:",)}
+KEYS |= {"train.evaluate": ("checkpoint:", "tasks:"), "train.compare": ("runs:",)}
 """What the settings of a program show, besides those of training."""
 ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]
 
