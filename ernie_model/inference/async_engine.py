@@ -9,6 +9,7 @@ generate, stream ─ prepare (in a worker) ──inbox──►  enqueue, cancel
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class AsyncEngine:
         self.engine = engine
         self._wake = threading.Condition()
         # Under `_wake`:
-        self._inbox: list[_Command] = []
+        self._inbox: deque[_Command] = deque()
         self._num_requests = 0  # from the check at the door to the last delta
         self._closing = False
         self._ended = False
@@ -105,7 +106,7 @@ class AsyncEngine:
 
     async def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests, and end the thread: when all are answered, or after `timeout_s`; without `drain`, at
-        once. Who is not answered by then gets `Finish.CANCELLED`."""
+        once. Who is not answered by then gets `Finish.CANCELLED`, or `EngineClosed` if it was still on its way."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -174,18 +175,21 @@ class AsyncEngine:
     # ------------------------------------------------------------------------------------------------- in the thread
 
     def _run(self) -> None:
+        command = None
         try:
             while self._wait():
-                with self._wake:
-                    commands, self._inbox = self._inbox, []
-                for command in commands:
+                while (command := self._next_command()) is not None:
                     command.run()
                 if self.engine.has_work:
                     self._tell(self.engine.step())
         except BaseException as error:
-            self._stop(error)
+            self._stop(error, command)
         else:
-            self._stop(None)
+            self._stop(None, None)
+
+    def _next_command(self) -> "_Command | None":
+        with self._wake:
+            return self._inbox.popleft() if self._inbox else None
 
     def _wait(self) -> bool:
         """Until there is something to do; False when there will be nothing any more."""
@@ -217,11 +221,12 @@ class AsyncEngine:
         for request_id in list(self._readers):
             self.engine.cancel(request_id)
 
-    def _stop(self, error: BaseException | None) -> None:
+    def _stop(self, error: BaseException | None, failed: "_Command | None") -> None:
         """Nothing more is computed: tell everyone who waits, and give back what they hold."""
         with self._wake:
             self._ended, self._error = True, error
-            late, self._inbox = self._inbox, []
+            late = [*([failed] if failed else []), *self._inbox]
+            self._inbox.clear()
         closed = EngineClosed(self._why_closed())
         closed.__cause__ = error
         for reader in self._readers.values():

@@ -105,23 +105,28 @@ def test_an_exception_in_the_loop_reaches_all_who_wait(vl_config, tokenizer):
     run(main())
 
 
-def test_an_exception_reaches_who_was_on_the_way(vl_config, tokenizer):
-    """Requests and other wishes that lie in the inbox while the last step fails."""
+@pytest.mark.parametrize("where", ["step", "new weights"])
+def test_an_exception_reaches_who_was_on_the_way(vl_config, tokenizer, where):
+    """Requests and other wishes that lie in the inbox while the last step, or the first of them, fails."""
 
     async def main():
         engine, _, runner = make(vl_config, tokenizer)
-        inside, gate = threading.Event(), threading.Event()
+        inside, gate, run_rows = threading.Event(), threading.Event(), runner.run
 
-        def broken(rows):
+        def slow(rows):
             inside.set()
             gate.wait()
+            return broken() if where == "step" else run_rows(rows)
+
+        def broken():
             raise MemoryError("no room")
 
-        runner.run = broken
+        runner.run, runner.weights_changed = slow, broken
         tasks = [asyncio.create_task(engine.generate(text(1, 5), LONG))]
         await asyncio.to_thread(inside.wait)
-        tasks.append(asyncio.create_task(engine.generate(text(2, 5), LONG)))
         tasks.append(asyncio.create_task(engine.update_weights(lambda: None)))
+        await asyncio.sleep(0)
+        tasks.append(asyncio.create_task(engine.generate(text(2, 5), LONG)))
         while len(engine._inbox) < 2:
             await asyncio.sleep(0.001)
         gate.set()
@@ -138,7 +143,7 @@ def test_close_drains_or_cancels(vl_config, tokenizer, drain):
     async def main():
         engine, inner, _ = make(vl_config, tokenizer, max_running=2)
         tasks = [asyncio.create_task(engine.generate(text(seed, 5), LONG)) for seed in range(5)]
-        while not inner.stats().sampled_tokens:
+        while inner.stats().waiting < 3 or not inner.stats().running:
             await asyncio.sleep(0.001)
         await engine.close(drain=drain)
         finishes = [completion.finish for completion in await asyncio.gather(*tasks)]
@@ -198,6 +203,31 @@ def test_a_loop_that_is_gone_harms_nobody(vl_config, tokenizer):
     task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue] - that is what is tried here
     with contextlib.suppress(RuntimeError):  # its loop is closed
         waiting.close()
+
+
+def test_several_loops_at_once(vl_config, tokenizer):
+    engine, inner, _ = make(vl_config, tokenizer)
+    check, errors = Check(vl_config, tokenizer), []
+
+    def loop(number: int) -> None:
+        async def main():
+            prompts = [text(10 * number + seed, 7) for seed in range(5)]
+            done = await asyncio.gather(*(engine.generate(prompt, GREEDY) for prompt in prompts))
+            for prompt, completion in zip(prompts, done, strict=True):
+                check(prompt, completion)
+
+        try:
+            run(main())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=loop, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and inner.stats().finished == {Finish.LENGTH: 20}
+    run(engine.close())
 
 
 def test_weights_change_between_two_steps(vl_config, tokenizer):
