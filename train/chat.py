@@ -43,7 +43,7 @@ HELP = """\
 /think           the thoughts behind the last answer
 /thinking        let the model think before it answers, or stop that
 /reset           begin anew
-/save FILE       append the conversation to a .jsonl that `data=files` trains on; pictures beside it
+/save FILE       append the conversation to a .jsonl file that data=files trains on
 /help            this list
 /quit            leave; Ctrl-D too. Ctrl-C stops an answer
 A line that ends in \\ goes on in the next one; //word says /word to the model."""
@@ -138,7 +138,9 @@ class Chat:
         if episode.status is Status.BLOCKED:
             self.console.print(f"[dim](withheld: {escape(str(episode.error))})[/]")
             return
-        if episode.status is not Status.ANSWERED:
+        if episode.status is Status.ANSWERED and not episode.answer.strip():
+            self.console.print("[dim](an empty answer)[/]")
+        elif episode.status is not Status.ANSWERED:
             self.console.print(f"[dim]({escape(f'{episode.status.value}: {episode.error}')})[/]")
         self._remember(question, _without_open_calls(episode), view.thoughts)
 

@@ -32,7 +32,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ernie_model.images import ImageSize, load_image
+from ernie_model.chat import ChatError
+from ernie_model.images import ImageSize, MediaError, load_image
 from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
 from ernie_model.inference.parsing import StreamParser, ToolCallText, parse
 from ernie_model.inference.request import (
@@ -258,6 +259,7 @@ class _Run:
         self.agent, self.limits, self.params, self.thinking = agent, agent.limits, params, thinking
         self.processor, self.toolbox, self.moderation = agent.processor, agent.toolbox, agent.moderation
         self.definitions = list(self.toolbox.definitions() if tools is None else tools)
+        self.offered = [str(definition.get("function", definition).get("name")) for definition in self.definitions]
         self.on_event = on_event
         self.deadline = time.monotonic() + agent.limits.time_s
         self.from_user: list[bool] = []
@@ -378,8 +380,7 @@ class _Run:
         if turn.problem is None:
             for index, call in enumerate(calls):
                 await self._tell(AgentEvent(EventKind.CALL, number, call=call, index=index))
-            known = {definition.get("function", definition).get("name") for definition in self.definitions}
-            if any(call.name in known and call.name not in self.toolbox for call in calls):
+            if any(call.name in self.offered and call.name not in self.toolbox for call in calls):
                 return Status.CALLS, None
             if len(calls) > self.limits.max_calls:
                 rule = f"{len(calls)} calls in one turn; there may be {self.limits.max_calls} (agent.max_calls)."
@@ -389,44 +390,64 @@ class _Run:
             if turn.problem is not None:
                 return Status.PARSE_ERROR, f"{rule}, and its call cannot be read: {turn.problem}"
             return Status.TURN_LIMIT, f"{rule}, and calls tools."
-        if turn.problem is not None:
-            results = [ToolResult.failure(turn.problem)]
-        else:
-            left_s = max(0.001, self.left_s)
-            limits = replace(self.limits, time_s=left_s, tool_time_s=min(self.limits.tool_time_s, left_s))
-            context = ToolContext(tuple(episode.images), tuple(self.from_user), limits)
-            results = await asyncio.gather(*(self.toolbox.run(call.name, call.parsed, context) for call in calls))
+        results = await self._results(episode, turn)
+        results, observation = await asyncio.to_thread(self._observe, episode, results)
         for index, result in enumerate(results):
             call = calls[index] if calls else None
             await self._tell(AgentEvent(EventKind.RESULT, number, call=call, index=index, result=result))
         episode.turns[-1] = replace(turn, results=tuple(results))
         if self.left_s <= 0:
             return Status.TIMEOUT, f"the question took longer than {self.limits.time_s:g} s (agent.time_s)."
-        return await asyncio.to_thread(self._observe, episode, results)
-
-    def _observe(self, episode: Episode, results: Sequence[ToolResult]) -> tuple[Status, str | None] | None:
-        """Append the results, if there is room for an answer to them."""
-        encoded = self.processor.encode_continuation(
-            [result.message() for result in results],
-            images_before=len(episode.images),
-            videos_before=self.num_videos,
-            thinking=self.thinking,
-        )
-        new = Prompt.of(encoded)
         ended = episode.token_ids[-1] == self.processor.end_id
-        token_ids = [*([] if ended else [self.processor.end_id]), *new.token_ids]
+        token_ids = [*([] if ended else [self.processor.end_id]), *observation.token_ids]
         if len(episode.token_ids) + len(token_ids) >= self.limits.max_tokens:
-            rule = f"{len(episode.token_ids)} tokens and {len(token_ids)} of results"
-            return (
-                Status.TRUNCATED,
-                f"{rule} leave no room for an answer within {self.limits.max_tokens} (agent.max_tokens).",
-            )
+            rule = f"{len(episode.token_ids)} tokens and {len(token_ids)} of results leave no room for an answer"
+            return Status.TRUNCATED, f"{rule} within {self.limits.max_tokens} (agent.max_tokens)."
         episode.append(token_ids)
-        episode.media += new.media
+        episode.media += observation.media
         for result in results:
             episode.images += result.images
             self.from_user += [False] * len(result.images)
         return None
+
+    async def _results(self, episode: Episode, turn: Turn) -> list[ToolResult]:
+        if turn.problem is not None:
+            return [ToolResult.failure(turn.problem)]
+        left_s = max(0.001, self.left_s)
+        limits = replace(self.limits, time_s=left_s, tool_time_s=min(self.limits.tool_time_s, left_s))
+        context = ToolContext(tuple(episode.images), tuple(self.from_user), limits)
+
+        async def run(call: ToolCallText) -> ToolResult:
+            if call.name not in self.offered:  # the toolbox may hold more
+                return ToolResult.failure(f"there is no tool {call.name!r}; there is {', '.join(self.offered)}.")
+            return await self.toolbox.run(call.name, call.parsed, context)
+
+        return await asyncio.gather(*map(run, turn.calls))
+
+    def _observe(self, episode: Episode, results: list[ToolResult]) -> tuple[list[ToolResult], Prompt]:
+        """The results as the model reads them. One that it cannot be shown becomes an error."""
+        images = len(episode.images)
+
+        def prompt_of(results: Sequence[ToolResult]) -> Prompt:
+            encoded = self.processor.encode_continuation(
+                [result.message() for result in results],
+                images_before=images,
+                videos_before=self.num_videos,
+                thinking=self.thinking,
+            )
+            return Prompt.of(encoded)
+
+        try:
+            return results, prompt_of(results)
+        except (ChatError, MediaError):
+            pass
+        for index, result in enumerate(results):
+            try:
+                prompt_of([result])
+            except (ChatError, MediaError) as error:
+                problem = error.problem if isinstance(error, MediaError) else str(error)
+                results[index] = ToolResult.failure(f"the result cannot be shown: {problem}"[:ERROR_CHARS])
+        return results, prompt_of(results)
 
     def _finding(self, turn: Turn) -> str | None:
         """What the filters of a whole turn say."""

@@ -97,9 +97,11 @@ class ToolResult:
         return tuple(part for part in self.parts if isinstance(part, Image.Image))
 
     def message(self) -> dict[str, Any]:
-        """As the chat format takes it."""
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part}
+        """As the chat format takes it; what is no Unicode (half of a surrogate pair) becomes a question mark."""
+        content: list[dict[str, Any]] = [
+            {"type": "text", "text": part.encode("utf-8", "replace").decode()}
+            if isinstance(part, str)
+            else {"type": "image", "image": part}
             for part in self.parts
         ]
         return {"role": "tool", "content": content}

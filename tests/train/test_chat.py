@@ -158,6 +158,12 @@ def test_what_ends_an_answer_is_told(processor):
     assert "secret" not in talk.prompt(processor)
 
 
+def test_an_empty_answer_is_told(processor):
+    talk = Talk(processor, ["Hi"], "\nHm.\n", thinking=True)
+    first, second = talk.shown.splitlines()
+    assert first.startswith("(thought, ") and second == "(an empty answer)"
+
+
 def test_an_error_of_a_tool_is_shown(processor):
     schema = {"type": "object", "properties": {}}
     broken = tool_from_function(lambda: 1 / 0, schema, name="f", description="It.")

@@ -15,6 +15,7 @@ from ernie_model.inference.agent import Agent, EventKind, Limits, Status
 from ernie_model.inference.moderation import ListFilter, Moderation
 from ernie_model.inference.request import Completion, EngineFull, Finish, Prompt, RequestError, SamplingParams
 from ernie_model.inference.tools import ToolBox, tool_from_function, zoom_tool
+from ernie_model.processor import Processor
 from tests.ernie_model.inference.scripted import ScriptedEngine
 
 X = {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}
@@ -202,6 +203,29 @@ def test_arguments_that_are_no_object_are_an_observation(processor, answer):
     assert episode.turns[0].results[0].text == "error: arguments of double must be a JSON object."
     whole = [*question(), *episode.messages]
     assert '"arguments": [1, 2]' in processor.render(whole), "the conversation can go on with it"
+
+
+def test_a_result_that_cannot_be_shown_is_an_observation(processor, answer):
+    """Too thin a picture beside one that can be shown; and a text that is no Unicode."""
+    results = iter([Image.new("RGB", (300, 1)), picture(56), "half a \ud83d pair"])
+    toolbox = ToolBox([tool_from_function(lambda x: next(results), X, name="double", description="It.")])
+    episode = answer(question(), DOUBLE % 1, DOUBLE % 2, DOUBLE % 3, "Sorry.", toolbox=toolbox)
+    first, second, third = (turn.results[0] for turn in episode.turns[:3])
+    assert first.error and "300 x 1 pixels" in first.text and first.text.startswith("error: the result cannot be shown")
+    assert not second.error and len(episode.images) == 1
+    assert "<tool_output>\nhalf a ? pair\n</tool_output>" in text_of(processor, episode)
+
+
+def test_a_text_model_cannot_be_shown_a_picture(tokenizer, vl_config, engine_of):
+    processor = Processor(tokenizer, vl_config.replace(vision=None))
+    show = '<tool_call>\n{"name": "show", "arguments": {"x": 1}}\n</tool_call>\n'
+    episode = asyncio.run(Agent(engine_of(show, "Sorry."), processor, box()).run([{"role": "user", "content": "Hi"}]))
+    assert episode.status is Status.ANSWERED and "this is a text model" in episode.turns[0].results[0].text
+
+
+def test_a_tool_that_is_not_offered_is_not_run(answer):
+    episode = answer(question(picture()), ZOOM, "Sorry.", run={"tools": box().definitions()[1:]})
+    assert episode.turns[0].results[0].text == "error: there is no tool 'image_zoom_in_tool'; there is double, show."
 
 
 def test_tokens_that_others_wrote_are_no_special_tokens(processor, answer):
