@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from PIL import Image
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status as Spinner
@@ -49,6 +50,8 @@ HELP = """\
 A line that ends in \\ goes on in the next one; //word says /word to the model."""
 SHOWN_CHARS = 300
 """Of a tool's call or result."""
+LONGEST_WORD = 30
+"""Longer ones are shown before they end."""
 
 
 @program("chat")
@@ -232,6 +235,7 @@ class _View:
 
     def __init__(self, console: Console, count: Callable[[str], int]):
         self.console, self.count = console, count
+        self._page = Page(console)
         self.thoughts: list[str] = []
         self.content = ""
         """Of the turn being written."""
@@ -261,7 +265,7 @@ class _View:
             text = event.text if self._begun else event.text.lstrip("\n")
             self._begun = self._begun or bool(text)
             self.content += text
-            self.console.print(text, end="", markup=False)
+            self._page.write(text)
         elif event.kind is EventKind.CALL and event.call is not None:
             self._end_line()
             self.console.print(f"[cyan]-> {escape(event.call.name)}[/] [dim]{escape(_short(event.call.arguments))}[/]")
@@ -284,8 +288,7 @@ class _View:
         self._thought, self._pieces = "", 0
 
     def _end_line(self) -> None:
-        if self._begun and not self.content.endswith("\n"):
-            self.console.print()
+        self._page.finish()
         self._begun = False
 
     def _spin(self, text: str) -> None:
@@ -301,6 +304,51 @@ class _View:
         if self._spinner is not None:
             self._spinner.stop()
             self._spinner = None
+
+
+class Page:
+    """Text that comes in pieces, with lines broken between words where it is read on a terminal."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.column = 0
+        self._word = ""
+
+    def write(self, text: str) -> None:
+        if not self.console.is_terminal:
+            self._put(text)
+            self.column = 0 if text.endswith("\n") else self.column + len(text)
+            return
+        for character in text:
+            if character.isspace():
+                self._put_word()
+                if character == "\n" or self.column < self.console.width:
+                    self._put(character)
+                self.column = 0 if character == "\n" else self.column + 1
+            else:
+                self._word += character
+                if cell_len(self._word) > LONGEST_WORD or cell_len(character) > 1:  # scripts without spaces
+                    self._put_word()
+
+    def finish(self) -> None:
+        """End the line that was begun."""
+        self._put_word()
+        if self.column:
+            self._put("\n")
+        self.column = 0
+
+    def _put_word(self) -> None:
+        length = cell_len(self._word)
+        if self.column and self.column + length > self.console.width:
+            self._put("\n")
+            self.column = 0
+        self._put(self._word)
+        self.column += length
+        self._word = ""
+
+    def _put(self, text: str) -> None:
+        if text:
+            self.console.print(text, end="", markup=False)
 
 
 def _short(text: str) -> str:

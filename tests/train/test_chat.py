@@ -26,7 +26,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from tests.ernie_model.inference.scripted import ScriptedEngine
-from train.chat import Chat, Lines
+from train.chat import Chat, Lines, Page
 
 ZOOM = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 500, 500]}}\n</tool_call>\n'
 
@@ -217,6 +217,32 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(processor):
     assert said[0] and "One two three.".startswith(said[0]) and said[1:] == ["(stopped)", "Hello."]
     assert chat.messages[1] == {"role": "assistant", "content": said[0]}
     assert engine.running == 0
+
+
+@pytest.mark.parametrize(
+    "text, width, lines",
+    [
+        ("one two three", 9, ["one two ", "three"]),
+        ("one two three", 8, ["one two ", "three"]),
+        ("one two three", 7, ["one two", "three"]),  # the space at the edge is left out
+        ("one\n\n  two", 20, ["one", "", "  two"]),
+        ("x" * 70, 30, ["x" * 30, "x" * 30, "x" * 10]),
+        ("日本語の文", 4, ["日本", "語の", "文"]),
+        ("", 9, []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_lines_break_between_words(text, width, lines, size):
+    file = io.StringIO()
+    page = Page(Console(file=file, width=width, force_terminal=True, color_system=None, soft_wrap=True))
+    for at in range(0, len(text), size):
+        page.write(text[at : at + size])
+    page.finish()
+    shown = file.getvalue()
+    if "x" * 31 in text:  # the terminal itself breaks it
+        assert shown.replace("\n", "") == text
+    else:
+        assert shown.splitlines() == lines
 
 
 def test_lines_of_a_pipe(monkeypatch):
