@@ -76,7 +76,7 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
     share = correct / total
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half if correct else 0.0, middle + half if correct < total else 1.0
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ def test_wilson_interval_as_published(correct, total, low, high):
 
 def test_wilson_of_nothing_is_everything():
     assert wilson(0, 0) == (0.0, 1.0)
+    assert wilson(0, 12)[0] == 0 and wilson(12, 12)[1] == 1
 
 
 def test_exact_needs_every_learned_token_of_a_segment():

@@ -43,6 +43,8 @@ from train.tracking import Tracker, make_trackers
 
 PAGE, SHEET = "answers.html", "answers.png"
 LIKELIHOODS = "likelihoods.json"
+LONGEST_CELL = 400
+"""Characters of a text in the trackers' table; answers.jsonl has all of it."""
 
 SAME_NUMBERS = (
     "checkpoint",
@@ -248,7 +250,7 @@ def _track(
     """Numbers, contact sheet and a table of answers with their pictures."""
     if not trackers:
         return
-    columns = ("picture", "task", "question", "right answer", "answer", "thought", "calls", "score", "ended", "id")
+    columns = ("picture", "task", "score", "question", "right answer", "answer", "thought", "calls", "ended", "id")
     rows = []
     (folder / PICTURES).mkdir(exist_ok=True)
     for task, ones in looked_at.items():
@@ -259,8 +261,9 @@ def _track(
                 one.picture.save(path)
             answer = one.answer
             calls = "\n".join(f"{call['name']}({call['arguments']})" for call in answer.calls)
-            words = (task, one.question, answer.expected, answer.answer, answer.reasoning, calls)
-            rows.append((path, *words, answer.score, answer.status, answer.id))
+            words = (one.question, answer.expected, answer.answer, answer.reasoning, calls)
+            cut = (word if len(word) <= LONGEST_CELL else f"{word[:LONGEST_CELL]} ..." for word in words)
+            rows.append((path, task, answer.score, *cut, answer.status, answer.id))
     for tracker in trackers:
         tracker.log(_metrics(results), 0)
         if (folder / SHEET).exists() and config.pictures:
@@ -270,24 +273,23 @@ def _track(
 
 
 def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Under the names of charts: eval_digits_score, ..."""
+    """Under the names of charts: eval_digits_score, ... What repeats another, or has no meaning here, is left out."""
     named: dict[str, float] = {}
     for task, one in results["tasks"].items():
+        score, likelihood = one["score"], one["likelihood"]
         values = {
-            **{f"pass_at_{k}": value for k, value in one["pass_at"].items()},
-            "score": one["score"],
-            "accuracy": one["accuracy"],
+            "score": score and score["mean"],
+            "score_low": score and score["low"],
+            "score_high": score and score["high"],
+            "accuracy": one["accuracy"]["mean"] if one["accuracy"] != score else None,
+            **{f"pass_at_{k}": value and value["mean"] for k, value in one["pass_at"].items() if k != "1"},
+            "perplexity": likelihood and likelihood["perplexity"],
+            "tokens": one["tokens"],
+            "truncated": one["truncated"],
+            "tool_use": one["tool_use"] if one["calls"] else None,
+            "tool_success": one["tool_success"],
         }
-        for name, value in values.items():
-            if value is not None:
-                named[f"eval_{task}_{name}"] = value["mean"]
-        if one["score"] is not None:
-            named |= {f"eval_{task}_score_{end}": one["score"][end] for end in ("low", "high")}
-        named |= {f"eval_{task}_{name}": float(one[name]) for name in ("tokens", "truncated", "tool_use")}
-        if one["tool_success"] is not None:
-            named[f"eval_{task}_tool_success"] = one["tool_success"]
-        if one["likelihood"] is not None:
-            named |= {f"eval_{task}_{name}": one["likelihood"][name] for name in ("perplexity", "exact")}
+        named |= {f"eval_{task}_{name}": float(value) for name, value in values.items() if value is not None}
     if results["overall"] is not None:
         named["eval_score"] = results["overall"]["score"]["mean"]
     return named

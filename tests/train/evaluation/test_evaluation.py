@@ -247,7 +247,7 @@ def test_the_page_the_sheet_and_the_trackers_table_show_boxes(run, write, pictur
     assert (out / "answers.png").exists()
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (table,) = [record for record in records if "table" in record]
-    assert table["rows"][0][0] == "pictures/mine-000.png" and table["rows"][0][4] == said
+    assert table["rows"][0][0] == "pictures/mine-000.png" and table["rows"][0][2] == 0 and table["rows"][0][5] == said
     assert records[0]["eval_mine_score"] == 0 == records[0]["eval_score"]
 
 
