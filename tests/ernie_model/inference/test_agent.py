@@ -8,6 +8,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ernie_model.images import MediaError
@@ -123,6 +125,26 @@ def test_its_messages_are_the_conversation(processor, answer):
     whole = [*messages, *episode.messages]
     assert [message["role"] for message in whole] == ["user", "assistant", "tool", "assistant"]
     encoded = processor.encode(whole, tools=box().definitions())
+    assert encoded.token_T.tolist() == episode.token_ids
+    assert encoded.grids == tuple(item.grid for item in episode.media)
+
+
+SHOW = '<tool_call>\n{"name": "show", "arguments": {"x": %d}}\n</tool_call>\n'
+FLY = '<tool_call>\n{"name": "fly", "arguments": {}}\n</tool_call>\n'
+bodies = st.sampled_from([ZOOM, DOUBLE % 2, DOUBLE % '"two"', SHOW % 0, SHOW % 2, SHOW % 5, FLY])
+thoughts = st.text(st.sampled_from("ab ?字"), min_size=1, max_size=6).filter(str.strip)
+looks = st.lists(st.tuples(thoughts, st.lists(bodies, min_size=1, max_size=3)), max_size=4)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(looks, st.integers(0, 2))
+def test_any_story_is_the_conversation_that_it_tells(processor, answer, looks, images):
+    """Invariants hold, and its messages, rendered anew, are its ids."""
+    messages = question(*[picture(56)] * images)
+    replies = [f"\n{thought}\n</think>\n{''.join(calls)}" for thought, calls in looks]
+    episode = answer(messages, *replies, "\nSo.\n</think>\nYes.", thinking=True)
+    assert episode.status is Status.ANSWERED and len(episode.turns) == len(looks) + 1
+    encoded = processor.encode([*messages, *episode.messages], tools=box().definitions())
     assert encoded.token_T.tolist() == episode.token_ids
     assert encoded.grids == tuple(item.grid for item in episode.media)
 
