@@ -24,8 +24,8 @@ from ernie_model.model import ErnieModel
 from ernie_model.tokenizer import MEDIA_TOKENS
 from tests.bench import models
 from tests.bench.models import SIZES, Size, build_pair, random_segments
-from tests.bench.plain_tokens import PlainTokens
 from tests.bench.timing import Timing, in_turn, ratio
+from tests.plain_tokens import PlainTokens
 from train.memory import keep_freed_memory
 
 PAGE = 16
