@@ -248,8 +248,9 @@ class _Matrix:
         if self.for_kernel and x_TI.dtype == torch.bfloat16:
             return _int4_kernel(x_TI, self.one)
         few = x_TI.device.type == "cpu" and x_TI.dtype == torch.bfloat16 and x_TI.shape[0] <= KERNEL_ROWS
-        if self.scheme is Scheme.INT8 and few:
-            return torch.ops.aten._weight_int8pack_mm(x_TI, self.one.codes, self.one.scale.to(x_TI.dtype))
+        # torch's kernel (2.13) reads whole vectors: it crashes where a row ends inside one (588 columns).
+        if self.scheme is Scheme.INT8 and few and self.columns % 32 == 0:
+            return torch.ops.aten._weight_int8pack_mm(x_TI.contiguous(), self.one.codes, self.one.scale.to(x_TI.dtype))
         return F.linear(x_TI, self.weight(x_TI.dtype))
 
     def weight(self, dtype: torch.dtype) -> Tensor:

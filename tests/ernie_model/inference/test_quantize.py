@@ -2,10 +2,12 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -209,6 +211,20 @@ def test_bfloat16_on_the_cpu_uses_kernels_for_few_rows(config, monkeypatch):
         assert bool(called) == (scheme is Scheme.INT4)
 
 
+@pytest.mark.parametrize("scheme", Scheme)
+def test_few_rows_of_a_width_that_no_kernel_likes(config, scheme):
+    """A patch has 588 numbers."""
+    model = random_model(config, torch.bfloat16)
+    quantise_model(model, Quantization({Part.VISION: scheme}))
+    linear = model.vision.patch_embed
+    weight = linear.dequantised("weight", torch.float64)
+    quantize.prepare(model)
+    for rows in (1, 2, 16, 40):
+        x = torch.randn(rows, 588, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        exact = x.double() @ weight.T
+        assert (linear(x).double() - exact).abs().max() < 2**-6 * exact.abs().max()
+
+
 def test_experts_without_rows(config):
     model = random_model(config)
     quantise_model(model, Quantization({Part.VISION_EXPERTS: Scheme.INT4}))
@@ -294,6 +310,15 @@ def test_files_there_and_back(config, tmp_path, dtype):
     assert sum(sizes.values()) == sum(tensor.nbytes for tensor in model.state_dict().values())
     with pytest.raises(CheckpointError, match="quantised"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("scheme", "expected"), [(None, 56), (Scheme.INT4, 14), (Scheme.INT2, 7)])
+def test_the_size_of_the_28b_model(scheme, expected):
+    """GiB, from the configuration alone; `python -m tests.bench.quantize --sizes` shows more."""
+    path = Path(__file__).resolve().parents[3] / "configs" / "model" / "ernie_4_5_vl_28b_a3b.yaml"
+    config = ErnieConfig.from_json(yaml.safe_load(path.read_text())["config"])
+    sizes = stored_bytes(config, Quantization({part: scheme for part in QUANTISABLE} if scheme else {}))
+    assert sum(sizes.values()) / 2**30 == pytest.approx(expected, rel=0.05)
 
 
 def test_files_that_do_not_fit(config, tmp_path):
