@@ -1,16 +1,18 @@
 """A folder of pictures that can be searched by picture: the memory behind `image_search`.
 
-    picture ──► vision tower ──► resampler ──► mean of its tokens ──► length 1        one row of embedding_ND
+    picture ──► vision tower ──► mean of each quarter: where things are ──┐
+                     └──► resampler ──► mean of all tokens: what they are ──┴──► length 1    one row of embedding_NF
     caption     NAME.txt, or "caption" of NAME.json beside NAME.png; else the file's name in words
 
     INDEX_FOLDER/
       index.json               model, size of pictures, and for each row: file, digest of its bytes, caption
-      embedding.safetensors    embedding_ND float32, rows in the order of the file names
+      embedding.safetensors    embedding_NF float32, rows in the order of the file names
 
 The model is the one that answers, so nothing else has to be loaded; the index says which vision tower and resampler
 made it, and no other may search it. Equal likeness (to six decimals) is ordered by file name.
 
-Shape letters:  N pictures   M media tokens   D model width
+Shape letters:  N pictures   F numbers of an embedding   P patches   X numbers in a patch   M media tokens
+                D model width   C vision width
 """
 
 import hashlib
@@ -33,6 +35,7 @@ from ernie_model.images import MediaError, image_patches, load_image
 from ernie_model.inference.tools import Limits, Tool, ToolContext, ToolError, ToolResult, bounded
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
+from ernie_model.rope import Grid
 
 FORMAT = 1
 INDEX_FILE, EMBEDDING_FILE = "index.json", "embedding.safetensors"
@@ -65,15 +68,21 @@ class Embedder:
 
     @torch.no_grad()
     def __call__(self, image: Image.Image) -> Tensor:
-        """float32 (D,) on the CPU, of length 1. Depends on nothing but the picture and the weights.
+        """float32 (F,) on the CPU, of length 1. Depends on nothing but the picture and the weights.
 
         Raises:
             MediaError: a picture that is too long and thin.
         """
         image = bounded(ToolResult((image,)), Limits(max_image_pixels=self.max_pixels)).images[0]
-        patch_PX, grid = image_patches(image, self.processor.image)
-        feature_MD = self.model.media_features(torch.from_numpy(patch_PX).to(self.model.norm.weight.device), [grid])
-        return F.normalize(feature_MD.float().mean(0), dim=0).cpu()
+        patch_array_PX, grid = image_patches(image, self.processor.image)
+        like = self.model.norm.weight
+        patch_PX = torch.from_numpy(patch_array_PX).to(like.device, self.model.compute_dtype or like.dtype)
+        vision, resampler = self.model.vision, self.model.resampler
+        assert vision is not None and resampler is not None
+        seen_PC = vision(patch_PX, [grid])
+        where = F.normalize(_quarters(seen_PC, grid), dim=0)
+        what = F.normalize(resampler(seen_PC, [grid]).float().mean(0), dim=0)
+        return F.normalize(torch.cat((where, what)), dim=0).cpu()
 
     @cached_property
     def model_name(self) -> str:
@@ -85,6 +94,14 @@ class Embedder:
                 digest.update(f"{name} {tuple(weight.shape)}".encode())
                 digest.update(weight.detach().to("cpu", torch.bfloat16).flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _quarters(seen_PC: Tensor, grid: Grid) -> Tensor:
+    """(4 C,) float32: the mean of each quarter of the picture."""
+    _, rows, columns = grid
+    # Patches come in merge-block order: four consecutive rows are one 2x2 block.
+    block_CHW = seen_PC.float().unflatten(0, (rows // 2, columns // 2, 4)).mean(2).movedim(-1, 0)
+    return F.adaptive_avg_pool2d(block_CHW, 2).flatten()
 
 
 @dataclass(frozen=True)
@@ -118,11 +135,11 @@ class Report:
 class ImageIndex:
     """An index that was made: `ImageIndex.load`."""
 
-    def __init__(self, folder: Path, model_name: str, max_pixels: int, entries: list[Entry], embedding_ND: Tensor):
+    def __init__(self, folder: Path, model_name: str, max_pixels: int, entries: list[Entry], embedding_NF: Tensor):
         self.folder = folder
         """Of the pictures."""
         self.model_name, self.max_pixels = model_name, max_pixels
-        self.entries, self.embedding_ND = entries, embedding_ND
+        self.entries, self.embedding_NF = entries, embedding_NF
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageIndex":
@@ -139,10 +156,10 @@ class ImageIndex:
             if raw["format"] != FORMAT:
                 raise ValueError(f"format is {raw['format']}; this program writes {FORMAT}")
             entries = [Entry(**entry) for entry in raw["entries"]]
-            embedding_ND = load_file(path / EMBEDDING_FILE)["embedding_ND"]
-            if embedding_ND.ndim != 2 or len(embedding_ND) != len(entries):
-                raise ValueError(f"{len(entries)} entries, and embeddings of shape {tuple(embedding_ND.shape)}")
-            return cls((path / raw["folder"]).resolve(), raw["model"], raw["max_pixels"], entries, embedding_ND)
+            embedding_NF = load_file(path / EMBEDDING_FILE)["embedding_NF"]
+            if embedding_NF.ndim != 2 or len(embedding_NF) != len(entries):
+                raise ValueError(f"{len(entries)} entries, and embeddings of shape {tuple(embedding_NF.shape)}")
+            return cls((path / raw["folder"]).resolve(), raw["model"], raw["max_pixels"], entries, embedding_NF)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ImageIndexError(f"{path} cannot be read ({error}). Delete it and make it again.") from error
 
@@ -154,9 +171,9 @@ class ImageIndex:
                 f"is {embedder.model_name[:8]}), and likeness between the two means nothing. Run ernie index again."
             )
 
-    def search(self, embedding_D: Tensor, count: int) -> list[Hit]:
+    def search(self, embedding_F: Tensor, count: int) -> list[Hit]:
         """The `count` nearest pictures, best first."""
-        likeness_N = (self.embedding_ND.double() @ embedding_D.double()).tolist()
+        likeness_N = (self.embedding_NF.double() @ embedding_F.double()).tolist()
         scored = [(-round(value, DECIMALS), row) for row, value in enumerate(likeness_N)]
         return [
             Hit(self.entries[row].file, self.entries[row].caption, -value)  # rows are in the order of the names
@@ -223,7 +240,7 @@ def make_index(
     }
     with atomic_folder(output, overwrite=True) as new:
         (new / INDEX_FILE).write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        save_file({"embedding_ND": torch.stack(rows)}, new / EMBEDDING_FILE)
+        save_file({"embedding_NF": torch.stack(rows)}, new / EMBEDDING_FILE)
     return Report(tuple(computed), tuple(kept), tuple(unreadable))
 
 
@@ -237,7 +254,7 @@ def _known(output: Path, embedder: Embedder) -> dict[str, Tensor]:
         return {}
     if (old.model_name, old.max_pixels) != (embedder.model_name, embedder.max_pixels):
         return {}
-    return {entry.digest: row for entry, row in zip(old.entries, old.embedding_ND, strict=True)}
+    return {entry.digest: row for entry, row in zip(old.entries, old.embedding_NF, strict=True)}
 
 
 def _pictures(folder: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from ernie_model.images import image_patches
 from ernie_model.inference.image_index import (
     Embedder,
     ImageIndex,
@@ -76,6 +77,21 @@ def test_the_nearest_picture_is_the_same_picture(folder, tmp_path, embedder):
     assert {hit.caption for hit in hits} == {"blue circle", "blue square"}
 
 
+def test_an_embedding_by_hand(embedder, model, processor):
+    picture = Image.new("RGB", (112, 56), "red")
+    picture.paste("blue", (0, 0, 56, 28))
+    embedding_F = embedder(picture)
+    patch_PX, grid = image_patches(picture, processor.image)
+    assert grid == (1, 4, 8)
+    seen_PC = model.vision(torch.from_numpy(patch_PX), [grid])
+    feature_MD = model.media_features(torch.from_numpy(patch_PX), [grid])
+    # 2 rows of 4 tokens, 4 patches each; a quarter is one row of two tokens
+    quarters = [seen_PC[start : start + 8].mean(0) for start in (0, 8, 16, 24)]
+    where, what = torch.stack(quarters, dim=1).flatten(), feature_MD.mean(0)
+    expected = torch.cat((where / where.norm(), what / what.norm())) / 2**0.5
+    assert torch.allclose(embedding_F, expected, atol=1e-6)
+
+
 def test_equal_pictures_are_ordered_by_name(tmp_path, embedder):
     folder = tmp_path / "same"
     folder.mkdir()
@@ -104,12 +120,12 @@ def test_only_what_changed_is_computed_again(folder, tmp_path, embedder):
     assert [entry.file for entry in after.entries][:2] == ["moved.png", "sub/blue_circle.png"]
     assert after.entries[0].caption == "A red circle"
     row = [entry.file for entry in before.entries].index("sub/red_circle.png")
-    assert torch.equal(after.embedding_ND[0], before.embedding_ND[row])
+    assert torch.equal(after.embedding_NF[0], before.embedding_NF[row])
     # At another size all are computed; and again the same bytes come out as the first time.
     make_index(folder, output, Counting(embedder.model, embedder.processor, MAX_PIXELS // 2))
     make_index(folder, output, embedder)
     assert embedder.count == 7 + 5
-    assert torch.equal(ImageIndex.load(output).embedding_ND, after.embedding_ND)
+    assert torch.equal(ImageIndex.load(output).embedding_NF, after.embedding_NF)
 
 
 def test_an_index_inside_its_folder_moves_with_it(folder, tmp_path, embedder):
