@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from ernie_model.inference.async_engine import AsyncEngine
 from ernie_model.inference.request import SamplingParams
 from ernie_model.inference.server.app import make_app
-from ernie_model.inference.server.lifetime import address, bind, serve
+from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import Limits, ServerSettings
 from train.compose import register, to_typed
 from train.config import UserError, check
@@ -57,6 +57,8 @@ async def run(config, engine, processor, settings, door, listener) -> None:
         app = page(app)
     try:
         await serve(app, listener, grace_s=config.grace_s, ready=lambda: tell(config, settings, address(listener)))
+    except EngineFailed:
+        sys.exit(1)
     finally:
         await engine.close(drain=False)
 

@@ -3,7 +3,6 @@
 Both go through the same reader, piece by piece, so a stream put together is the completion.
 """
 
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pydantic import BaseModel
 from ernie_model.inference.parsing import Piece, StreamParser
 from ernie_model.inference.request import Completion, Delta, Finish
 from ernie_model.inference.server.prompts import Job
-from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, TOOL_CALL, Tokenizer
+from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, Tokenizer
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -139,7 +138,9 @@ class Answer:
         self.created = int(time.time())
         self.model = job.request.model
         self._end_call_id = tokenizer.special_id(END_TOOL_CALL)
-        self._written = [_Written(StreamParser(in_reasoning=job.in_reasoning)) for _ in job.attempts]
+        self._written = [
+            _Written(StreamParser(in_reasoning=job.in_reasoning, calls=job.offers_tools)) for _ in job.attempts
+        ]
 
     def take(self, batch: Sequence[tuple[int, Delta]]) -> Iterator[ChatChunk]:
         """The chunks that say it."""
@@ -206,7 +207,7 @@ class Answer:
         return [self._change(written, piece) for piece in pieces]
 
     def _change(self, written: _Written, piece: Piece) -> MessageDelta:
-        if piece.call is not None and self.job.offers_tools:
+        if piece.call is not None:
             function = Function(name=piece.call.name, arguments=piece.call.arguments)
             call = Call(id=f"call_{secrets.token_hex(12)}", function=function)
             index = len(written.calls)
@@ -215,12 +216,8 @@ class Answer:
         if piece.kind == "reasoning":
             written.reasoning += piece.text
             return MessageDelta(reasoning_content=piece.text)
-        text = piece.text
-        if piece.call is not None:  # there is nothing to call: it is text that looks like it
-            name = json.dumps(piece.call.name, ensure_ascii=False)
-            text = f'{TOOL_CALL}\n{{"name": {name}, "arguments": {piece.call.arguments}}}\n{END_TOOL_CALL}'
-        written.content += text
-        return MessageDelta(content=text)
+        written.content += piece.text
+        return MessageDelta(content=piece.text)
 
     def _choice(self, number: int, written: _Written) -> Choice:
         completion = written.completion

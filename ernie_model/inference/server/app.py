@@ -49,7 +49,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]
     model: str
 
 
@@ -103,10 +103,14 @@ def make_app(
     with_key = [Depends(_key_check(settings.keys))]
     errors: dict[int | str, dict[str, Any]] = {401: {"model": ErrorAnswer, "description": "No key, or a wrong one"}}
 
-    @app.get("/health", response_model=Health, responses={503: {"model": Health, "description": "Shutting down"}})
+    @app.get(
+        "/health",
+        response_model=Health,
+        responses={503: {"model": Health, "description": "Shutting down, or the engine has failed"}},
+    )
     async def health() -> Response:
-        status = "draining" if service.draining else "ok"
-        return JSONResponse(Health(status=status, model=settings.name).model_dump(), 503 if service.draining else 200)
+        status = "failed" if service.failed.is_set() else "draining" if service.draining else "ok"
+        return JSONResponse(Health(status=status, model=settings.name).model_dump(), 200 if status == "ok" else 503)
 
     @app.get("/metrics", dependencies=with_key, responses=errors, response_class=_Metrics)
     async def metrics() -> Response:

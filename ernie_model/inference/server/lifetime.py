@@ -57,6 +57,10 @@ def address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+class EngineFailed(Exception):
+    """The engine has stopped by itself; the log says why."""
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to us: uvicorn would stop listening at once, and raise them again at the end."""
 
@@ -66,7 +70,11 @@ class _Server(uvicorn.Server):
 
 
 async def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, ready: Callable[[], None]) -> None:
-    """Returns when all is over. `ready` is called when requests are taken."""
+    """Returns when all is over. `ready` is called when requests are taken.
+
+    Raises:
+        EngineFailed: when what could be answered is.
+    """
     service: Service = app.state.service
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=1, server_header=False, lifespan="on"
@@ -89,13 +97,16 @@ async def serve(app: FastAPI, listener: socket.socket, *, grace_s: float, ready:
             await asyncio.sleep(0.01)
         if not running.done():
             ready()
-        await _first(None, running, stop.wait())
+        await _first(None, running, stop.wait(), service.failed.wait())
         if not running.done():
+            service.draining = True
             await _first(grace_s, running, service.gate.empty(), now.wait())
             if cut := service.end():
                 logger.warning("%d requests are cut off", cut)
             server.should_exit = True
         await running
+        if service.failed.is_set():
+            raise EngineFailed
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ernie_model.chat import ChatError
 from ernie_model.images import MediaError
+from ernie_model.inference.json_regex import json_regex
 from ernie_model.inference.request import JsonSchema, Prompt, RequestError, SamplingParams
 from ernie_model.inference.server import calls
 from ernie_model.inference.server.errors import ApiError, invalid
@@ -252,8 +253,8 @@ def _attempts(
         changes["banned_ids"] = (*settings.sampling.banned_ids, call_id)  # there is nothing to call
     elif request.parallel_tool_calls is False and end_call_id is not None:
         changes["stop_ids"] += (end_call_id,)
-    changes |= _constraint(request, in_reasoning, tools)
     try:
+        changes |= _constraint(request, in_reasoning, tools)
         params = replace(settings.sampling, **changes)
     except RequestError as error:
         raise invalid(str(error)) from error
@@ -306,6 +307,7 @@ def _constraint(request: ChatRequest, in_reasoning: bool, tools: Sequence[Tool] 
             raise invalid(
                 "response_format asks for a JSON answer and tool_choice for a call. Give one of them.", "tool_choice"
             )
+        json_regex(call.schema)  # now, rather than behind a thought
         return {"constraint": call}
     if schema is None:
         return {}

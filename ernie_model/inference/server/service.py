@@ -7,11 +7,13 @@ whom too much of it waits is cancelled (`Limits.lag_tokens`), as is one who take
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from typing import Any, TypeVar
 
+from ernie_model.inference.async_engine import EngineClosed
 from ernie_model.inference.request import Delta, EngineFull, Finish, Generates, RequestError, SamplingParams
 from ernie_model.inference.server.calls import as_generator, forced_call
 from ernie_model.inference.server.errors import ApiError, invalid
@@ -24,6 +26,11 @@ from ernie_model.processor import Processor
 
 Result = TypeVar("Result")
 
+logger = logging.getLogger(__name__)
+
+ENGINE_STOPPED = ApiError(
+    503, "The engine has stopped; the server's log says why.", type="server_error", code="engine_stopped"
+)
 SHUTTING_DOWN = ApiError(503, "The server is shutting down.", type="server_error", code="draining", retry_after=5)
 
 
@@ -50,6 +57,8 @@ class Service:
         self.metrics = Metrics(self.gate, engine_stats)
         self.draining = False
         self.ended = False
+        self.failed = asyncio.Event()
+        """The engine has stopped: nothing will be answered any more."""
         self._answering: set[asyncio.Task] = set()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -136,8 +145,10 @@ class Service:
             queue.put_nowait((number, invalid(str(error))))
         except EngineFull:
             queue.put_nowait((number, Busy(self.gate.retry_after())))
-        except (ApiError, Lagging) as error:
-            queue.put_nowait((number, error))
+        except EngineClosed as error:
+            logger.error("%s", error, exc_info=error.__cause__)
+            self.failed.set()
+            queue.put_nowait((number, ENGINE_STOPPED))
         except Exception as error:
             queue.put_nowait((number, error))
 

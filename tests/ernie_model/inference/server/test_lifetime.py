@@ -9,8 +9,9 @@ import time
 import httpx
 import pytest
 
+from ernie_model.inference.async_engine import EngineClosed
 from ernie_model.inference.server.app import make_app
-from ernie_model.inference.server.lifetime import address, bind, serve
+from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import ServerSettings
 from tests.ernie_model.inference.scripted import ScriptedEngine
 
@@ -93,6 +94,26 @@ def test_what_runs_is_cut_off_after_the_grace_or_by_a_second_signal(processor, s
             assert time.monotonic() - began < 5 and engine.running == 0
             answer = await running
             assert answer.status_code == 503 and answer.json()["error"]["code"] == "draining"
+
+    asyncio.run(scene())
+
+
+def test_an_engine_that_stops_ends_the_server(processor):
+    class Stopped(ScriptedEngine):
+        async def stream(self, prompt, params, *, timeout_s=None):
+            raise EngineClosed("The engine stopped: out of memory")
+            yield
+
+    async def scene():
+        listener, ready = bind("127.0.0.1", 0, lag_s=5), asyncio.Event()
+        app = make_app(Stopped(processor.tokenizer, []), processor, ServerSettings(name="tiny"))
+        task = asyncio.create_task(serve(app, listener, grace_s=5, ready=ready.set))
+        await asyncio.wait_for(ready.wait(), 10)
+        async with httpx.AsyncClient(base_url=address(listener), timeout=20) as client:
+            answer = await client.post("/v1/chat/completions", json=BODY)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "engine_stopped"
+        with pytest.raises(EngineFailed):
+            await asyncio.wait_for(task, 5)
 
     asyncio.run(scene())
 
