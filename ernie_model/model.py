@@ -136,6 +136,7 @@ class ErnieModel(nn.Module):
         grids: Sequence[Grid] = (),
         feature_MD: Tensor | None = None,
         join: bool = False,
+        token_ids: Sequence[int] | None = None,
         stats: bool = True,
         experts: bool = False,
     ) -> ModelOutput:
@@ -152,6 +153,7 @@ class ErnieModel(nn.Module):
             feature_MD: instead of pixels and grids, what `media_features` made of them: a row for each placeholder, so
                 that a row of tokens may begin or end inside an image.
             join: use every weight, also what only images and videos reach: another rank does, in a row of its own.
+            token_ids: `token_T` once more, on the host: then nothing waits for a device. For a row on one rank.
             stats: count what the routers did.
             experts: report which experts every token visited.
 
@@ -162,7 +164,7 @@ class ErnieModel(nn.Module):
         x_TD = self.embed_tokens(token_T[here])
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
         given = None if feature_MD is None else feature_MD.shape[0]
-        pools, media_T, media_P = self._pools(token_T, grids, given, context)
+        pools, media_T, media_P = self._pools(token_T, token_ids, grids, given, context)
         pools = pools._replace(join=join, stats=stats, visited=[] if experts else None)
         if grids and feature_MD is None:
             feature_MD = context.deliver(self._compute_media(patch_PX, context.media(grids), x_TD), grids, media_P)
@@ -202,7 +204,12 @@ class ErnieModel(nn.Module):
         return weight.new_zeros(0, self.config.hidden_size, dtype=self.compute_dtype or weight.dtype)
 
     def _pools(
-        self, token_T: Tensor, grids: Sequence[Grid], features: int | None, context: Context
+        self,
+        token_T: Tensor,
+        token_ids: Sequence[int] | None,
+        grids: Sequence[Grid],
+        features: int | None,
+        context: Context,
     ) -> tuple[Pools, Tensor, list[int]]:
         """The expert-pool map (reference 2.9, trap 7.4), and which rows are placeholders; of the tokens that are here.
 
@@ -212,19 +219,22 @@ class ErnieModel(nn.Module):
         """
         parts = [slice(*ends) for ends in itertools.pairwise(context.cuts)]
         here = parts[context.part]
-        if not grids and not features and _all_text(token_T, self.config.vision_pool_token_ids):
-            nothing_T = torch.zeros_like(token_T[here], dtype=torch.bool)
-            return Pools(nothing_T, 0), nothing_T, [0] * len(parts)
-        vision_T = _is_one_of(token_T, self.config.vision_pool_token_ids)
-        media_T = _is_one_of(token_T, self.config.placeholder_token_ids)
+        kinds = self.config.vision_pool_token_ids, self.config.placeholder_token_ids
+        if token_ids is not None and set(kinds[0]).isdisjoint(token_ids):
+            vision_T = media_T = torch.zeros_like(token_T, dtype=torch.bool)
+        else:
+            vision_T, media_T = (_is_one_of(token_T, ids) for ids in kinds)
         if self.vision is None:
             if grids or features:
                 raise ValueError("images or videos were given to a text-only model.")
             return Pools(vision_T[here], 0), media_T[here], [0] * len(parts)
-        # The only wait for the device in a forward: every layer needs the size of both pools on the host.
-        vision_P, media_P = torch.stack(
-            [torch.stack([x_T[part].sum() for part in parts]) for x_T in (vision_T, media_T)]
-        ).tolist()
+        # Every layer needs the size of both pools on the host.
+        if token_ids is not None:
+            vision_P, media_P = ([sum(map(set(ids).__contains__, token_ids))] for ids in kinds)
+        else:  # the only wait for the device in a forward
+            vision_P, media_P = torch.stack(
+                [torch.stack([x_T[part].sum() for part in parts]) for x_T in (vision_T, media_T)]
+            ).tolist()
         found = sum(media_P)
         if features is not None:
             if found != features:
@@ -258,11 +268,6 @@ class ErnieModel(nn.Module):
         """(M, D): what the vision tower and the resampler make of pixels."""
         assert self.vision is not None and self.resampler is not None
         return self.resampler(self.vision(patch_PX, grids), grids)
-
-
-def _all_text(token_T: Tensor, vision_ids: Sequence[int]) -> bool:
-    """Seen at once for the few tokens of a step of answers; more, and those on a GPU, are counted there."""
-    return token_T.shape[0] <= 64 and not token_T.is_cuda and set(vision_ids).isdisjoint(token_T.tolist())
 
 
 def _is_one_of(token_T: Tensor, ids: Sequence[int]) -> Tensor:

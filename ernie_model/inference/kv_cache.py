@@ -10,9 +10,10 @@ Shape letters:  T tokens of a step   N query heads   G key/value heads   H head 
                 P pages of the cache   C tokens of a page   S = P*C slots   B rows of one token   L keys
 """
 
+import inspect
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,10 @@ class PagedCache:
         # Heads before pages: a head's tokens lie one after the other, as the products of attention want them.
         shape = (config.num_hidden_layers, 2 * self.num_kv_heads, num_pages, page_tokens, config.head_dim)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        """Attention is torch's kernel for rows of varied length."""
+        self.block_tables = self.flash and _takes_block_tables(self)
+        """It finds pages by itself; else they are gathered for it."""
 
     def clear(self, pages: Sequence[int]) -> None:
         """What an earlier owner left there is multiplied by 0 where a page is not full yet; a NaN would survive it."""
@@ -70,12 +75,14 @@ class KVCache:
 
     def __init__(self, cache: PagedCache, spans: Sequence[Span]):
         self.cache = cache
-        singles = [i for i, span in enumerate(spans) if span.length == 1]
+        singles = [] if cache.flash else [i for i, span in enumerate(spans) if span.length == 1]
         self.bundles = bundles = _bundles(cache, spans, singles)
         """Rows of one token that attend together, and how many pages they share."""
         fresh = [i for i, span in enumerate(spans) if span.length > 1 and span.start == 0]
         later = [i for i, span in enumerate(spans) if span.length > 1 and span.start > 0]
         self.order = [i for rows, _ in bundles for i in rows] + fresh + later
+        if cache.flash:
+            self.order = list(range(len(spans)))
         self.num_tokens = sum(span.length for span in spans)
         self.cuts, self.part = (0, self.num_tokens), 0
         self._layer = 0
@@ -87,13 +94,16 @@ class KVCache:
             else:
                 slots += [pages[at // size] * size + at % size for at in range(start, start + length)]
         self._slot_T = torch.tensor(slots, device=device)
-        self._parts: list[tuple[int, _Fresh | _Chunk | _Bundle]] = [
+        self._parts: list[tuple[int, _Fresh | _Chunk | _Bundle | _Flash]] = [
             (len(rows), _Bundle(cache, [spans[i] for i in rows], shared)) for rows, shared in bundles
         ]
-        if fresh:
-            lengths = [spans[i].length for i in fresh]
-            self._parts.append((sum(lengths), _Fresh(lengths)))
-        self._parts += [(spans[i].length, _Chunk(cache, spans[i])) for i in later]
+        if cache.flash:
+            self._parts = [(self.num_tokens, _Flash(cache, spans))]
+        else:
+            if fresh:
+                lengths = [spans[i].length for i in fresh]
+                self._parts.append((sum(lengths), _Fresh(lengths)))
+            self._parts += [(spans[i].length, _Chunk(cache, spans[i])) for i in later]
         # A page that begins in this step and does not become full:
         ends = [(start, start + length, pages) for start, length, pages in spans]
         cache.clear([pages[end // size] for start, end, pages in ends if start <= end // size * size < end])
@@ -138,6 +148,78 @@ class _Chunk:
     def attend(self, q_LNH: Tensor, k_LGH: Tensor, v_LGH: Tensor, kv: Tensor) -> Tensor:
         k_GSH, v_GSH = kv.index_select(1, self._page_I).flatten(1, 2)[:, : self._end].chunk(2)
         return attention_after(q_LNH, k_GSH, v_GSH)
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+class _Flash:
+    """All rows in one kernel, whatever their kind: queries end to end, keys by block table or gathered end to end."""
+
+    def __init__(self, cache: PagedCache, spans: Sequence[Span]):
+        size, device = cache.page_tokens, cache.data.device
+        lengths, ends = [span.length for span in spans], [span.start + span.length for span in spans]
+        self._longest = max(lengths), max(ends)
+        self._query = _offsets(lengths, device)
+        counts = [-(-end // size) for end in ends]
+        if cache.block_tables:
+            table = [[*span.pages[:n], *[0] * (max(counts) - n)] for span, n in zip(spans, counts, strict=True)]
+            self._keys = None
+            self._options = dict(
+                seqused_k=torch.tensor(ends, dtype=torch.int32, device=device),
+                block_table=torch.tensor(table, dtype=torch.int32, device=device),
+            )
+        else:
+            slot_of = torch.cat([_slots(span.pages, end, size) for span, end in zip(spans, ends, strict=True)])
+            self._slot, self._keys, self._options = slot_of.to(device), _offsets(ends, device), {}
+
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, kv: Tensor) -> Tensor:
+        if self._keys is None:
+            k, v = kv.permute(1, 2, 0, 3).chunk(2, dim=2)  # (P, C, G, H), views
+        else:
+            k, v = kv.flatten(1, 2).index_select(1, self._slot).transpose(0, 1).chunk(2, dim=1)
+        return _varlen(q_TNH, k, v, self._query, self._keys, *self._longest, **self._options)
+
+
+def _varlen(
+    q_TNH: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query: Tensor,
+    keys: Tensor | None,
+    longest_q: int,
+    longest_k: int,
+    **options: Any,
+) -> Tensor:
+    """The last query of a row sees all of its keys."""
+    from torch.nn.attention.varlen import varlen_attn  # here: it loads the compiler, 3 s that a CPU run can spare
+
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = q_TNH.shape[1] != k.shape[-2]
+    else:  # torch 2.11
+        k, v = (x.repeat_interleave(q_TNH.shape[1] // x.shape[-2], dim=-2) for x in (k, v))
+    window = (-1, 0)
+    return varlen_attn(q_TNH, k, v, query, keys, longest_q, longest_k, window_size=window, **options)  # pyright: ignore
+
+
+def _takes_block_tables(cache: PagedCache) -> bool:
+    """Asked of the kernel itself: FlashAttention 2 wants pages of 256 tokens, 3 takes any, torch 2.11 knows neither."""
+    cache.block_tables = True
+    query = cache.data.new_zeros(1, cache.num_kv_heads, cache.data.shape[-1])
+    try:
+        _Flash(cache, [Span(0, 1, [0])]).attend(query, query, query, cache.data[0])
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def _slots(pages: Sequence[int], end: int, size: int) -> Tensor:
+    """Where the first `end` tokens of a request are."""
+    return (torch.tensor(pages)[:, None] * size + torch.arange(size)).flatten()[:end]
 
 
 # ------------------------------------------------------------------------------------------------- rows of one token

@@ -100,11 +100,13 @@ class Runner:
         placed = [rows[i] for i in context.order]
         features = [feature for row in placed for feature in row.features]
         with torch.inference_mode():
+            token_ids = [token for row in placed for token in row.token_ids]
             out = self._answering(
-                torch.tensor([token for row in placed for token in row.token_ids], device=self.device),
+                torch.tensor(token_ids, device=self.device),
                 torch.cat([row.position_3T for row in placed], dim=1).to(self.device),
                 context,
                 feature_MD=torch.cat(features).to(self.device) if features else None,
+                token_ids=token_ids,
                 stats=False,
                 experts=any(row.experts for row in rows),
             )

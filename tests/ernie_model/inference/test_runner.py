@@ -1,6 +1,7 @@
 """Steps over the paged cache against one full forward, in float64: the two must be the same function."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -290,3 +291,57 @@ def test_the_formula_is_the_memory():
     runner = make_runner(model)
     assert runner.cache.data.nbytes == 64 * Runner.page_bytes(model.config, torch.float32, PAGE)
     assert Runner.page_bytes(model.config, torch.bfloat16, 16) == 2 * 3 * 2 * 8 * 2 * 16
+
+
+def varlen_by_definition(
+    q_TNH, k, v, query, keys, longest_q, longest_k, *, seqused_k=None, block_table=None, **options
+):
+    """What `varlen_attn` computes: row r's queries, the last of which sees all of the row's keys."""
+    assert options == dict(window_size=(-1, 0), enable_gqa=q_TNH.shape[1] != k.shape[-2])
+    out = torch.empty_like(q_TNH)
+    for row, (begin, end) in enumerate(zip(query.tolist()[:-1], query.tolist()[1:], strict=True)):
+        if block_table is None:
+            mine = slice(int(keys[row]), int(keys[row + 1]))
+            k_LGH, v_LGH = k[mine], v[mine]
+        else:
+            k_LGH, v_LGH = (x[block_table[row].long()].flatten(0, 1)[: int(seqused_k[row])] for x in (k, v))
+        assert end - begin <= longest_q and k_LGH.shape[0] <= longest_k
+        q, k_, v_ = (x.transpose(0, 1) for x in (q_TNH[begin:end], k_LGH, v_LGH))
+        k_, v_ = (x.repeat_interleave(q.shape[0] // x.shape[0], 0) for x in (k_, v_))
+        hidden = torch.ones(q.shape[1], k_.shape[1]).triu(k_.shape[1] - q.shape[1] + 1).bool()
+        score = (q @ k_.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
+        out[begin:end] = (score.softmax(-1) @ v_).transpose(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("block_tables", [True, False])
+def test_what_the_gpu_kernel_is_given(block_tables, monkeypatch):
+    """Its offsets, block tables and gathered keys, with a kernel that is the definition: rows of all kinds."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_definition)
+    monkeypatch.setattr("inspect.signature", lambda _: SimpleNamespace(parameters={"enable_gqa"}))
+    model, choose = build(), random.Random(8)
+    runner, taken = make_runner(model), set()
+    runner.cache.flash, runner.cache.block_tables = True, block_tables
+    talks = [Conversation(model, *parts) for parts in ((9,), (3, (1, 4, 4), 8), (14,))]
+    pages = [pages_for(len(talk.token_ids), taken, choose) for talk in talks]
+    for steps in [((0, 0, 5), (1, 0, 7)), ((0, 5, 6), (2, 0, 3), (1, 7, 12)), ((2, 3, 4), (0, 6, 7), (1, 12, 13))]:
+        out = runner.run([talks[i].row(runner, start, end, pages[i]) for i, start, end in steps])
+        logits = out.logit_SV.split([end - start for _, start, end in steps])
+        for (i, start, end), logit_TV in zip(steps, logits, strict=True):
+            talks[i].check(logit_TV, start, end)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_tokens", [16, 256])
+def test_a_gpu_in_bfloat16_answers_like_a_full_forward(page_tokens):
+    model = build(torch.bfloat16, hidden_size=64, head_dim=16, mrope_section=(3, 3, 2)).cuda()
+    runner = Runner(model, num_pages=16, page_tokens=page_tokens, max_rows=4)
+    token_T = torch.randint(20, 60, (70,))
+    position_3T = torch.arange(70).expand(3, -1)
+    with torch.no_grad():
+        full = model.logits(model(token_T.cuda(), position_3T.cuda(), Packed([70])).hidden_TD).float()
+    cuts = [0, 40, 41, 42, 69, 70]
+    pages = list(range(-(-70 // page_tokens)))
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        row = Row(token_T[start:end].tolist(), position_3T[:, start:end], start, pages, num_logits=end - start)
+        torch.testing.assert_close(runner.run([row]).logit_SV, full[start:end], rtol=0.05, atol=0.05 * full.abs().max())
