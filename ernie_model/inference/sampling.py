@@ -368,18 +368,14 @@ def _argmax(x_SCW: Tensor) -> Tensor:
 
 def _draw(e_SCW: Tensor, mass_SC: Tensor, uniform_S1: Tensor) -> Tensor:
     """The token at which the cumulative mass first exceeds uniform x total: never one without mass."""
-    wanted_S1 = _below(uniform_S1 * mass_SC[:, -1:], mass_SC[:, -1:])
+    wanted_S1 = uniform_S1 * mass_SC[:, -1:]  # below the total even after rounding, as uniform <= 1 - 2**-53
     chunk_S = torch.searchsorted(mass_SC, wanted_S1, right=True).squeeze(1).clamp(max=mass_SC.shape[1] - 1)
     before_S1 = torch.nn.functional.pad(mass_SC, (1, 0)).gather(1, chunk_S[:, None])
     inner_SW = _take_chunk(e_SCW, chunk_S).double().cumsum(1)
-    rest_S1 = _below((wanted_S1 - before_S1).clamp(min=0), inner_SW[:, -1:])
+    # the chunk's own sum may be a rounding smaller than its share of the cumulative one
+    rest_S1 = torch.minimum(wanted_S1 - before_S1, inner_SW[:, -1:].nextafter(torch.zeros_like(before_S1)))
     place_S = torch.searchsorted(inner_SW, rest_S1, right=True).squeeze(1).clamp(max=e_SCW.shape[2] - 1)
     return chunk_S * e_SCW.shape[2] + place_S
-
-
-def _below(value: Tensor, limit: Tensor) -> Tensor:
-    """Rounding may carry a product or difference up to the limit itself."""
-    return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
 
 
 def _take_chunk(SCW: Tensor, chunk_S: Tensor) -> Tensor:
