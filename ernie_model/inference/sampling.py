@@ -22,7 +22,7 @@ import hashlib
 import math
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
@@ -56,17 +56,18 @@ class Vocabulary:
 
     Args:
         vocab_size: logits in a row, `config.vocab_size`; often larger than the tokenizer's, which is the default.
+        never: ids that are never sampled either: what the model takes for pictures, whatever the tokenizer calls it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None):
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None, never: Collection[int] = ()):
         self.tokenizer = tokenizer
         self.size = vocab_size or tokenizer.vocab_size
         self.terminators = frozenset(_ids_of(tokenizer, (END_OF_SENTENCE, STOP)))
         """Ids that end an answer."""
         written = tokenizer.token_bytes
         nameless = [i for i in range(self.size) if i >= len(written) or written[i] is None]
-        self.banned_ids = tuple(sorted({*_ids_of(tokenizer, NEVER_WRITTEN), *nameless}))
-        """Never sampled, in order: `NEVER_WRITTEN`, and rows of the embedding that no token belongs to."""
+        self.banned_ids = tuple(sorted({*_ids_of(tokenizer, NEVER_WRITTEN), *nameless, *never}))
+        """Never sampled, in order: `NEVER_WRITTEN`, `never`, and rows of the embedding that no token belongs to."""
         self._banned_on: dict[torch.device, Tensor] = {}
         self._compiled: OrderedDict[str, Compiled] = OrderedDict()
         self._lock = Lock()

@@ -265,6 +265,14 @@ def test_a_stop_id_a_stop_text_and_a_terminator_end_an_answer(vl_config, tokeniz
         assert goes_on.token_ids == (end,) * 3 and goes_on.finish is Finish.LENGTH
 
 
+def test_what_the_model_takes_for_a_picture_is_never_sampled(vl_config, tokenizer):
+    """Whatever the tokenizer calls it: a placeholder in an answer would ask for pixels that are not there."""
+    config = dataclasses.replace(vl_config, image_token_id=400, image_start_token_id=401, video_end_token_id=402)
+    engine, _ = make_engine(config, tokenizer)
+    wished = SamplingParams(temperature=0, max_new_tokens=3, logit_bias={400: 90, 401: 90, 402: 90})
+    assert not {400, 401, 402} & set(engine.generate([text(1, 9)], wished)[0].token_ids)
+
+
 def test_deltas_put_together_are_the_completion(vl_config, tokenizer):
     engine, _ = make_engine(vl_config, tokenizer)
     params = dataclasses.replace(GREEDY, max_new_tokens=20, top_logprobs=3, stop=("never to be seen",))
