@@ -43,8 +43,10 @@ class TokenBytes:
         texts = [(i, text) for i, text in enumerate(written[: vocabulary.size]) if text and i not in special]
         texts.sort(key=lambda pair: -len(pair[1]))
         self.id_N = np.array([i for i, _ in texts], np.int64)
-        self.length_N = np.array([len(text) for _, text in texts], np.int64)
-        longest = int(self.length_N[0]) if texts else 0
+        longest = len(texts[0][1]) if texts else 0
+        length_N = np.array([len(text) for _, text in texts], np.int64)
+        self.num_longer_B = [int((length_N > length).sum()) for length in range(1, longest + 1)]
+        """How many have more than 1, 2, ... bytes: those stand first."""
         joined = b"".join(text.ljust(longest, b"\0") for _, text in texts)
         self.byte_BN = np.ascontiguousarray(np.frombuffer(joined, np.uint8).reshape(len(texts), longest).T)
 
@@ -58,7 +60,7 @@ class Compiled:
 
     def __init__(self, pattern: str, vocabulary: "Vocabulary"):
         table, final = transitions(pattern)
-        self._next_QB = np.frombuffer(table, np.uint16).reshape(-1, 256)
+        self._next_flat = np.frombuffer(table, np.uint16)  # [state x 256 + byte]
         self._final = frozenset(final)
         self._vocabulary = vocabulary
         self._forbidden: OrderedDict[int, np.ndarray] = OrderedDict()
@@ -67,7 +69,7 @@ class Compiled:
     def after(self, state: int, text: bytes) -> int:
         """The state behind these bytes; 0 if they do not fit."""
         for byte in text:
-            state = int(self._next_QB[state, byte])
+            state = int(self._next_flat[state << 8 | byte])
         return state
 
     def forbidden(self, state: int) -> np.ndarray:
@@ -92,18 +94,20 @@ class Compiled:
         if state == _ENDED:
             return np.array(ends, np.int64)
         tokens = self._vocabulary.token_bytes
-        # all tokens go through the automaton together, byte by byte; those it stops at drop out
+        # All tokens go through the automaton together, byte by byte; those it stops at drop out, and those that are
+        # whole, the shortest of the rest, have arrived.
         alive_A = np.arange(len(tokens.id_N))
         state_A = np.full(len(alive_A), state, np.uint16)
         arrived = [np.array(ends, np.int64)]
-        for depth, byte_N in enumerate(tokens.byte_BN):
-            state_A = self._next_QB[state_A, byte_N[alive_A]]
-            fits_A = state_A != _DEAD
-            alive_A, state_A = alive_A[fits_A], state_A[fits_A]
-            whole_A = tokens.length_N[alive_A] == depth + 1
-            arrived.append(tokens.id_N[alive_A[whole_A]])
-            alive_A, state_A = alive_A[~whole_A], state_A[~whole_A]
-            if not len(alive_A):
+        for byte_N, num_longer in zip(tokens.byte_BN, tokens.num_longer_B, strict=True):
+            state_A = self._next_flat.take((state_A.astype(np.int64) << 8) | byte_N.take(alive_A))
+            fits_A = np.flatnonzero(state_A)
+            if len(fits_A) < len(alive_A):
+                alive_A, state_A = alive_A.take(fits_A), state_A.take(fits_A)
+            num_left = int(np.searchsorted(alive_A, num_longer))
+            arrived.append(tokens.id_N.take(alive_A[num_left:]))
+            alive_A, state_A = alive_A[:num_left], state_A[:num_left]
+            if not num_left:
                 break
         return np.concatenate(arrived)
 
