@@ -77,6 +77,7 @@ def _image_settings(processor: Processor) -> dict:
         },
         # The second pair of names is what this suite and transformers read.
         "size": limits | {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels},
+        "frame_size": {"min_pixels": processor.video.min_pixels, "max_pixels": processor.video.max_pixels},
         "patch_size": image.patch_size,
         "merge_size": image.merge_size,
         "rescale_factor": 1 / 255,

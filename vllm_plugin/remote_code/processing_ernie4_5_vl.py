@@ -45,14 +45,23 @@ class Ernie4_5_VLImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values", "image_grid_thw"]
 
     def __init__(
-        self, size=None, patch_size=14, merge_size=2, rescale_factor=1 / 255, image_mean=None, image_std=None, **kwargs
+        self,
+        size=None,
+        frame_size=None,
+        patch_size=14,
+        merge_size=2,
+        rescale_factor=1 / 255,
+        image_mean=None,
+        image_std=None,
+        **kwargs,
     ):
         super().__init__(**kwargs)
         self.size = size  # min_pixels and max_pixels, which vLLM reads
+        self.frame_size = frame_size or size  # the same of one frame of a video
         self.patch_size, self.merge_size, self.rescale_factor = patch_size, merge_size, rescale_factor
         self.image_mean, self.image_std = image_mean, image_std
 
-    def preprocess(self, images, min_pixels=None, max_pixels=None, **kwargs):
+    def preprocess(self, images, min_pixels=None, max_pixels=None, **others):
         """Raw patches (P, X) of all pictures, and their grids."""
         patch, merge = self.patch_size, self.merge_size
         low, high = min_pixels or self.size["min_pixels"], max_pixels or self.size["max_pixels"]
@@ -101,7 +110,7 @@ class Ernie4_5_VLProcessor(ProcessorMixin):
         for video in videos or []:
             frames = list(video[0] if isinstance(video, tuple) else video)
             frames += frames[-1:] * (len(frames) % self.temporal_conv_size)
-            seen = self.image_processor.preprocess(frames, **limits)
+            seen = self.image_processor.preprocess(frames, **(self.image_processor.frame_size | limits))
             _, rows, columns = seen["image_grid_thw"][0]
             patches.append(seen["pixel_values"])
             grids.append((len(frames), rows, columns))
