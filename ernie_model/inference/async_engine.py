@@ -7,6 +7,7 @@ generate, stream ─ prepare (in a worker) ──inbox──►  enqueue, cancel
 """
 
 import asyncio
+import atexit
 import contextlib
 import threading
 from collections import deque
@@ -41,6 +42,7 @@ class AsyncEngine:
         self._aborted = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        atexit.register(self._end)  # a thread that is inside torch when Python goes away takes the process with it
 
     @property
     def max_context(self) -> int:
@@ -112,11 +114,15 @@ class AsyncEngine:
             self._wake.notify()
         if drain:
             await asyncio.to_thread(self._thread.join, timeout_s)
-        if self._thread.is_alive():
-            with self._wake:
-                self._inbox.append(_Command(self._abort))
-                self._wake.notify()
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._end)
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        """Now, and wait until the thread has."""
+        with self._wake:
+            self._inbox.append(_Command(self._abort))
+            self._wake.notify()
+        self._thread.join()
 
     # --------------------------------------------------------------------------------------------- in the event loops
 

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -274,3 +276,28 @@ def test_random_cancels_among_many_lose_nothing(vl_config, tokenizer):
         assert 0 < sum(results) < 120 and inner.stats().pages_used == 0 and engine._num_requests == 0
 
     run(main())
+
+
+def test_a_process_that_ends_without_closing_ends_well():
+    """In the middle of a step, with a request that nobody will ever be told of."""
+    script = """
+import threading
+from ernie_model.inference.async_engine import AsyncEngine, _Command
+from ernie_model.inference.engine import Engine, EngineSettings
+from ernie_model.inference.request import Prompt, SamplingParams
+from ernie_model.config import ErnieConfig
+from ernie_model.model import ErnieModel
+from ernie_model.tokenizer import load_tiny_tokenizer
+config = ErnieConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                     head_dim=16, intermediate_size=128)
+engine = Engine(ErnieModel(config).eval(), load_tiny_tokenizer(), EngineSettings(cache_gib=0.1))
+begun, run = threading.Event(), engine._runner.run
+engine._runner.run = lambda rows: (begun.set(), run(rows))[1]
+server = AsyncEngine(engine)
+endless = SamplingParams(max_new_tokens=50000, ignore_end=True)
+server._post(_Command(lambda: [engine.add(Prompt((5, 6, 7)), endless) for _ in range(4)]))
+begun.wait()
+print("bye")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "bye\n"), done.stderr
