@@ -25,12 +25,13 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from threading import Lock
+from threading import BoundedSemaphore, Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ernie_model.inference.automaton import PatternError
 from ernie_model.inference.grammar import KEPT_PATTERNS, Compiled, Guide, TokenBytes
 from ernie_model.inference.request import RequestError, SamplingParams, TokenLogprobs
 from ernie_model.tokenizer import (
@@ -69,8 +70,9 @@ class Vocabulary:
         self.banned_ids = tuple(sorted({*_ids_of(tokenizer, NEVER_WRITTEN), *nameless, *never}))
         """Never sampled, in order: `NEVER_WRITTEN`, `never`, and rows of the embedding that no token belongs to."""
         self._banned_on: dict[torch.device, Tensor] = {}
-        self._compiled: OrderedDict[str, Compiled] = OrderedDict()
+        self._compiled: OrderedDict[str, Compiled | PatternError] = OrderedDict()
         self._lock = Lock()
+        self._preparing = BoundedSemaphore(2)  # each may take 10 s and 3 GiB
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -83,17 +85,33 @@ class Vocabulary:
         return (known[token_id] if token_id < len(known) else None) or b""
 
     def compiled(self, pattern: str) -> Compiled:
-        """The constraint of this pattern, made once as long as it is among those used last. From any thread."""
+        """The constraint of this pattern, made once as long as it is among those used last. From any thread.
+
+        Raises:
+            PatternError: it has none; that is kept, too.
+        """
+        found = self._kept(pattern)
+        if found is None:
+            with self._preparing:  # whoever waited for its turn may find the work done
+                found = self._kept(pattern)
+                if found is None:
+                    try:
+                        found = Compiled(pattern, self)
+                    except PatternError as error:
+                        found = error
+                    with self._lock:
+                        self._compiled[pattern] = found
+                        if len(self._compiled) > KEPT_PATTERNS:
+                            self._compiled.popitem(last=False)
+        if isinstance(found, PatternError):
+            raise PatternError(*found.args)
+        return found
+
+    def _kept(self, pattern: str) -> Compiled | PatternError | None:
         with self._lock:
             if pattern in self._compiled:
                 self._compiled.move_to_end(pattern)
-                return self._compiled[pattern]
-        made = Compiled(pattern, self)
-        with self._lock:
-            self._compiled[pattern] = made
-            if len(self._compiled) > KEPT_PATTERNS:
-                self._compiled.popitem(last=False)
-        return made
+            return self._compiled.get(pattern)
 
     def banned_on(self, device: torch.device) -> Tensor:
         if device not in self._banned_on:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_model.inference import json_regex
+from ernie_model.inference import grammar, json_regex
+from ernie_model.inference.automaton import PatternError, transitions
 from ernie_model.inference.grammar import compile_constraint
 from ernie_model.inference.request import JsonSchema, Regex, RequestError, SamplingParams
 from ernie_model.inference.sampling import Sampler, Vocabulary, sample
@@ -338,6 +341,33 @@ def test_an_equal_constraint_is_prepared_once():
         for t in "ab"
     )
     assert one is other
+
+
+def test_many_who_ask_at_once_for_the_same_wait_for_one(monkeypatch):
+    made = []
+
+    def prepare(pattern):
+        made.append(pattern)
+        time.sleep(0.1)
+        if "bad" in pattern:
+            raise PatternError("no")
+        return transitions(pattern)
+
+    monkeypatch.setattr(grammar, "transitions", prepare)
+    vocabulary = Vocabulary(TINY)
+
+    def ask(pattern):
+        try:
+            return compile_constraint(SamplingParams(constraint=Regex(pattern=pattern)), vocabulary)
+        except RequestError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        good = list(pool.map(ask, ["good"] * 8))
+        bad = list(pool.map(ask, ["bad"] * 8))
+    assert len(set(good)) <= 2 and {type(one) for one in good} == {grammar.Compiled}
+    assert set(bad) == {"regex 'bad' cannot be used: no. Use a simpler one, or smaller bounds."}
+    assert 2 <= len(made) <= 4  # two may begin before either is done
 
 
 # ----------------------------------------------------------------------------------------------------- constrain_after
