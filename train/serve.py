@@ -17,13 +17,14 @@ from fastapi import FastAPI
 from omegaconf import DictConfig
 
 from ernie_model.inference.async_engine import AsyncEngine
-from ernie_model.inference.request import SamplingParams
+from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import Limits, ServerSettings
+from train.agents import open_filters, sampling_params
 from train.compose import register, to_typed
 from train.config import UserError, check
-from train.inference_config import LimitsConfig, SamplingConfig, ServeConfig
+from train.inference_config import AgentConfig, LimitsConfig, ServeConfig
 from train.run import program
 from train.served import open_engine, open_model, weights_folder
 from train.serving.media import MediaDoor
@@ -35,7 +36,7 @@ register()
 def main(cfg: DictConfig) -> None:
     config = to_typed(cfg, ServeConfig)
     keys = read_keys(config)
-    door = media_door(config)
+    door, filters, params = media_door(config), moderation(config.agent), sampling_params(config.sampling)
     listener = listen(config)  # before the weights: a port that is taken is known at once
     try:
         served = open_model(config)
@@ -43,7 +44,8 @@ def main(cfg: DictConfig) -> None:
             name=config.name or model_name(config.checkpoint),
             keys=keys,
             limits=limits(config.limits),
-            sampling=sampling(config.sampling),
+            sampling=params,
+            moderation=filters,
             thinking=config.sampling.thinking,
         )
         asyncio.run(run(config, AsyncEngine(open_engine(config, served)), served.processor, settings, door, listener))
@@ -154,8 +156,16 @@ def limits(config: LimitsConfig) -> Limits:
     )
 
 
-def sampling(config: SamplingConfig) -> SamplingParams:
-    return SamplingParams(**{name: value for name, value in vars(config).items() if name != "thinking"})
+def moderation(config: AgentConfig) -> Moderation:
+    """Raises UserError: a filter that is none; tools, which clients run."""
+    check(
+        not config.tools and config.index is None,
+        "agent.tools and agent.index do nothing here: clients send their tools and run them. Leave them out.",
+    )
+    return Moderation(
+        input=open_filters(config.input_filters, "agent.input_filters"),
+        output=open_filters(config.output_filters, "agent.output_filters"),
+    )
 
 
 def model_name(checkpoint: str) -> str:

@@ -180,10 +180,13 @@ async def _ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[tuple
         request = ChatRequest.model_validate({"model": service.settings.name, **fields})
         async with service.admit():
             job = await service.prepare(request)
-            answer = Answer(job, service.processor.tokenizer)
+            answer = Answer(job, service.processor.tokenizer, service.settings.moderation)
             async with aclosing(service.attempts(job)) as batches:
                 async for batch in batches:
                     for chunk in answer.take(batch):
+                        if chunk.choices[0].finish_reason == "content_filter":
+                            yield "error", "A filter has found something in the answer."
+                            return
                         delta = chunk.choices[0].delta
                         for field in ("reasoning_content", "content"):
                             if text := getattr(delta, field):

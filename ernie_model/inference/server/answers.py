@@ -11,12 +11,13 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
 from ernie_model.inference.parsing import Piece, StreamParser
 from ernie_model.inference.request import Completion, Delta, Finish
 from ernie_model.inference.server.prompts import Job
 from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, Tokenizer
 
-FinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class PromptDetails(BaseModel):
@@ -121,31 +122,46 @@ class _Written:
     """What one attempt has written so far."""
 
     parser: StreamParser
+    guards: dict[str, Guard]
+    """Of reasoning and content: what a filter may still find something in waits."""
     content: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
     begun: bool = False
+    blocked: bool = False
+    """A filter has found something: nothing more is said."""
+    num_tokens: int = 0
     completion: Completion | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.blocked or self.completion is not None
 
 
 class Answer:
     """The answer to one request, as it comes."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer):
+    def __init__(self, job: Job, tokenizer: Tokenizer, moderation: Moderation):
         self.job = job
         self.tokenizer = tokenizer
+        self.filters = moderation.output
         self.id = f"chatcmpl-{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.model = job.request.model
         self._end_call_id = tokenizer.special_id(END_TOOL_CALL)
-        self._written = [
-            _Written(StreamParser(in_reasoning=job.in_reasoning, calls=job.offers_tools)) for _ in job.attempts
-        ]
+        self._written = [self._unwritten() for _ in job.attempts]
+
+    def _unwritten(self) -> _Written:
+        parser = StreamParser(in_reasoning=self.job.in_reasoning, calls=self.job.offers_tools)
+        return _Written(parser, {kind: Guard(self.filters) for kind in ("reasoning", "content")})
 
     def take(self, batch: Sequence[tuple[int, Delta]]) -> Iterator[ChatChunk]:
         """The chunks that say it."""
         for number, delta in batch:
             written = self._written[number]
+            if written.blocked:
+                continue
+            written.num_tokens += len(delta.token_ids)
             said = self._said(written, delta)
             changes: list[MessageDelta] = []
             for change in said:
@@ -159,12 +175,17 @@ class Answer:
             for place, change in enumerate(changes):
                 shown = logprobs if place == 0 else None
                 yield self._chunk([ChunkChoice(index=number, delta=change, logprobs=shown, finish_reason=None)])
-            if delta.completion is not None:
-                written.completion = delta.completion
+            written.completion = delta.completion
+            if written.finished:
                 end = ChunkChoice(index=number, delta=MessageDelta(), finish_reason=_reason(written))
                 if not written.begun:
                     end.delta = MessageDelta(role="assistant", content="")
                 yield self._chunk([end])
+
+    @property
+    def finished(self) -> bool:
+        """All attempts are; those that a filter has stopped, before the engine is."""
+        return all(written.finished for written in self._written)
 
     def whole(self) -> ChatCompletion:
         """When all attempts are finished."""
@@ -179,7 +200,7 @@ class Answer:
     def usage(self) -> Usage:
         completions = [written.completion for written in self._written if written.completion is not None]
         prompt_tokens = len(self.job.prompt.token_ids)
-        sampled = sum(len(completion.token_ids) for completion in completions)
+        sampled = sum(written.num_tokens for written in self._written)
         return Usage(
             prompt_tokens=prompt_tokens,
             completion_tokens=sampled,
@@ -204,26 +225,47 @@ class Answer:
             if self.job.one_call and delta.completion.stop == self._end_call_id:
                 pieces += written.parser.push(END_TOOL_CALL)  # the stop that ended it is not in the text
             pieces += written.parser.finish()
-        return [self._change(written, piece) for piece in pieces]
+        changes: list[MessageDelta] = []
+        try:
+            for piece in pieces:
+                changes += self._changes(written, piece)
+            if delta.completion is not None:
+                changes += self._held(written, "reasoning") + self._held(written, "content")
+        except Blocked:
+            written.blocked = True
+        return changes
 
-    def _change(self, written: _Written, piece: Piece) -> MessageDelta:
-        if piece.call is not None:
-            function = Function(name=piece.call.name, arguments=piece.call.arguments)
-            call = Call(id=f"call_{secrets.token_hex(12)}", function=function)
-            index = len(written.calls)
-            written.calls.append(call)
-            return MessageDelta(tool_calls=[CallDelta(index=index, **call.model_dump())])
+    def _changes(self, written: _Written, piece: Piece) -> list[MessageDelta]:
+        """Raises Blocked."""
         if piece.kind == "reasoning":
-            written.reasoning += piece.text
-            return MessageDelta(reasoning_content=piece.text)
-        written.content += piece.text
-        return MessageDelta(content=piece.text)
+            return self._text(written, "reasoning", written.guards["reasoning"].push(piece.text))
+        changes = self._held(written, "reasoning")
+        if piece.call is None:
+            return changes + self._text(written, "content", written.guards["content"].push(piece.text))
+        changes += self._held(written, "content")
+        check(self.filters, piece.call.arguments)
+        function = Function(name=piece.call.name, arguments=piece.call.arguments)
+        call = Call(id=f"call_{secrets.token_hex(12)}", function=function)
+        index = len(written.calls)
+        written.calls.append(call)
+        return [*changes, MessageDelta(tool_calls=[CallDelta(index=index, **call.model_dump())])]
+
+    def _held(self, written: _Written, kind: str) -> list[MessageDelta]:
+        """What a filter had wait, now that this text is at its end. Raises Blocked."""
+        return self._text(written, kind, written.guards[kind].finish())
+
+    def _text(self, written: _Written, kind: str, text: str) -> list[MessageDelta]:
+        if not text:
+            return []
+        if kind == "reasoning":
+            written.reasoning += text
+            return [MessageDelta(reasoning_content=text)]
+        written.content += text
+        return [MessageDelta(content=text)]
 
     def _choice(self, number: int, written: _Written) -> Choice:
-        completion = written.completion
-        assert completion is not None
-        logprobs = None
-        if self.job.request.logprobs:
+        completion, logprobs = written.completion, None
+        if self.job.request.logprobs and completion is not None:
             logprobs = self._logprobs(
                 Delta("", completion.token_ids, completion.logprobs, completion.top_logprobs, completion)
             )
@@ -266,6 +308,8 @@ class Answer:
 
 
 def _reason(written: _Written) -> FinishReason:
+    if written.blocked:
+        return "content_filter"
     assert written.completion is not None
     if written.completion.finish is Finish.LENGTH:
         return "length"

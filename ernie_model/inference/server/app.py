@@ -294,7 +294,7 @@ class _Exchange(Response):
         request = await service.read(body)
         job = await service.prepare(request)
         del body
-        answer = Answer(job, service.processor.tokenizer)
+        answer = Answer(job, service.processor.tokenizer, service.settings.moderation)
         first = True
         async with aclosing(service.attempts(job)) as batches:
             async for batch in batches:
@@ -304,6 +304,8 @@ class _Exchange(Response):
                 chunks = list(answer.take(batch))
                 if request.stream:
                     await reply.events([_event(chunk) for chunk in chunks])
+                if answer.finished:
+                    break
         usage = answer.usage()
         metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.cached_tokens.inc(usage.prompt_tokens_details.cached_tokens)

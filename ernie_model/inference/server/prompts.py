@@ -10,6 +10,7 @@ from PIL import Image
 from ernie_model.chat import ChatError
 from ernie_model.images import MediaError
 from ernie_model.inference.json_regex import json_regex
+from ernie_model.inference.moderation import Blocked, Moderation, check
 from ernie_model.inference.request import JsonSchema, Prompt, RequestError, SamplingParams
 from ernie_model.inference.server import calls
 from ernie_model.inference.server.errors import ApiError, invalid
@@ -73,6 +74,7 @@ def prepare(request: ChatRequest, processor: Processor, settings: ServerSettings
     thinking = _thinking(request, settings.thinking)
     tools = request.tools if request.tools and request.tool_choice != "none" else None
     calls.check_tools(request)
+    _look_at(request, settings.moderation)
     messages = _Messages(settings, opener).read(request.messages)
     try:
         encoded = processor.encode(
@@ -93,6 +95,23 @@ def prepare(request: ChatRequest, processor: Processor, settings: ServerSettings
         one_call=tools is not None and request.parallel_tool_calls is False,
         must_call=calls.forced(request, tools) is not None,
     )
+
+
+def _look_at(request: ChatRequest, moderation: Moderation) -> None:
+    """Every text that the model did not write."""
+    if moderation.output and request.logprobs:
+        raise invalid("logprobs would tell what this server's filters keep back. Leave them out.", "logprobs")
+    for number, message in enumerate(request.messages):
+        if isinstance(message, AssistantMessage):
+            continue
+        content = message.content
+        texts = [content] if isinstance(content, str) else [one.text for one in content if isinstance(one, TextPart)]
+        for text in texts:
+            try:
+                check(moderation.input, text)
+            except Blocked as finding:
+                field = f"messages[{number}].content"
+                raise invalid(f"{field} was refused by a filter: {finding}.", field, "content_filter") from finding
 
 
 def definition(tool: Tool) -> dict[str, Any]:

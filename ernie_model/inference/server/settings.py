@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.request import SamplingParams
 
 
@@ -41,5 +42,7 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     """What holds where a request says nothing else."""
+    moderation: Moderation = field(default_factory=Moderation)
+    """Filters of what is asked and of what is answered."""
     thinking: bool = False
     """Does an answer begin with a thought where a request does not say?"""

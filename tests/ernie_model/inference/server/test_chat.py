@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from ernie_model.images import MediaError, load_image
+from ernie_model.inference.moderation import ListFilter, Moderation
 from ernie_model.inference.request import JsonSchema, SamplingParams
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.settings import Limits, ServerSettings
@@ -352,6 +353,48 @@ def test_formats_are_constraints(world):
     assert world.engine.params[-1].constrain_after == "</think>"
     world.create(response_format={"type": "text"})
     assert world.engine.params[-1].constraint is None
+
+
+# ------------------------------------------------------------------------------------------------------------ filters
+
+
+def test_filters_look_at_questions_and_answers(processor):
+    says = ["A quiet day."]
+    engine = Recording(processor.tokenizer, lambda prompt: says[0])
+    filters = Moderation(input=(ListFilter(["weapon"]),), output=(ListFilter(["lockpick"]),))
+    settings = ServerSettings(name="tiny", moderation=filters)
+    with running(make_app(engine, processor, settings)) as url:
+        world = World(url, engine)
+        for content in ("Which WEAPON?", [{"type": "text", "text": "Which weapon?"}]):
+            with pytest.raises(openai.BadRequestError) as error:
+                world.create([*HELLO, {"role": "user", "content": content}])
+            assert error.value.code == "content_filter" and error.value.param == "messages[1].content"
+        with pytest.raises(openai.BadRequestError, match="logprobs would tell"):
+            world.create(logprobs=True)
+        assert engine.prompts == []
+
+        thinks = {"extra_body": {"enable_thinking": True}}
+        for text, options, content, reasoning in (
+            ("All is well with the locks.", {}, "All is well with the locks.", ""),
+            ("Take a lockpick. Then go in.", {}, "Take a", ""),
+            ("First a lock.\n</think>\n\nThen a key.", thinks, "Then a key.", "First a lock."),
+            ("First a lockpick.\n</think>\n\nThen a key.", thinks, "", "First a"),
+        ):
+            says[0] = text
+            whole = world.ask(**options)
+            parts, _ = put_together(world.create(stream=True, **options))
+            reason = "content_filter" if "lockpick" in text else "stop"
+            assert whole.finish_reason == parts[0]["reason"] == reason
+            assert whole.message.content == parts[0]["content"] == content
+            shown = whole.message.reasoning_content or ""
+            assert shown == parts[0]["reasoning"] and shown.strip() == reasoning
+
+        call = '<tool_call>\n{"name": "weather", "arguments": {"place": "a lockpick"}}\n</tool_call>'
+        says[0] = "I look.\n" + call
+        choice = world.ask(tools=[WEATHER])
+        assert choice.finish_reason == "content_filter" and choice.message.tool_calls is None
+        assert choice.message.content == "I look."
+    assert engine.running == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- images
