@@ -2,9 +2,10 @@
 
 import math
 
+import pytest
 import torch
 
-from ernie_model.inference.request import SamplingParams
+from ernie_model.inference.request import Regex, SamplingParams
 from ernie_model.inference.sampling import Sampler, Vocabulary, sample
 from ernie_model.tokenizer import load_tiny_tokenizer
 
