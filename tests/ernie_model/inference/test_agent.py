@@ -212,10 +212,11 @@ def test_a_call_that_cannot_be_read_is_an_observation_and_takes_a_turn(processor
     assert f"<tool_output>\nerror: {first.problem}\n</tool_output>" in text_of(processor, episode)
 
 
-def test_beside_a_call_that_cannot_be_read_none_is_run(answer):
+@pytest.mark.parametrize("broken", [BROKEN, "<tool_call>\ndouble 3\n</tool_call>\n"])
+def test_beside_a_call_that_cannot_be_read_none_is_run(answer, broken):
     ran = []
     toolbox = ToolBox([tool_from_function(lambda x: ran.append(x), X, name="double", description="It.")])
-    episode = answer(question(), DOUBLE % 1 + BROKEN + DOUBLE % 2, "Sorry.", toolbox=toolbox)
+    episode = answer(question(), DOUBLE % 1 + broken + DOUBLE % 2, "Sorry.", toolbox=toolbox)
     assert episode.status is Status.ANSWERED and ran == []
     assert episode.turns[0].calls == () and len(episode.turns[0].results) == 1
 
