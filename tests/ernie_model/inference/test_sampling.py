@@ -85,18 +85,3 @@ def test_a_batch_of_everything_is_what_the_definition_says():
         assert sampled.logprob == reported[sampled.token_id]
         if s.greedy:
             assert sampled.token_id == expected.index(max(expected))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_as_on_the_cpu():
-    """In float64, where no rounding tips a draw; the nucleus is found by a sort there."""
-    logits, constraint = random_logits(len(PARAMS) + 1), Regex(pattern="[a-z ]+")
-    params = [*PARAMS, dict(constraint=constraint)]
-    cpu, gpu = (
-        sample(logits.to(device, copy=True), [sampler((260, 300), (300,), seed=3, top_logprobs=5, **p) for p in params])
-        for device in ("cpu", "cuda")
-    )
-    for a, b in zip(cpu, gpu, strict=True):
-        assert a.token_id == b.token_id and a.error is None is b.error and a.top is not None and b.top is not None
-        assert a.logprob == pytest.approx(b.logprob, abs=1e-12)
-        assert a.top.logprobs == pytest.approx(b.top.logprobs, abs=1e-12)
