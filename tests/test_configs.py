@@ -147,7 +147,7 @@ def message(*overrides: str) -> str:
         ("model.image_pixels=[3136]", "model.image_pixels is [3136]; it must be two numbers of pixels"),
         ("model.video_pixels=[3136,700]", "model.video_pixels is [3136, 700]; it must be two numbers of pixels"),
         ("data=task", "these settings have no default and were not given: data.task."),
-        ("data=task data.task=letters", "data.task is letters; it must be one of digits, counting"),
+        ("data=task data.task=letters", "data.task is letters; it must be one of digits, "),
         ("data.limit=0", "data.limit is 0; it must be at least 1, or null for all."),
         ("data=files data.sets={b:{task:digits,limit:0}}", "data.sets.b.limit is 0; it must be at least 1"),
         ("data=files", "data.path and data.sets are both missing."),

@@ -13,6 +13,7 @@ from ernie_model.inference.quantize import load_quantised, prepare, quantization
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.calibration import quantise
+from train.checks.machine import available_memory
 from train.config import Precision, UserError
 from train.inference_config import ModelAtWork, Weights
 
@@ -90,8 +91,14 @@ def merge_adapter(model: ErnieModel, adapter: str) -> None:
 def open_engine(config: ModelAtWork, served: Served) -> Engine:
     """
     Raises:
-        UserError: engine.* asks for what this model cannot be run with.
+        UserError: engine.* asks for what this model, or this machine, cannot be run with.
     """
+    free = available_memory(device_of(config))
+    if free is not None and config.engine.cache_gib * 2**30 > free:
+        raise UserError(
+            f"engine.cache_gib is {config.engine.cache_gib:g}, but beside the model only {free / 2**30:.1f} GiB are "
+            f"free on {device_of(config)}; lower it."
+        )
     try:
         settings = EngineSettings(**dataclasses.asdict(config.engine))
         return Engine(served.model, served.processor.tokenizer, settings)

@@ -24,7 +24,7 @@ ALL_KINDS, ALL_COLOURS = KINDS[:3], tuple(COLOURS)[:3]
 
 
 def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
-    domain = choice(rng, ("all", "kind", "colour"))
+    domain = choice(rng, ("all", "all", "colour", "colour", "colour", "kind"))
     wanted = choice(rng, ALL_KINDS if domain == "kind" else ALL_COLOURS)
     count = int(rng.integers(1 if domain == "all" else 0, MOST + 1))
     others = 0 if domain == "all" else int(rng.integers(0 if count else 1, MOST - count + 1))

@@ -29,8 +29,8 @@ ALL_KINDS, ALL_COLOURS = KINDS, tuple(COLOURS)[:4]
 
 def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
     scans = digits.scans(split, seed)
-    domain = choice(rng, ("shape", "shape", "digit", "several"))
-    count = int(rng.integers(2, 5))
+    domain = choice(rng, ("alone", "alone", "alone", "among others", "among others", "digit", "several"))
+    count = 1 if domain == "alone" else int(rng.integers(2, 5))
     wanted = 2 if domain == "several" else 1
     boxes: list[Box] = []
     for number in range(count):

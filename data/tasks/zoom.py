@@ -7,10 +7,8 @@
 
 A digit is 14 pixels large. A processor that makes at most 84 x 84 pixels of a picture (`model.image_pixels` in
 configs/experiment/zoom.yaml) leaves one pixel of it, which does not tell one digit from another; what the tool cuts out
-of the *original* is as readable as the scans of data/tasks/digits.py. The question names the card by its place, or by
-the colour of its tile, which can still be seen.
-
-There are only nine boxes, so a few traces show how the tool is used. Reading comes from the digits task.
+of the *original* is as readable as the scans of data/tasks/digits.py. There are nine places, so a few traces show how
+the tool is used. Reading comes from the digits task, whose model configs/experiment/zoom.yaml starts from.
 """
 
 from functools import cache
@@ -21,8 +19,8 @@ from PIL import Image
 
 from data.conversation import Conversation, Message, Part, ToolCall
 from data.tasks import digits
-from data.tasks.base import Item, Split, Task, choice, drawn
-from data.tasks.drawing import COLOURS, Colour, png
+from data.tasks.base import Item, Split, Task, drawn
+from data.tasks.drawing import png
 
 SIDE = 1000
 """Pixels: a thousandth of the picture is one."""
@@ -37,40 +35,37 @@ PLACES = (
 )
 INK = (0.4, 1.0)
 """How bright the brightest ink of a card is: its mean does not tell the digit."""
+TONES = (190, 245)
+"""Greys of tiles."""
 
 TOOL = "image_zoom_in_tool"
 THOUGHTS = ("Let me zoom in.", "Now I can read it.")
 
 
-def box_of(place: int) -> list[int]:
-    """The card at one of `PLACES`, in pixels and thousandths of the picture."""
-    return _around(place, CARD)
-
-
-def _around(place: int, side: int) -> list[int]:
+def _around(place: int, side: int) -> tuple[int, int, int, int]:
+    """A square in the middle of one of `PLACES`: left, top, right, bottom."""
     row, column = divmod(place, len(CENTRES))
     left, top = CENTRES[column] - side // 2, CENTRES[row] - side // 2
-    return [left, top, left + side, top + side]
+    return left, top, left + side, top + side
 
 
 def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
     scans = digits.scans(split, seed)
     chosen = rng.integers(len(scans), size=len(PLACES))
     ink = rng.uniform(*INK, size=len(PLACES)).round(3)
-    places = rng.permutation(len(PLACES))[: len(COLOURS)].tolist()
-    tiles = dict(zip(places, COLOURS, strict=True))
-    domain = choice(rng, ("place", "colour"))
-    place = choice(rng, places) if domain == "colour" else int(rng.integers(len(PLACES)))
-    where = f"on the {tiles[place]} tile" if domain == "colour" else PLACES[place]
+    tone = rng.integers(*TONES, size=len(PLACES))
+    place = int(rng.integers(len(PLACES)))
     answer = scans[chosen[place]][1]
+    domain = "middle" if place == 4 else "edge" if place % 2 else "corner"
 
     def render(id: str) -> Conversation:
-        page = _page(tiles)
+        page = Image.new("L", (SIDE, SIDE), 255)
         for number, index in enumerate(chosen):
-            page.paste(_card(scans[index][0], float(ink[number])), tuple(box_of(number)))
-        return trace(id, page, f"Which digit is {where}?", box_of(place), answer, domain)
+            page.paste(int(tone[number]), _around(number, TILE))
+            page.paste(_card(scans[index][0], float(ink[number])), _around(number, CARD))
+        return trace(id, page, f"Which digit is {PLACES[place]}?", list(_around(place, CARD)), answer, domain)
 
-    return Item(f"{chosen.tolist()} {tiles} {where}", render)
+    return Item(f"{chosen.tolist()} {PLACES[place]}", render)
 
 
 def trace(id: str, page: Image.Image, question: str, box: list[int], answer: str, domain: str) -> Conversation:
@@ -101,29 +96,10 @@ def _definition() -> dict[str, Any]:
     return zoom_tool().definition
 
 
-# A picture has a palette, which makes it a third of the size: 251 greys, then the colours of tiles.
-GREYS = 251
-
-
-def _page(tiles: dict[int, str]) -> Image.Image:
-    page = Image.new("P", (SIDE, SIDE), GREYS - 1)
-    greys = [round(255 * grey / (GREYS - 1)) for grey in range(GREYS) for _ in "RGB"]
-    page.putpalette([*greys, *(value for colour in COLOURS.values() for value in _pale(colour))])
-    for place in range(len(PLACES)):
-        colour = GREYS + list(COLOURS).index(tiles[place]) if place in tiles else GREYS * 9 // 10
-        page.paste(colour, tuple(_around(place, TILE)))
-    return page
-
-
-def _pale(colour: Colour) -> Colour:
-    red, green, blue = (255 - (255 - value) // 2 for value in colour)
-    return red, green, blue
-
-
 def _card(scan: Image.Image, ink: float) -> Image.Image:
     """Light ink on black, as in data/tasks/digits.py."""
     large = np.asarray(scan.resize((CARD, CARD), Image.Resampling.BICUBIC), dtype=np.float64) / 255
-    return Image.fromarray((large * ink * (GREYS - 1)).round().astype(np.uint8))
+    return Image.fromarray((large * ink * 255).round().astype(np.uint8))
 
 
 TASK = Task(

@@ -1,9 +1,11 @@
 """The engine in a thread of its own, for any number of event loops: server, agents, evaluation.
 
-event loops                                      the thread
-generate, stream ─ prepare (in a worker) ──inbox──►  enqueue, cancel, ... ─► Engine.step ─┐
-     ▲                                                     ▲                              │
-     └────────────────── deltas, one call for each loop ◄──┴──────────────────────────────┘
+    event loops                                             the thread
+    generate, stream ─ prepare (in a worker) ──inbox──►  enqueue, cancel, ... ─► Engine.step
+         ▲                                                                            │
+         └────────────────── deltas, one call for each loop ◄─────────────────────────┘
+
+Whoever waits is always told: an answer, a refusal, or what stopped the engine.
 """
 
 import asyncio

@@ -48,6 +48,8 @@ NEVER_WRITTEN = (*MEDIA_TOKENS.values(), "<|AUDIO_PLACEHOLDER|>", UNKNOWN, START
 """What only an input may hold. A placeholder in an answer would ask for pixels that are not there, and a start or end
 token would go to the vision experts; padding and the begin of a text have no place in one either."""
 
+_COLDEST = 1e-30
+"""Temperatures below it are as good as 0, and float32 would take them for 0."""
 _CANDIDATES = 256
 """Of so many tokens the nucleus is looked for first, on the CPU, where sorting a vocabulary takes 30 times as long."""
 
@@ -236,7 +238,8 @@ def sample(logit_SV: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
     highest_S1 = x_SV.amax(1, keepdim=True)
     x_SV -= highest_S1
     if any(sampler.params.temperature not in (0, 1) for sampler in samplers):
-        x_SV /= _column([sampler.params.temperature or 1.0 for sampler in samplers], x_SV)
+        temperatures = [1.0 if sampler.greedy else max(sampler.params.temperature, _COLDEST) for sampler in samplers]
+        x_SV /= _column(temperatures, x_SV)
     e_SV = x_SV.exp()
     if any(not sampler.greedy and _truncates(sampler.params) for sampler in samplers):
         cut_SV = x_SV < _thresholds(x_SV, e_SV, samplers)

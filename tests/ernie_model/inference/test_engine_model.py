@@ -214,7 +214,7 @@ def test_settings_of_the_engine_are_those_of_the_command_line():
     assert settings == EngineSettings()
 
 
-@pytest.mark.parametrize("setting", [{"cache_gib": 1e-9}, {"max_context": 10**6}])
+@pytest.mark.parametrize("setting", [{"cache_gib": 1e-9}, {"cache_gib": 1e6}, {"max_context": 10**6}])
 def test_open_engine_names_the_setting(models, tokenizer, setting):
     from train.config import UserError
     from train.inference_config import EngineConfig, ModelAtWork
