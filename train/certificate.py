@@ -49,6 +49,8 @@ from train.vllm_layout import PLACES
 
 FACTOR = 8.0
 """Of the largest difference; of the mean one, which a single near-tie of routing does not stretch, half of it."""
+FRAME_LIMITS = (4 * 28 * 28, 64 * 28 * 28)
+"""Pixels of one frame of the clip: smaller than what models are shown, so that the clip is a prompt like the others."""
 ORACLES = Path(__file__).parent / "oracles"
 TIMEOUT_S = 3600
 
@@ -64,6 +66,7 @@ class Case(NamedTuple):
     encoded: Encoded
     pictures: tuple[Image.Image, ...] = ()
     is_video: bool = False
+    """The pictures are the frames of one clip."""
 
 
 class Computed(NamedTuple):
@@ -107,7 +110,8 @@ def cases(processor: Processor) -> list[Case]:
         encoded = small.encode(messages, add_generation_prompt=True, **options)
         return Case(name, encoded, pictures, any(isinstance(p, dict) and p["type"] == "video" for p in parts))
 
-    video = dataclasses.replace(processor.video, min_pixels=4 * 28 * 28, max_pixels=64 * 28 * 28, draw_timestamps=False)
+    low, high = FRAME_LIMITS
+    video = dataclasses.replace(processor.video, min_pixels=low, max_pixels=high, draw_timestamps=False)
     image = dataclasses.replace(processor.image, min_pixels=min(processor.image.min_pixels, 4 * 28 * 28))
     small = Processor(processor.tokenizer, config, image, video, processor.chat)
     before = [
@@ -132,7 +136,7 @@ def cases(processor: Processor) -> list[Case]:
         *out,
         ask("image", shown[0], "What is this?", pictures=(first,)),
         ask("two images", "First", shown[0], "and then", shown[1], "which is larger?", pictures=(first, second)),
-        ask("video", frames, "What happens?"),
+        ask("video", frames, "What happens?", pictures=tuple(clip)),
     ]
 
 
@@ -294,7 +298,7 @@ class Certifier:
         """Raises CertificateError: the process failed."""
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out.safetensors"
-            self.write_cases(Path(scratch), self.cases, place=None)
+            self.write_cases(Path(scratch), {})
             run("ask_transformers", sys.executable, [folder, scratch, out, self.dtype])
             found, program = load_file(out), metadata(out)["program"]
         compared = []
@@ -304,30 +308,28 @@ class Certifier:
         return Verdict(program, compared)
 
     def vllm(self, folder: Path, python: str) -> Verdict:
-        """The folder in vLLM's layout; text and pictures. Log-probabilities are compared, of prompts and of answers.
+        """The folder in vLLM's layout. Log-probabilities are compared, of prompts and answers; a clip comes as frames.
 
         Raises CertificateError: the process failed.
         """
-        asked = [case for case in self.cases if not case.is_video]
-        place = place_id(folder) if self.processor.config.vision is not None else None
+        places = place_ids(folder) if self.processor.config.vision is not None else {}
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "out.safetensors"
-            self.write_cases(Path(scratch), asked, place=place)
+            self.write_cases(Path(scratch), places)
             run("ask_vllm", python, [folder, scratch, out, self.dtype])
             found, said = load_file(out), metadata(out)
-        notes = ["video was not asked for: vLLM reads clips in its own way (docs/export.md)"]
-        notes.append(f"fixes of vllm_plugin at work: {said['fixes'] or 'none'}")
-        return Verdict(said["program"], [self._compare_vllm(case, found) for case in asked], notes=tuple(notes))
+        notes = (f"fixes of vllm_plugin at work: {said['fixes'] or 'none'}",)
+        return Verdict(said["program"], [self._compare_vllm(case, found) for case in self.cases], notes=notes)
 
     def _compare_vllm(self, case: Case, found: dict[str, Tensor]) -> Comparison:
         theirs = {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{case.name}/")}
         bound = self.bounds[case.name].times(2)  # a log-probability is a logit less a sum of logits
-        if not torch.equal(theirs["token_T"], case.encoded.token_T):
+        if not torch.equal(theirs["token_T"], self._one_placeholder(case.encoded.token_T)):
             return refused(case.name, bound, "vLLM made another prompt of it")
         prompt = len(case.encoded.token_T)
         ours = compute(self.model, case, theirs["answer_T"])
         logprob_TV = ours.logit_TV.log_softmax(-1)
-        following = torch.cat([case.encoded.token_T[1:], theirs["answer_T"]])
+        following = torch.cat([theirs["token_T"][1:], theirs["answer_T"]])
         mine = logprob_TV[:-1].gather(1, following[:, None])[:, 0]
         theirs_T = torch.cat([theirs["logprob_T"][1:], theirs["answer_logprob_T"]])
         difference = (mine - theirs_T).abs()
@@ -347,10 +349,22 @@ class Certifier:
             routing_agreement(experts, theirs.get("expert_LTK")),
         )
 
-    def write_cases(self, folder: Path, chosen: list[Case], *, place: int | None) -> None:
-        """What train/oracles/ reads."""
+    def _one_placeholder(self, token_T: Tensor) -> Tensor:
+        """vLLM, as Baidu's own files, has one for images and videos."""
+        config = self.processor.config
+        if config.vision is None:
+            return token_T
+        assert config.image_token_id is not None
+        return torch.where(token_T == config.video_token_id, config.image_token_id, token_T)
+
+    def write_cases(self, folder: Path, places: dict[str, int]) -> None:
+        """What train/oracles/ reads.
+
+        Args:
+            places: the tokens that vLLM puts images and videos at.
+        """
         config, listed = self.processor.config, []
-        for case in chosen:
+        for case in self.cases:
             encoded, names = case.encoded, []
             tensors = {
                 "token_T": encoded.token_T,
@@ -363,22 +377,25 @@ class Certifier:
             for number, image in enumerate(case.pictures):
                 names.append(f"{case.name}-{number}.png")
                 image.save(folder / names[-1])
-            listed.append({"name": case.name, "images": names})
+            listed.append({"name": case.name, "pictures": names, "is_video": case.is_video})
         said = dict(
             vision=config.vision is not None,
             num_experts=config.num_experts,
-            placeholder=config.image_token_id,
-            place=place,
+            # What stands for a picture or clip in the model's ids -> what does in a prompt for vLLM.
+            places={str(getattr(config, f"{kind}_token_id")): place for kind, place in places.items()},
+            frame_limits=FRAME_LIMITS,
             banned=list(config.vision_pool_token_ids),
-            longest=max(len(case.encoded.token_T) for case in chosen),
+            longest=max(len(case.encoded.token_T) for case in self.cases),
             cases=listed,
         )
         (folder / "cases.json").write_text(json.dumps(said))
 
 
-def place_id(folder: Path) -> int:
+def place_ids(folder: Path) -> dict[str, int]:
+    """image, video -> the id of `<|image@placeholder|>`, `<|video@placeholder|>` in a folder in vLLM's layout."""
     added = json.loads((folder / TOKENIZER_FILE).read_text())["added_tokens"]
-    return next(token["id"] for token in added if token["content"] == next(iter(PLACES.values())))
+    ids = {token["content"]: token["id"] for token in added}
+    return {kind: ids[place] for kind, place in zip(("image", "video"), PLACES.values(), strict=True)}
 
 
 def run(program: str, python: str, arguments: list[Any]) -> None:

@@ -28,7 +28,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.rope import position_ids
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.certificate import Certifier, picture, place_id
+from train.certificate import Certifier, picture, place_ids
 from train.export import export_checkpoint
 from train.inference_config import Certify, ExportConfig, Layout
 from vllm_plugin.fixes import FIXES
@@ -124,7 +124,7 @@ def task(folders: list[Path], scratch: Path, events: list, *, batched: int = 256
         for number in range(parts.count("image")):
             images.append(str(scratch / f"{name}{number}.png"))
             picture(84, 56, number).save(images[-1])
-        prompts[name] = {"ids": ids_with(*parts, place=place_id(folders[0])), "images": images}
+        prompts[name] = {"ids": ids_with(*parts, place=place_ids(folders[0])["image"]), "images": images}
     return dict(folder=str(folders[0]), batched_tokens=batched, prefix_caching=caching, prompts=prompts, events=events)
 
 
@@ -233,7 +233,7 @@ def test_the_fix_of_the_rotary_positions_is_still_needed(folders, tmp_path):
 def test_a_certificate_by_vllm(folders, models):
     verdict = Certifier(models[0], Processor(load_tiny_tokenizer(), CONFIG)).vllm(folders[0], PYTHON)
     assert verdict.program == "vllm 0.32.0" and verdict.holds
-    assert [one.case for one in verdict.comparisons] == ["text", "conversation", "image", "two images"]
+    assert [one.case for one in verdict.comparisons] == ["text", "conversation", "image", "two images", "video"]
     assert all(one.greedy_agreement == one.routing_agreement == 1 for one in verdict.comparisons)
 
 

@@ -26,13 +26,14 @@ def main(folder: str, cases: str, out: str, dtype: str) -> None:
     import vllm_plugin
 
     vllm_plugin.register()
+    import numpy
     import torch
     import vllm
     from PIL import Image
     from safetensors.torch import load_file, save_file
 
     said = json.loads((Path(cases) / "cases.json").read_text())
-    limits = dict(limit_mm_per_prompt={"image": 4, "video": 0}) if said["vision"] else {}
+    limits = dict(limit_mm_per_prompt={"image": 4, "video": 1}) if said["vision"] else {}
     llm = vllm.LLM(
         folder,
         trust_remote_code=True,
@@ -48,9 +49,17 @@ def main(folder: str, cases: str, out: str, dtype: str) -> None:
     results = {}
     for case in said["cases"]:
         tensors = load_file(Path(cases) / f"{case['name']}.safetensors")
-        prompt = {"prompt_token_ids": collapsed(tensors["token_T"].tolist(), said["placeholder"], said["place"])}
-        if case["images"]:
-            prompt["multi_modal_data"] = {"image": [Image.open(Path(cases) / name) for name in case["images"]]}
+        prompt = {"prompt_token_ids": collapsed(tensors["token_T"].tolist(), said["places"])}
+        pictures = [Image.open(Path(cases) / name) for name in case["pictures"]]
+        if case["is_video"]:
+            frames = numpy.stack([numpy.asarray(one) for one in pictures])
+            about = dict(fps=2.0, duration=len(frames) / 2, total_num_frames=len(frames), do_sample_frames=False)
+            about |= dict(frames_indices=list(range(len(frames))), video_backend="frames")
+            prompt["multi_modal_data"] = {"video": [(frames, about)]}
+            low, high = said["frame_limits"]
+            prompt["mm_processor_kwargs"] = {"min_pixels": low, "max_pixels": high}
+        elif pictures:
+            prompt["multi_modal_data"] = {"image": pictures}
         for seen in visited.values():
             seen.clear()
         params = vllm.SamplingParams(
@@ -83,14 +92,13 @@ def main(folder: str, cases: str, out: str, dtype: str) -> None:
     save_file(results, out, metadata={"program": f"vllm {vllm.__version__}", "fixes": ",".join(vllm_plugin.applied)})
 
 
-def collapsed(ids: list[int], placeholder: int | None, place: int | None) -> list[int]:
-    """One `<|image@placeholder|>` for each run of placeholders."""
+def collapsed(ids: list[int], places: dict[str, int]) -> list[int]:
+    """One `<|image@placeholder|>` or `<|video@placeholder|>` for each run of placeholders."""
     out: list[int] = []
     for token in ids:
-        if token != placeholder:
-            out.append(token)
-        elif not out or out[-1] != place:
-            out.append(place)
+        place = places.get(str(token))
+        if place is None or not out or out[-1] != place:
+            out.append(token if place is None else place)
     return out
 
 
