@@ -288,7 +288,8 @@ class MoE(nn.Module):
         chosen_TK = (prob_TE.detach() + bias).topk(self.experts_per_token, dim=-1).indices
         weight_TK = prob_TE.gather(1, chosen_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
-        routing = Routing(chosen_TK + offset, weight_TK, pools.num_vision, pools.join)
+        expert_TK = chosen_TK if isinstance(offset, int) else chosen_TK + offset
+        routing = Routing(expert_TK, weight_TK, pools.num_vision, pools.join)
         if not pools.stats:
             return routing, None
         preferred_TK = prob_TE.detach().topk(self.experts_per_token, dim=-1).indices + offset

@@ -41,7 +41,8 @@ def load(*overrides: str) -> SFTConfig:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_of_every_group_composes(choice):
     theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
-    needed = ["data.path=chats.jsonl"] if choice in theirs else ["data.task=counting"] if choice == "data=task" else []
+    task = ["data.task=counting"] if choice.endswith("=task") else []
+    needed = ["data.path=chats.jsonl"] if choice in theirs else task
     assert isinstance(load(choice, *needed), SFTConfig)
 
 

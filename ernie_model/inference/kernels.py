@@ -166,11 +166,17 @@ def route_few(x_TD: Tensor, routing: Routing, text: Experts, vision: Experts | N
     if tokens * choices > FEW * text.num_experts:
         return route_local(x_TD, routing, text, vision, shared)
     expert_R = routing.expert_TK.flatten().tolist()
+    if tokens == 1:  # every choice is a row, in its order
+        own = text if expert_R[0] < text.num_experts else vision
+        assert own is not None
+        y_KD = _each(x_TD.repeat(choices, 1), own, [(expert % text.num_experts, 1) for expert in expert_R])
+        y_TD = routing.weight_TK.to(y_KD.dtype) @ y_KD
+        return y_TD if shared is None else y_TD + shared(x_TD)
     order = sorted(range(len(expert_R)), key=expert_R.__getitem__)
     token_R = [row // choices for row in order]
     groups = [(expert, len(list(rows))) for expert, rows in groupby(expert_R[row] for row in order)]
     num_text = sum(count for expert, count in groups if expert < text.num_experts)
-    x_RD = x_TD.index_select(0, torch.tensor(token_R)) if tokens > 1 else x_TD.expand(choices, -1)
+    x_RD = x_TD.index_select(0, torch.tensor(token_R))
     parts = []
     if num_text:
         parts.append(_each(x_RD[:num_text], text, [g for g in groups if g[0] < text.num_experts]))

@@ -284,10 +284,12 @@ class _Bundle:
         self._shared = None
         if shared:
             self._shared = (head_X1 + torch.tensor(span.pages[:shared], device=device)).flatten()
-        end_B = torch.tensor([span.start + 1 - shared * size for span in spans], device=device)
-        future_BL = torch.arange(longest * size, device=device) >= end_B[:, None]
-        mask = torch.zeros(future_BL.shape, dtype=wide(cache.data[:0]).dtype, device=device)
-        self._mask_Z1L = mask.masked_fill_(future_BL, -math.inf).repeat(self._groups, 1)[:, None]
+        ends = [span.start + 1 - shared * size for span in spans]
+        self._end, self._mask_Z1L = ends[0], None
+        if len(spans) > 1:  # one row alone is cut at its end
+            future_BL = torch.arange(longest * size, device=device) >= torch.tensor(ends, device=device)[:, None]
+            mask = torch.zeros(future_BL.shape, dtype=wide(cache.data[:0]).dtype, device=device)
+            self._mask_Z1L = mask.masked_fill_(future_BL, -math.inf).repeat(self._groups, 1)[:, None]
 
     def attend(self, q_BNH: Tensor, k_BGH: Tensor, v_BGH: Tensor, kv: Tensor) -> Tensor:
         rows, groups, width = self._rows, self._groups, kv.shape[3]
@@ -295,7 +297,11 @@ class _Bundle:
         k_ZLH, v_ZLH = pages.index_select(0, self._own).view(2, groups * rows, -1, width)
         q_GBMH = (wide(q_BNH) * width**-0.5).view(rows, groups, -1, width).transpose(0, 1)
         q_ZMH = q_GBMH.reshape(groups * rows, -1, width)
-        score_ZML = torch.baddbmm(self._mask_Z1L, q_ZMH, wide(k_ZLH).transpose(1, 2))
+        if self._mask_Z1L is None:
+            k_ZLH, v_ZLH = k_ZLH[:, : self._end], v_ZLH[:, : self._end]
+            score_ZML = torch.bmm(q_ZMH, wide(k_ZLH).transpose(1, 2))
+        else:
+            score_ZML = torch.baddbmm(self._mask_Z1L, q_ZMH, wide(k_ZLH).transpose(1, 2))
         if self._shared is None:
             y_ZMH = torch.bmm(score_ZML.softmax(-1).to(v_ZLH.dtype), v_ZLH)
         else:
