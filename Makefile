@@ -50,6 +50,7 @@ bench: $(VENV)/.test
 	$(VENV)/bin/python -m tests.bench.recompute
 	$(VENV)/bin/python -m tests.bench.scaling
 	$(VENV)/bin/python -m tests.bench.lora
+	$(VENV)/bin/python -m tests.bench.quantize --sizes --speed
 	$(VENV)/bin/python -m tests.bench.generation
 
 dashboard: $(VENV)/.test

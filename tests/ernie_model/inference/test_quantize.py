@@ -144,6 +144,21 @@ def test_each_expert_has_its_own_importance():
         assert torch.equal(both.codes[expert], alone.codes) and torch.equal(both.scale[expert], alone.scale)
 
 
+def test_int8_is_torchaos_to_a_step():
+    """An implementation that is not ours. It divides by 127.5 or 127 and does not round scales to bfloat16."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    linear = torch.nn.Linear(96, 32, bias=False).requires_grad_(False)
+    one = quantise(linear.weight, Scheme.INT8, search=False)
+    ours = dequantise(one, Scheme.INT8, 96, torch.float32)
+    weight = linear.weight.clone()
+    quantize_(linear, Int8WeightOnlyConfig(version=2))
+    theirs = linear.weight.dequantize()
+    step = one.scale.float()[:, None]
+    assert ((ours - theirs).abs() <= 1.01 * step).all()
+    assert (ours - weight).square().mean() < 1.05 * (theirs - weight).square().mean()
+
+
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         quantise(torch.tensor([[1.0, float("nan")]]), Scheme.INT8)
