@@ -6,6 +6,7 @@ of /metrics. With keys, it asks for one.
 
 import base64
 import hmac
+import math
 import mimetypes
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -35,6 +36,9 @@ VIDEOS = (".mp4", ".webm", ".avi", ".mov", ".mkv")
 KEPT_S = 3600
 """Uploads are deleted after an hour."""
 
+DRAWN_ON = 448
+"""The longer side, in pixels, of the smallest picture that boxes are drawn on; smaller ones are enlarged."""
+
 Conversation = list[dict[str, Any]]
 """Messages as the protocol has them; in the browser's session, so the server keeps none."""
 
@@ -58,8 +62,9 @@ def add_page(app: FastAPI) -> FastAPI:
 
 _CSS = """
 .gradio-container { width: 100% !important; max-width: 60rem !important; margin: 0 auto !important; }
-#chat { border: none; }
-#chat img { max-height: 24rem; width: auto; }
+#chat { border: 1px solid var(--border-color-primary) !important; box-shadow: none !important; }
+#chat img { max-height: 18rem; width: auto; }
+#chat .message-buttons, #chat [class*="message-buttons"] { display: none; }
 """
 
 
@@ -122,7 +127,7 @@ def _blocks(service: Service) -> gr.Blocks:
             temperature: float,
             tokens: int,
         ) -> AsyncIterator[tuple[Any, ...]]:
-            parts = _parts(message)
+            parts = parts_of(message)
             if not parts:
                 yield gr.update(), shown, talk
                 return
@@ -136,7 +141,7 @@ def _blocks(service: Service) -> gr.Blocks:
             said = {"role": "assistant", "content": "", "reasoning_content": ""}
             opening = [{"role": "system", "content": system}] if system else []
             options = {"enable_thinking": thinking, "temperature": float(temperature), "max_tokens": int(tokens)}
-            async with aclosing(_ask(service, {"messages": [*opening, *talk], **options})) as pieces:
+            async with aclosing(ask(service, {"messages": [*opening, *talk], **options})) as pieces:
                 async for field, text in pieces:
                     if field == "error":
                         yield cleared, [*shown, _bubble(f"**{text}**")], talk[:-1]
@@ -161,7 +166,7 @@ def _file(path: str) -> dict[str, Any]:
     return {"path": path, "mime_type": mimetypes.guess_type(path)[0], "alt_text": Path(path).name}
 
 
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     """What was typed and uploaded, as parts of a message; gradio has checked that the files are uploads."""
     parts: list[dict[str, Any]] = []
     for file in message["files"]:
@@ -174,7 +179,7 @@ def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-async def _ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[tuple[str, str], None]:
+async def ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[tuple[str, str], None]:
     """Yields (field of the answer's message, text that is added to it), or ("error", what to tell)."""
     try:
         request = ChatRequest.model_validate({"model": service.settings.name, **fields})
@@ -228,4 +233,6 @@ def with_boxes(talk: Conversation) -> Image.Image | None:
         picture = load_image(base64.b64decode(urls[-1].partition(",")[2]))
     except MediaError:
         return None
+    times = math.ceil(DRAWN_ON / max(picture.size))
+    picture = picture.resize((picture.width * times, picture.height * times)) if times > 1 else picture
     return draw(picture, [*found.boxes, *found.points])
