@@ -17,7 +17,7 @@ from data.dataset import RecordDataset, SetSpec, open_set, open_task
 from data.encode import encode
 from data.tasks import SPLITS, TASKS, Split, question_of
 from data.tasks import __main__ as command
-from data.tasks.base import drawn, side
+from data.tasks.base import Item, drawn, side
 from train.rewards.base import Attempt
 from train.rewards.registry import REWARDS
 
@@ -54,6 +54,27 @@ def test_the_splits_share_neither_picture_nor_question(name):
     assert len(media(train)) == len(train) and len(media(heldout)) == len(heldout)  # each picture once
     assert not media(train) & media(heldout)
     assert not {one.id for one in train} & {one.id for one in heldout}
+
+
+@pytest.mark.parametrize("name", ["grounding", "counting", "charts", "documents", "zoom", "video", "circuits"])
+def test_no_question_is_asked_twice_or_on_both_sides(name):
+    """By its key, which two pictures on different paper may share; nothing is rendered, so many are looked at."""
+    module = importlib.import_module(f"data.tasks.{name}")
+    stand_in = conversations("digits", "train")[0]
+
+    def keys(split: Split, count: int) -> list[str]:
+        kept: list[str] = []
+
+        def draw(rng, split, seed):
+            item = module.draw(rng, split, seed)
+            return Item(item.key, lambda id: kept.append(item.key) or stand_in)
+
+        drawn(name, {split: count}, draw)(split, 0)
+        return kept
+
+    train, heldout = keys("train", 1200), keys("heldout", 200)
+    assert len(set(train)) == 1200 and len(set(heldout)) == 200
+    assert not set(train) & set(heldout)
 
 
 @pytest.mark.parametrize("name", TASKS)
