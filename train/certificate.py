@@ -19,6 +19,7 @@ Shape letters:  T tokens   V vocabulary   L sparse layers   K experts per token 
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import vllm_plugin
 from ernie_model.checkpoint import load_model
 from ernie_model.config import ErnieConfig
 from ernie_model.context import Packed
@@ -399,17 +401,23 @@ def place_ids(folder: Path) -> dict[str, int]:
 
 
 def run(program: str, python: str, arguments: list[Any]) -> None:
-    """One of train/oracles/ in a process of its own, which sees the top folder of this suite and nothing else of ours.
+    """One of train/oracles/ in a process of its own.
+
+    It sees the plugin and nothing else of ours: where this suite is installed, torch lies beside it, and another Python
+    has its own.
 
     Raises:
         CertificateError: it failed, or took longer than an hour.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ORACLES.parents[1]), "TOKENIZERS_PARALLELISM": "false"}
     command = [python, str(ORACLES / f"{program}.py"), *map(str, arguments)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise CertificateError(f"{program} could not be run by {python}: {error}") from error
+    with tempfile.TemporaryDirectory() as seen:
+        plugin = Path(vllm_plugin.__file__).parent
+        shutil.copytree(plugin, Path(seen) / plugin.name)
+        environment = {**os.environ, "PYTHONPATH": seen, "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CertificateError(f"{program} could not be run by {python}: {error}") from error
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise CertificateError(f"{program} failed under {python}:\n" + "\n".join(lines[-15:]))
