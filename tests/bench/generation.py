@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ernie_model.config import ErnieConfig
 from ernie_model.inference.engine import Engine, EngineSettings
 from ernie_model.inference.kv_cache import PagedCache
 from ernie_model.inference.request import MediaItem, Prompt, SamplingParams
@@ -170,9 +171,9 @@ def mixed(size: Size, count: int, seed: int) -> list[Request]:
     return requests_of(size, drawn(5.0, 0.9, 32, 768), drawn(3.7, 1.0, 8, 256), seed, 0)
 
 
-def cache_memory(model: ErnieModel) -> None:
-    """Bytes that the process holds more once all pages are written, against the formula."""
-    config, pages = model.config, 8192
+def cache_memory(config: ErnieConfig) -> None:
+    """Bytes that the process holds more once all pages are written; to be called before freed memory is kept."""
+    pages = 8192
     formula = pages * Runner.page_bytes(config, torch.float32, PAGE)
     before = resident()
     cache = PagedCache(config, num_pages=pages, page_tokens=PAGE, dtype=torch.float32, device=torch.device("cpu"))
@@ -201,6 +202,8 @@ def main() -> None:
     theirs, model = build_pair(size)
     theirs.eval(), model.requires_grad_(False).eval()
     only, batches = args.only.split(","), [int(batch) for batch in args.batches.split(",")]
+    if "memory" in only:
+        cache_memory(model.config)
     table = Table()
     for kind, side in (("text", 0), ("image", 16)):
         for batch in batches if kind in only else ():
@@ -246,8 +249,6 @@ def main() -> None:
             "generate, num_return_sequences=8": lambda number: generate(theirs, attempts(number)[:1], attempts=8),
         }
         table.compare("8 sampled answers to (1,024 + 32), image", 8 * 32, runs, rounds)
-    if "memory" in only:
-        cache_memory(model)
 
 
 if __name__ == "__main__":
