@@ -1,5 +1,6 @@
 """Steps over the paged cache against one full forward, in float64: the two must be the same function."""
 
+import copy
 import random
 from types import SimpleNamespace
 
@@ -260,6 +261,22 @@ def test_float32_stays_close():
         end = min(at + choose.choice([1, 3, 6]), len(talk.token_ids))
         talk.check(runner.run([talk.row(runner, at, end, pages)]).logit_SV, at, end, tolerance=1e-4)
         at = end
+
+
+def test_bfloat16_rounds_elsewhere_and_no_more():
+    """Against the float64 answer of the same weights: as near as one full forward in bfloat16 is, with a margin."""
+    dense = TEXT | dict(sparse_layers=(), num_experts=0, experts_per_token=0, text_expert_width=0)  # no near-ties
+    model, choose = build(torch.bfloat16, **dense), random.Random(2)
+    runner, talk = make_runner(model), Conversation(model, 30)
+    exact = copy.deepcopy(model).set_dtype(torch.float64)
+    wanted_TV = Conversation(exact, 30).logit_TV
+    pages, at, parts = pages_for(len(talk.token_ids), set(), choose), 0, []
+    while at < len(talk.token_ids):
+        end = min(at + choose.choice([1, 1, 3, 6]), len(talk.token_ids))
+        parts.append(runner.run([talk.row(runner, at, end, pages)]).logit_SV)
+        at = end
+    ours, full = ((logit_TV - wanted_TV).norm() for logit_TV in (torch.cat(parts).double(), talk.logit_TV.double()))
+    assert ours <= 1.25 * full
 
 
 def test_only_the_logits_that_are_wanted():
