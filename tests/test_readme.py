@@ -17,7 +17,7 @@ from train.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
-PAGES += ("docs/evaluation.md",)
+PAGES += ("docs/evaluation.md", "docs/serving.md")
 
 
 def commands(page: str) -> list[str]:
@@ -28,6 +28,7 @@ def commands(page: str) -> list[str]:
 
 
 KEYS = {"train.convert": ("input:", "output:"), "train.chat": ("checkpoint:", "agent:"), "train.index": ("folder:",)}
+KEYS |= {"train.serve": ("checkpoint:", "limits:")}
 KEYS |= {"train.evaluate": ("checkpoint:", "tasks:"), "train.compare": ("runs:",)}
 """What the settings of a program show, besides those of training."""
 ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]
