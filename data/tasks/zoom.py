@@ -28,7 +28,11 @@ CENTRES = (170, 500, 830)
 """Of tiles, and of the cards on them, across and down."""
 TILE = 280
 CARD = 14
-PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right"))
+PLACES = (
+    *("at the top left", "at the top", "at the top right"),
+    *("at the left", "in the middle", "at the right"),
+    *("at the bottom left", "at the bottom", "at the bottom right"),
+)
 INK = (0.4, 1.0)
 """How bright the brightest ink of a card is: its mean does not tell the digit."""
 TONES = (190, 245)
@@ -59,7 +63,7 @@ def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
         for number, index in enumerate(chosen):
             page.paste(int(tone[number]), _around(number, TILE))
             page.paste(_card(scans[index][0], float(ink[number])), _around(number, CARD))
-        return trace(id, page, f"Which digit is at the {PLACES[place]}?", list(_around(place, CARD)), answer, domain)
+        return trace(id, page, f"Which digit is {PLACES[place]}?", list(_around(place, CARD)), answer, domain)
 
     return Item(f"{chosen.tolist()} {PLACES[place]}", render)
 
