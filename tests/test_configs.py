@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
 
 from train.build import read_architecture
 from train.compose import (
@@ -26,6 +27,7 @@ from train.config import (
     suggestion,
 )
 from train.explain import explain
+from train.inference_config import ServeConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for data that users bring
@@ -251,3 +253,11 @@ def test_a_typo_in_the_architecture_is_named():
 def test_the_shipped_architectures_hold_no_unknown_key(choice):
     config = load(choice)
     assert read_architecture(config.model, None).to_json()["model_type"] == config.model.config["model_type"]
+
+
+@pytest.mark.parametrize("setting", ["engine.max_running=0", "agent.max_turns=0", "sampling.max_new_tokens=many"])
+def test_settings_of_a_model_at_work_are_told_as_the_others(setting):
+    register()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with pytest.raises((UserError, ConfigCompositionException), match=setting.partition("=")[0]):
+            to_typed(compose("serve", overrides=["checkpoint=model", setting]), ServeConfig)

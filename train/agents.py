@@ -10,7 +10,7 @@ from ernie_model.inference.image_index import Embedder, ImageIndex, ImageIndexEr
 from ernie_model.inference.moderation import Filter, ListFilter, Moderation
 from ernie_model.inference.request import Generates, RequestError, SamplingParams
 from ernie_model.inference.tool_process import tool_from_path
-from ernie_model.inference.tools import Limits, Tool, ToolBox, zoom_tool
+from ernie_model.inference.tools import Tool, ToolBox, zoom_tool
 from train.config import UserError
 from train.inference_config import AgentConfig, ModelAtWork, SamplingConfig
 from train.served import Served
@@ -32,7 +32,7 @@ def open_agent(config: ModelAtWork, served: Served, engine: Generates, *, tools:
         engine,
         served.processor,
         open_toolbox(config.agent, served, tools),
-        limits_of(config.agent),
+        config.agent,
         sampling_params(config.sampling),
         thinking=config.sampling.thinking,
         moderation=Moderation(
@@ -83,10 +83,6 @@ def _open_tool(name: str, config: AgentConfig, served: Served) -> Tool:
         index = ImageIndex.load(config.index)
         return image_search_tool(index, Embedder(served.model, served.processor, index.max_pixels))
     raise ValueError(f"there is no tool {name!r}; use {', '.join(BUILT_IN)} or {PYTHON}module.function.")
-
-
-def limits_of(config: AgentConfig) -> Limits:
-    return Limits(**{name: getattr(config, name) for name in vars(Limits())})
 
 
 def sampling_params(config: SamplingConfig, *, seed: int | None = None) -> SamplingParams:

@@ -124,6 +124,8 @@ def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
         typed = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise UserError(str(error).splitlines()[0]) from error
+    except ValueError as error:  # a rule of settings that belong to ernie_model
+        raise UserError(str(error)) from error
     assert isinstance(typed, schema)
     return typed
 

@@ -1,6 +1,6 @@
 """Settings of what runs a model without training it: `ernie evaluate`, `serve`, `chat`, `index`.
 
-They share where the weights are (`Weights`), how the engine runs (`EngineConfig`), how answers are sampled
+They share where the weights are (`Weights`), how the engine runs (`EngineSettings`), how answers are sampled
 (`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
 """
 
@@ -12,38 +12,9 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ernie_model.inference.engine import EngineSettings
+from ernie_model.inference.tools import Limits
 from train.config import PositionRule, Precision, TrackerConfig, UserError, check, check_seed, suggestion
-
-
-@dataclass
-class EngineConfig:
-    """How answers are computed. None of it changes what is computed, except by rounding."""
-
-    cache_gib: float = 1.0
-    """Memory of the key/value cache."""
-    page_tokens: int = 16
-    """Tokens of one page of the cache; prompts share whole pages."""
-    step_tokens: int = 2048
-    """Tokens computed in one step: of prompts, in chunks, and one for each answer being written."""
-    max_running: int = 64
-    """Answers written at once."""
-    max_waiting: int = 1024
-    """Requests taken beside `max_running`; more are refused."""
-    max_context: int | None = None
-    """Longest prompt with its answer, in tokens; null: what the checkpoint says."""
-    share_prefixes: bool = True
-    """Requests that begin alike compute the beginning once."""
-    media_cache_mib: int = 256
-    """Memory of computed image and video features."""
-    threads: int = 0
-    """CPU threads of the products; 0 leaves it to torch."""
-
-    def __post_init__(self):
-        for name in ("cache_gib", "step_tokens", "page_tokens", "max_running", "max_waiting"):
-            check(getattr(self, name) > 0, f"engine.{name} is {getattr(self, name)}; it must be more than 0.")
-        check(self.max_context is None or self.max_context >= 2, f"engine.max_context is {self.max_context}; use >= 2.")
-        check(self.media_cache_mib >= 0, f"engine.media_cache_mib is {self.media_cache_mib}; it must be 0 or more.")
-        check(self.threads >= 0, f"engine.threads is {self.threads}; it must be 0 or more.")
 
 
 @dataclass
@@ -62,28 +33,12 @@ class SamplingConfig:
     """The prompt opens a thought, as the Thinking releases expect."""
 
 
-@dataclass
-class AgentConfig:
-    """The loop of answering and using tools."""
+@dataclass(kw_only=True)
+class AgentConfig(Limits):
+    """The loop of answering and using tools: what it has, beside what it may take."""
 
     tools: list[str] = field(default_factory=list)
     """Names of built-in tools, or python:module.function of one's own."""
-    max_turns: int = 6
-    """Answers written for one question, tool calls among them."""
-    max_calls: int = 4
-    """Tool calls of one turn."""
-    max_tokens: int = 16384
-    """Prompt, answers and results together."""
-    time_s: float = 600.0
-    """Seconds for the whole question."""
-    tool_time_s: float = 20.0
-    """Seconds for one call of a tool."""
-    max_result_chars: int = 8192
-    """Longer text of a tool is cut, and says so."""
-    max_result_images: int = 4
-    """Pictures of one result of a tool; more are left out, and it says so."""
-    max_image_pixels: int = 4_842_768
-    """Larger pictures of a tool are shrunk to this area: the processor's own 6,177 image tokens of 28 x 28 pixels."""
     index: str | None = None
     """The folder that `ernie index` wrote, for image_search."""
     input_filters: list[str] = field(default_factory=list)
@@ -91,14 +46,6 @@ class AgentConfig:
     from a text to None or to what it found."""
     output_filters: list[str] = field(default_factory=list)
     """The same, for what the model writes."""
-
-    def __post_init__(self):
-        for name in ("max_turns", "max_tokens", "max_image_pixels"):
-            check(getattr(self, name) >= 1, f"agent.{name} is {getattr(self, name)}; it must be 1 or more.")
-        for name in ("max_calls", "max_result_chars", "max_result_images"):
-            check(getattr(self, name) >= 0, f"agent.{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("time_s", "tool_time_s"):
-            check(getattr(self, name) > 0, f"agent.{name} is {getattr(self, name)}; it must be more than 0.")
 
 
 class Bits(Enum):
@@ -165,7 +112,7 @@ class Weights:
 class ModelAtWork(Weights):
     """What evaluate, serve and chat have in common."""
 
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineSettings = field(default_factory=EngineSettings)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
 

@@ -1,6 +1,5 @@
 """Settings to a model that works: weights, processor, engine."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +7,7 @@ import torch
 
 from ernie_model.checkpoint import load_model, local_folder
 from ernie_model.config import PositionAfterVideo
-from ernie_model.inference.engine import Engine, EngineSettings
+from ernie_model.inference.engine import Engine
 from ernie_model.inference.quantize import load_quantised, prepare, quantization_of
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -100,8 +99,7 @@ def open_engine(config: ModelAtWork, served: Served) -> Engine:
             f"free on {device_of(config)}; lower it."
         )
     try:
-        settings = EngineSettings(**dataclasses.asdict(config.engine))
-        return Engine(served.model, served.processor.tokenizer, settings)
+        return Engine(served.model, served.processor.tokenizer, config.engine)
     except ValueError as error:
         raise UserError(str(error)) from error
 

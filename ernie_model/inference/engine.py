@@ -45,9 +45,13 @@ from ernie_model.model import ErnieModel
 from ernie_model.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EngineSettings:
-    """How answers are computed. None of it changes what is computed, except by rounding."""
+    """How answers are computed. None of it changes what is computed, except by rounding.
+
+    Raises:
+        ValueError: a value outside its range; it is named as on the command line.
+    """
 
     cache_gib: float = 1.0
     """Memory of the key/value cache."""
@@ -68,6 +72,14 @@ class EngineSettings:
     threads: int = 0
     """CPU threads of the products, for the whole process; 0 leaves it to torch."""
 
+    def __post_init__(self):
+        for name in ("cache_gib", "page_tokens", "step_tokens", "max_running"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+        for name in ("max_waiting", "media_cache_mib", "threads"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        longest = self.max_context
+        _check(longest is None or longest >= 2, "max_context", longest, "at least 2, or null")
+
     @property
     def max_requests(self) -> int:
         return self.max_running + self.max_waiting
@@ -76,6 +88,11 @@ class EngineSettings:
     def full_message(self) -> str:
         rule = "engine.max_running + engine.max_waiting"
         return f"There are {self.max_requests} requests already ({rule}); try again later."
+
+
+def _check(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"engine.{name} is {value}; it must be {rule}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +143,12 @@ class Engine:
         self,
         model: ErnieModel,
         tokenizer: Tokenizer,
-        settings: EngineSettings = EngineSettings(),  # noqa: B008 - frozen
+        settings: EngineSettings | None = None,
         *,
         runner: RunsSteps | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
+        settings = settings or EngineSettings()
         self.config, self.settings = model.config, settings
         self.version = 0
         self.clock = clock

@@ -46,9 +46,13 @@ ERROR_CHARS = 400
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Limits:
-    """What one question may take."""
+    """What one question may take.
+
+    Raises:
+        ValueError: a value outside its range; it is named as on the command line.
+    """
 
     max_turns: int = 6
     """Answers written, tool calls among them."""
@@ -57,11 +61,11 @@ class Limits:
     max_tokens: int = 16384
     """Prompt, answers and results together."""
     time_s: float = 600.0
-    """The whole question; in a `ToolContext`, what is left of it."""
+    """Seconds for the whole question; in a `ToolContext`, what is left of it."""
     tool_time_s: float = 20.0
-    """One call."""
+    """Seconds for one call of a tool."""
     max_result_chars: int = 8192
-    """Text of one result; more is cut, and says so."""
+    """Longer text of a result is cut, and says so."""
     max_result_images: int = 4
     """Pictures of one result; more are left out, and it says so."""
     max_image_pixels: int = 6177 * TOKEN_SIDE**2
@@ -69,10 +73,17 @@ class Limits:
     makes of larger ones anyway."""
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 0 if name in ("max_calls", "max_result_chars", "max_result_images") else 1
-            if not (least <= value or (name.endswith("_s") and value > 0)):
-                raise ValueError(f"{name} is {value}; it must be {least} or more.")
+        for name in ("max_turns", "max_tokens", "max_image_pixels"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("max_calls", "max_result_chars", "max_result_images"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("time_s", "tool_time_s"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "more than 0")
+
+
+def _check(holds: bool, name: str, value: float, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"agent.{name} is {value}; it must be {rule}.")
 
 
 class ToolError(Exception):

@@ -12,11 +12,10 @@ from PIL import Image
 from ernie_model.checkpoint import save_model
 from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.inference.image_index import ImageIndex
-from ernie_model.inference.tools import Limits
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
-from train.agents import limits_of, open_agent, open_filters, open_toolbox, sampling_params
+from train.agents import open_agent, open_filters, open_toolbox, sampling_params
 from train.config import Precision, UserError
 from train.index import index_folder
 from train.inference_config import AgentConfig, ChatConfig, IndexConfig, SamplingConfig
@@ -111,13 +110,11 @@ def test_tools_that_there_are_not(checkpoint, agent, problem):
     assert problem in str(raised.value)
 
 
-def test_settings_become_limits_and_sampling():
-    assert limits_of(AgentConfig()) == Limits(), "the defaults agree"
-    assert limits_of(AgentConfig(max_turns=2, tool_time_s=3)).tool_time_s == 3
+def test_settings_become_sampling():
     assert sampling_params(SamplingConfig(temperature=0.5), seed=3).temperature == 0.5
     with pytest.raises(UserError, match=r"sampling\.top_p is 2"):
         sampling_params(SamplingConfig(top_p=2.0))
-    with pytest.raises(UserError, match=r"agent\.max_turns is 0"):
+    with pytest.raises(ValueError, match=r"agent\.max_turns is 0; it must be 1 or more"):
         AgentConfig(max_turns=0)
 
 

@@ -27,7 +27,7 @@ from ernie_model.atomic import atomic_write
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.image_index import Embedder, make_index
 from ernie_model.inference.request import Generates
-from train.agents import limits_of, open_toolbox, sampling_params
+from train.agents import open_toolbox, sampling_params
 from train.config import UserError
 from train.contact_sheet import draw
 from train.evaluation.asking import ANSWERS, PICTURES, Answer, ask_all, opened, write_in_order
@@ -75,7 +75,7 @@ def agents_of(
         own = replace(config.agent, tools=list(task.questions[0].tools))
         if "image_search" in own.tools and own.index is None and task.write_index is not None:
             own.index = str(_index(task.write_index, Path(config.output) / f"index_{task.name}", served))
-        agents[task.name] = Agent(engine, served.processor, open_toolbox(own, served), limits_of(config.agent), params)
+        agents[task.name] = Agent(engine, served.processor, open_toolbox(own, served), config.agent, params)
     return agents
 
 

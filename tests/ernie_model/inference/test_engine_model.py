@@ -207,22 +207,21 @@ def test_a_text_model_takes_no_pictures(vl_config, tokenizer):
         engine.add(with_pictures(vl_config, 1), PARAMS)
 
 
-def test_settings_of_the_engine_are_those_of_the_command_line():
-    from train.inference_config import EngineConfig
-
-    settings = EngineSettings(**dataclasses.asdict(EngineConfig()))
-    assert settings == EngineSettings()
+@pytest.mark.parametrize(("name", "value"), [("page_tokens", 0), ("max_waiting", -1), ("max_context", 1)])
+def test_a_setting_outside_its_range(name, value):
+    with pytest.raises(ValueError, match=rf"engine\.{name} is {value}; it must be"):
+        EngineSettings(**{name: value})
 
 
 @pytest.mark.parametrize("setting", [{"cache_gib": 1e-9}, {"cache_gib": 1e6}, {"max_context": 10**6}])
 def test_open_engine_names_the_setting(models, tokenizer, setting):
     from train.config import UserError
-    from train.inference_config import EngineConfig, ModelAtWork
+    from train.inference_config import ModelAtWork
     from train.served import Served, open_engine
 
     model = models()
     served = Served(model, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=f"engine.{next(iter(setting))}"):
-        open_engine(ModelAtWork(engine=EngineConfig(**setting)), served)
-    config = ModelAtWork(engine=EngineConfig(cache_gib=0.01, page_tokens=8))
+        open_engine(ModelAtWork(engine=EngineSettings(**setting)), served)
+    config = ModelAtWork(engine=EngineSettings(cache_gib=0.01, page_tokens=8))
     assert len(open_engine(config, served).generate([text(1, 9)], PARAMS)[0].token_ids) == 6

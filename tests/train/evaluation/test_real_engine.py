@@ -9,6 +9,7 @@ from rich.console import Console
 from data.encode import encode
 from data.pack import collate
 from ernie_model.inference.async_engine import AsyncEngine
+from ernie_model.inference.engine import EngineSettings
 from ernie_model.model import ErnieModel
 from tests.data.tiny import tiny_processor
 from train.compose import plain
@@ -17,7 +18,7 @@ from train.evaluation.evaluation import agents_of, evaluate
 from train.evaluation.likelihood import likelihoods
 from train.evaluation.questions import open_tasks
 from train.heldout import exact
-from train.inference_config import EngineConfig, EvaluationConfig, SamplingConfig
+from train.inference_config import EvaluationConfig, SamplingConfig
 from train.policy import Policy, on_device
 from train.served import Served, open_engine
 
@@ -84,7 +85,7 @@ def test_sampled_answers_depend_on_the_seed_and_on_nothing_beside_them(half_taug
 
     whole = texts("a")
     assert texts("b", concurrency=1) == whole
-    small = EngineConfig(max_running=2, step_tokens=32, share_prefixes=False)
+    small = EngineSettings(max_running=2, step_tokens=32, share_prefixes=False)
     assert texts("c", concurrency=5, engine=small) == whole
     some = texts("d", limit=4)
     assert some == {key: whole[key] for key in some} and len(some) == 12
