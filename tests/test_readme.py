@@ -4,6 +4,7 @@ Commands come out of the ```bash blocks of every page for users. A training comm
 composes and prints the settings; a `make` target is asked for its recipe; other programs must be listed here.
 """
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -17,20 +18,23 @@ from train.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
-PAGES += ("docs/evaluation.md", "docs/serving.md")
+PAGES += ("docs/evaluation.md", "docs/serving.md", "docs/tasks.md", "docs/export.md")
 
 
 def commands(page: str) -> list[str]:
     """The lines of the page's ```bash blocks, without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    blocks = [re.sub(r"\\\n\s*", "", block) for block in blocks]  # a line that goes on in the next one
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
 
 
 KEYS = {"train.convert": ("input:", "output:"), "train.chat": ("checkpoint:", "agent:"), "train.index": ("folder:",)}
+KEYS |= {"train.export": ("checkpoint:", "output:")}
 KEYS |= {"train.serve": ("checkpoint:", "limits:")}
 KEYS |= {"train.evaluate": ("checkpoint:", "tasks:"), "train.compare": ("runs:",)}
 """What the settings of a program show, besides those of training."""
+NOT_OURS = ("pip", "vllm")
 ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]
 
 
@@ -67,6 +71,11 @@ def test_a_command_on_a_page_works(line):
     if line.startswith("make "):
         out = run("make", "-n", *shlex.split(line)[1:])
         assert out.returncode == 0, out.stderr
+        return
+    if line.startswith("python -m "):
+        assert importlib.util.find_spec(line.split()[2]) is not None
+        return
+    if line.split()[0] in NOT_OURS:
         return
     arguments = as_python(line)
     if "train.dashboard" in arguments:
