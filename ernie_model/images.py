@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from ernie_model.rope import Grid
 
@@ -109,7 +109,7 @@ def load_image(source: Image.Image | str | Path | bytes, name: str | None = None
     first frame counts.
 
     Args:
-        source: a picture, a path, or the bytes of a file.
+        source: a picture, which is returned itself where nothing needs to be done; a path; the bytes of a file.
         name: what to call it in errors; default the path.
 
     Raises:
@@ -128,7 +128,9 @@ def load_image(source: Image.Image | str | Path | bytes, name: str | None = None
             raise MediaError(name, "the file is empty (0 bytes).")
     try:
         if isinstance(source, Image.Image):
-            return _to_rgb(ImageOps.exif_transpose(source))
+            upright = source.getexif().get(ExifTags.Base.Orientation, 1) == 1
+            in_memory = type(source) is Image.Image  # not a file that somebody is going to close
+            return _to_rgb(source if upright and in_memory else ImageOps.exif_transpose(source))
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))

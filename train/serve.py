@@ -2,6 +2,7 @@
 
 ernie serve checkpoint=runs/digits                          http://127.0.0.1:8000/v1
 ernie serve checkpoint=runs/digits --ui                     and a page to chat with
+ernie serve checkpoint=runs/zoom agent.tools=[image_zoom_in_tool]       tools that the server runs
 ernie serve checkpoint=... host=0.0.0.0 api_key_file=keys   for other machines, which must send a key
 
 SIGTERM and Ctrl-C let what runs finish within grace_s; a second one ends at once.
@@ -11,6 +12,7 @@ import asyncio
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -21,7 +23,8 @@ from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import Limits, ServerSettings
-from train.agents import open_filters, sampling_params
+from ernie_model.inference.tools import Limits as AgentLimits
+from train.agents import open_filters, open_toolbox, sampling_params
 from train.compose import register, to_typed
 from train.config import UserError, check
 from train.inference_config import AgentConfig, LimitsConfig, ServeConfig
@@ -37,18 +40,22 @@ def main(cfg: DictConfig) -> None:
     config = to_typed(cfg, ServeConfig)
     keys = read_keys(config)
     door, filters, params = media_door(config), moderation(config.agent), sampling_params(config.sampling)
+    check_index(config.agent)
     listener = listen(config)  # before the weights: a port that is taken is known at once
     try:
         served = open_model(config)
+        toolbox, engine = open_toolbox(config.agent, served), open_engine(config, served)
         settings = ServerSettings(
             name=config.name or model_name(config.checkpoint),
             keys=keys,
             limits=limits(config.limits),
             sampling=params,
             moderation=filters,
+            toolbox=toolbox,
+            agent=agent_limits(config.agent, engine.max_context),
             thinking=config.sampling.thinking,
         )
-        asyncio.run(run(config, AsyncEngine(open_engine(config, served)), served.processor, settings, door, listener))
+        asyncio.run(run(config, AsyncEngine(engine), served.processor, settings, door, listener))
     finally:
         listener.close()
 
@@ -82,6 +89,8 @@ def tell(config: ServeConfig, settings: ServerSettings, url: str) -> None:
     print(f"serving: {settings.name} at {url}/v1", flush=True)
     if config.ui:
         print(f"page:    {url}/ui", flush=True)
+    if settings.toolbox.tools:
+        print(f"tools:   {', '.join(settings.toolbox.tools)}", flush=True)
     print(f"try:     curl {url}/v1/chat/completions{key} -H 'content-type: application/json' -d '{body}'", flush=True)
     if not settings.keys and config.host not in ("127.0.0.1", "::1", "localhost"):
         print(
@@ -156,12 +165,21 @@ def limits(config: LimitsConfig) -> Limits:
     )
 
 
-def moderation(config: AgentConfig) -> Moderation:
-    """Raises UserError: a filter that is none; tools, which clients run."""
+def agent_limits(config: AgentConfig, max_context: int) -> AgentLimits:
+    """An episode that outgrows the context ends as truncated, rather than refused in the middle."""
+    return replace(config, max_tokens=min(config.max_tokens, max_context))
+
+
+def check_index(config: AgentConfig) -> None:
+    """Raises UserError: an index that nothing looks into."""
     check(
-        not config.tools and config.index is None,
-        "agent.tools and agent.index do nothing here: clients send their tools and run them. Leave them out.",
+        config.index is None or "image_search" in config.tools,
+        f"agent.index={config.index} is for image_search, which is not among agent.tools. Add it, or leave it out.",
     )
+
+
+def moderation(config: AgentConfig) -> Moderation:
+    """Raises UserError: a filter that is none."""
     return Moderation(
         input=open_filters(config.input_filters, "agent.input_filters"),
         output=open_filters(config.output_filters, "agent.output_filters"),

@@ -225,6 +225,7 @@ class Agent:
         tools: Sequence[Mapping[str, Any]] | None = None,
         params: SamplingParams | None = None,
         thinking: bool | None = None,
+        prompt: Prompt | None = None,
         on_event: OnEvent | None = None,
     ) -> Episode:
         """Answer the last of `messages`.
@@ -234,6 +235,7 @@ class Agent:
             tools: definitions shown to the model, in OpenAI's form; None: the toolbox's; empty: none. A call of one
                 that the toolbox lacks ends the episode with `Status.CALLS`.
             params: `max_new_tokens` counts each turn for itself. A `seed` gives every turn random numbers of its own.
+            prompt: what `messages` are with these tools and this thinking, where that is computed already.
             on_event: called as things happen, and awaited if it can be; the next token waits for it.
 
         Raises:
@@ -242,7 +244,7 @@ class Agent:
             EngineFull: no place in the engine. A conversation that has begun waits for one.
         """
         run = _Run(self, tools, params or self.params, self.thinking if thinking is None else thinking, on_event)
-        return await run.episode(messages)
+        return await run.episode(messages, prompt)
 
 
 class _Run:
@@ -269,13 +271,13 @@ class _Run:
     def left_s(self) -> float:
         return self.deadline - time.monotonic()
 
-    async def episode(self, messages: Sequence[Mapping[str, Any]]) -> Episode:
+    async def episode(self, messages: Sequence[Mapping[str, Any]], prompt: Prompt | None) -> Episode:
         for text in _others_texts(messages):
             try:
                 check(self.moderation.input, text)
             except Blocked as finding:
                 return Episode([], [], [], status=Status.BLOCKED, error=f"input: {finding}")
-        prompt = await asyncio.to_thread(self._begin, messages)
+        prompt = await asyncio.to_thread(self._begin, messages, prompt)
         if len(prompt.token_ids) >= self.limits.max_tokens:
             raise RequestError(
                 f"the prompt has {len(prompt.token_ids)} tokens; with its answer it may have "
@@ -293,8 +295,10 @@ class _Run:
             episode.answer, episode.reasoning = last.content or "", last.reasoning or ""
         return episode
 
-    def _begin(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+    def _begin(self, messages: Sequence[Mapping[str, Any]], prompt: Prompt | None) -> Prompt:
         messages, self.images = self._open(messages)
+        if prompt is not None:
+            return prompt
         encoded = self.processor.encode(
             messages, tools=self.definitions, thinking=self.thinking, add_generation_prompt=True
         )

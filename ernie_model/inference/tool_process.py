@@ -7,7 +7,7 @@
     tool.run(arguments, context)
       call   ────────────────────────►  function(**arguments)
              ◄────────────────────────  ToolResult, within its limits | what it raised
-      late: the process and all it started are killed; the next call starts another
+      late, or nobody waits any longer: the process and all it started are killed; the next call starts another
 
 The module is never imported here: what it does on import, and the memory it takes, stay there. A process serves one
 call at a time; several calls at once take up to `MAX_PROCESSES`, and more wait for their turn, which does not count as
@@ -25,6 +25,7 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.connection import Pipe as pipe
 from typing import Any
@@ -45,6 +46,8 @@ STDERR = 2
 MAX_PROCESSES = 4
 START_S = 60.0
 """Importing the module may take so long; it does not count as the tool's time."""
+LOOK_S = 0.1
+"""How often a call looks whether anybody still waits for it."""
 
 
 def tool_from_path(path: str) -> Tool:
@@ -63,7 +66,8 @@ def tool_from_path(path: str) -> Tool:
     sees_context = first.definition["sees_context"]
 
     def run(arguments: dict[str, Any], context: ToolContext) -> ToolResult:
-        return processes.run(arguments, context if sees_context else ToolContext(limits=context.limits))
+        seen = replace(context, given_up=None) if sees_context else ToolContext(limits=context.limits)
+        return processes.run(arguments, seen, context.given_up or threading.Event())
 
     return Tool(**first.definition, run=run, keeps_limits=True)
 
@@ -77,11 +81,13 @@ class _Processes:
         for _ in range(MAX_PROCESSES):
             self._free.put(None)  # may be started
 
-    def run(self, arguments: dict[str, Any], context: ToolContext) -> ToolResult:
+    def run(self, arguments: dict[str, Any], context: ToolContext, given_up: threading.Event) -> ToolResult:
         time_s = context.limits.tool_time_s
         process = self.take(context.limits.time_s)
         try:
-            outcome = process.call(arguments, context, time_s)
+            if given_up.is_set():
+                raise ToolError(f"{self.name} was not called.")
+            outcome = process.call(arguments, context, time_s, given_up)
         except TimeoutError:
             process.kill()
             return ToolResult.failure(took_too_long(self.name, time_s))
@@ -145,13 +151,16 @@ class _Process:
     def alive(self) -> bool:
         return self._popen.poll() is None
 
-    def call(self, arguments: dict[str, Any], context: ToolContext, time_s: float) -> Any:
+    def call(self, arguments: dict[str, Any], context: ToolContext, time_s: float, given_up: threading.Event) -> Any:
+        """Raises TimeoutError: the time is over, or nobody waits any longer."""
         self._pipe.send((arguments, context))
-        return self._answer(time_s)
+        return self._answer(time_s, given_up)
 
-    def _answer(self, time_s: float) -> Any:
-        if not self._pipe.poll(time_s):
-            raise TimeoutError
+    def _answer(self, time_s: float, given_up: threading.Event | None = None) -> Any:
+        end = time.monotonic() + time_s
+        while not self._pipe.poll(max(0.0, min(LOOK_S, end - time.monotonic()))):
+            if time.monotonic() >= end or (given_up is not None and given_up.is_set()):
+                raise TimeoutError
         return self._pipe.recv()
 
     def kill(self) -> None:

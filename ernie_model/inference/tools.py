@@ -25,7 +25,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -127,6 +127,8 @@ class ToolContext:
     from_user: tuple[bool, ...] = ()
     """For each: the user gave it; else it is a tool's."""
     limits: Limits = field(default_factory=Limits)
+    given_up: threading.Event | None = None
+    """Set when nobody waits for the result any longer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,11 +216,13 @@ class ToolBox:
         if self._stuck[name] >= MAX_STUCK:
             return ToolResult.failure(f"{name} is still busy with {MAX_STUCK} calls that took too long.")
         time_s = context.limits.tool_time_s
+        context = replace(context, given_up=(given_up := threading.Event()))
         running = asyncio.ensure_future(in_thread(lambda: tool.run(arguments, context)))
         try:
             await asyncio.wait({running}, timeout=None if tool.keeps_limits else time_s)
         finally:
             if not running.done():
+                given_up.set()
                 self._stuck[name] += 1
                 running.add_done_callback(lambda late: self._returned(name, late))
         if not running.done():

@@ -11,11 +11,16 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from ernie_model.inference.agent import Episode, EventKind, Status
 from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
 from ernie_model.inference.parsing import Piece, StreamParser
 from ernie_model.inference.request import Completion, Delta, Finish
 from ernie_model.inference.server.prompts import Job
+from ernie_model.inference.server.steps import Step, StepDelta, Told
 from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, Tokenizer
+
+Progress = Delta | Told | Episode
+"""What an attempt hands over: of the engine, or of the agent, whose last piece is the episode."""
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -73,6 +78,8 @@ class AnswerMessage(BaseModel):
     reasoning_content: str | None = None
     tool_calls: list[Call] | None = None
     refusal: None = None
+    steps: list[Step] | None = None
+    """What the server's tools did (steps.py)."""
 
 
 class Choice(BaseModel):
@@ -80,6 +87,8 @@ class Choice(BaseModel):
     message: AnswerMessage
     logprobs: Logprobs | None
     finish_reason: FinishReason
+    status: str | None = None
+    """How an answer with the server's tools ended, more exactly: a value of agent.Status."""
 
 
 class ChatCompletion(BaseModel):
@@ -96,6 +105,7 @@ class MessageDelta(BaseModel):
     content: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[CallDelta] | None = None
+    steps: list[StepDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -103,6 +113,7 @@ class ChunkChoice(BaseModel):
     delta: MessageDelta
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = None
+    status: str | None = None
 
 
 class ChatChunk(BaseModel):
@@ -127,15 +138,31 @@ class _Written:
     content: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    turn: int = 0
     begun: bool = False
     blocked: bool = False
     """A filter has found something: nothing more is said."""
     num_tokens: int = 0
     completion: Completion | None = None
+    episode: Episode | None = None
+    """Instead of a completion, where the server's tools were at hand."""
 
     @property
     def finished(self) -> bool:
-        return self.blocked or self.completion is not None
+        return self.blocked or self.completion is not None or self.episode is not None
+
+    @property
+    def completions(self) -> list[Completion]:
+        if self.episode is not None:
+            return [turn.completion for turn in self.episode.turns]
+        return [] if self.completion is None else [self.completion]
+
+    @property
+    def num_result_tokens(self) -> int:
+        """What the model was shown of tools."""
+        episode = self.episode
+        return 0 if episode is None else len(episode.token_ids) - episode.num_prompt_tokens - episode.num_sampled
 
 
 class Answer:
@@ -155,29 +182,40 @@ class Answer:
         parser = StreamParser(in_reasoning=self.job.in_reasoning, calls=self.job.offers_tools)
         return _Written(parser, {kind: Guard(self.filters) for kind in ("reasoning", "content")})
 
-    def take(self, batch: Sequence[tuple[int, Delta]]) -> Iterator[ChatChunk]:
+    def take(self, batch: Sequence[tuple[int, Progress]]) -> Iterator[ChatChunk]:
         """The chunks that say it."""
-        for number, delta in batch:
+        for number, piece in batch:
             written = self._written[number]
             if written.blocked:
                 continue
-            written.num_tokens += len(delta.token_ids)
-            said = self._said(written, delta)
+            logprobs = None
+            match piece:
+                case Delta():
+                    written.num_tokens += len(piece.token_ids)
+                    said = self._said(written, piece)
+                    logprobs = self._logprobs(piece) if self.job.request.logprobs else None
+                    written.completion = piece.completion
+                case Told():
+                    said = self._told(written, piece)
+                case Episode():
+                    said = []
+                    written.num_tokens, written.episode = piece.num_sampled, piece
+                    written.blocked = piece.status is Status.BLOCKED
             changes: list[MessageDelta] = []
             for change in said:
                 if not written.begun:
                     change.role = "assistant"
                     written.begun = True
                 changes.append(change)
-            logprobs = self._logprobs(delta) if self.job.request.logprobs else None
             if logprobs is not None and logprobs.content and not changes:
                 changes.append(MessageDelta(content=""))
             for place, change in enumerate(changes):
                 shown = logprobs if place == 0 else None
                 yield self._chunk([ChunkChoice(index=number, delta=change, logprobs=shown, finish_reason=None)])
-            written.completion = delta.completion
             if written.finished:
                 end = ChunkChoice(index=number, delta=MessageDelta(), finish_reason=_reason(written))
+                if written.episode is not None:
+                    end.status = written.episode.status.value
                 if not written.begun:
                     end.delta = MessageDelta(role="assistant", content="")
                 yield self._chunk([end])
@@ -198,8 +236,8 @@ class Answer:
         )
 
     def usage(self) -> Usage:
-        completions = [written.completion for written in self._written if written.completion is not None]
-        prompt_tokens = len(self.job.prompt.token_ids)
+        completions = [written.completions for written in self._written if written.completions]
+        prompt_tokens = len(self.job.prompt.token_ids) + sum(written.num_result_tokens for written in self._written)
         sampled = sum(written.num_tokens for written in self._written)
         return Usage(
             prompt_tokens=prompt_tokens,
@@ -207,10 +245,10 @@ class Answer:
             total_tokens=prompt_tokens + sampled,
             # What none of the attempts had to compute; they share the rest among themselves.
             prompt_tokens_details=PromptDetails(
-                cached_tokens=min((completion.num_cached_tokens for completion in completions), default=0)
+                cached_tokens=min((turns[0].num_cached_tokens for turns in completions), default=0)
             ),
             completion_tokens_details=CompletionDetails(
-                reasoning_tokens=sum(self._reasoning_tokens(completion) for completion in completions)
+                reasoning_tokens=sum(self._reasoning_tokens(turn) for turns in completions for turn in turns)
             ),
         )
 
@@ -234,6 +272,29 @@ class Answer:
         except Blocked:
             written.blocked = True
         return changes
+
+    def _told(self, written: _Written, told: Told) -> list[MessageDelta]:
+        """What filters hold back, the agent has held back."""
+        event = told.event
+        anew, written.turn = event.turn > written.turn, event.turn
+        if event.kind is EventKind.CONTENT:
+            return self._text(written, "content", event.text)
+        if event.kind is EventKind.REASONING:
+            apart = "\n" if anew and written.reasoning and not written.reasoning.endswith("\n") else ""
+            return self._text(written, "reasoning", apart + event.text)
+        call = event.call
+        of_turn = [number for number, step in enumerate(written.steps) if step.turn == event.turn]
+        if event.index < len(of_turn):
+            index = of_turn[event.index]
+            step = written.steps[index] = written.steps[index].model_copy(update={"result": told.result})
+        else:
+            index = len(written.steps)
+            name, arguments = (None, None) if call is None else (call.name, call.arguments)
+            step = Step(turn=event.turn, content=written.content or None, name=name, arguments=arguments)
+            step.result = told.result
+            written.content = ""
+            written.steps.append(step)
+        return [MessageDelta(steps=[StepDelta(index=index, **step.model_dump())])]
 
     def _changes(self, written: _Written, piece: Piece) -> list[MessageDelta]:
         """Raises Blocked."""
@@ -273,8 +334,10 @@ class Answer:
             content=written.content if written.content or not written.calls else None,
             reasoning_content=written.reasoning or None,
             tool_calls=written.calls or None,
+            steps=written.steps or None,
         )
-        return Choice(index=number, message=message, logprobs=logprobs, finish_reason=_reason(written))
+        status = None if written.episode is None else written.episode.status.value
+        return Choice(index=number, message=message, logprobs=logprobs, finish_reason=_reason(written), status=status)
 
     def _chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         # `object` is said, as what is not said is not sent
@@ -310,6 +373,8 @@ class Answer:
 def _reason(written: _Written) -> FinishReason:
     if written.blocked:
         return "content_filter"
+    if written.episode is not None:
+        return "stop" if written.episode.status is Status.ANSWERED else "length"
     assert written.completion is not None
     if written.completion.finish is Finish.LENGTH:
         return "length"

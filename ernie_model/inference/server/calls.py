@@ -19,7 +19,8 @@ from typing import Any
 
 from ernie_model.inference.request import Completion, Delta, Finish, Generates, JsonSchema, Prompt, SamplingParams
 from ernie_model.inference.server.errors import invalid
-from ernie_model.inference.server.protocol import ChatRequest, ChosenTool, Tool
+from ernie_model.inference.server.protocol import AsText, ChatRequest, ChosenTool, Tool
+from ernie_model.inference.tools import ToolBox
 from ernie_model.tokenizer import END_THINK, END_TOOL_CALL, TOOL_CALL, Tokenizer
 
 BEGIN_CALL, END_CALL = f"{TOOL_CALL}\n", f"\n{END_TOOL_CALL}"
@@ -41,6 +42,22 @@ def check_tools(request: ChatRequest) -> None:
         )
     if choice == "required" and not names:
         raise invalid("tool_choice is 'required', but there are no tools.", "tool_choice")
+
+
+def check_tools_here(request: ChatRequest, toolbox: ToolBox) -> None:
+    """Raises ApiError: what does not go with tools that the server runs while it answers."""
+    refused = {
+        "response_format": request.response_format is not None and not isinstance(request.response_format, AsText),
+        "logprobs": request.logprobs,
+        "parallel_tool_calls": request.parallel_tool_calls is False,
+    }
+    for field, said in refused.items():
+        if said:
+            raise invalid(
+                f"{field} is not supported while the server's tools ({', '.join(toolbox.tools)}) may be called. Send "
+                f'tool_choice="none" to have none called, or leave {field} out.',
+                field,
+            )
 
 
 def forced(request: ChatRequest, tools: Sequence[Tool] | None) -> JsonSchema | None:

@@ -60,6 +60,8 @@ class Job:
     """The answers end with their first tool call."""
     must_call: bool
     """The answers are one tool call (calls.py)."""
+    conversation: Sequence[Mapping[str, Any]] | None = None
+    """Of `prompt`, for an agent that answers with the server's tools; None: the engine alone answers."""
 
 
 def prepare(request: ChatRequest, processor: Processor, settings: ServerSettings, opener: MediaOpener | None) -> Job:
@@ -74,12 +76,16 @@ def prepare(request: ChatRequest, processor: Processor, settings: ServerSettings
     thinking = _thinking(request, settings.thinking)
     tools = request.tools if request.tools and request.tool_choice != "none" else None
     calls.check_tools(request)
+    tools_here = bool(settings.toolbox.tools) and request.tools is None and request.tool_choice in (None, "auto")
+    if tools_here:
+        calls.check_tools_here(request, settings.toolbox)
     _look_at(request, settings.moderation)
     messages = _Messages(settings, opener).read(request.messages)
+    definitions = settings.toolbox.definitions() if tools_here else list(map(definition, tools or ()))
     try:
         encoded = processor.encode(
             messages,
-            tools=None if tools is None else [definition(tool) for tool in tools],
+            tools=definitions or None,
             thinking=thinking,
             add_generation_prompt=True,
         )
@@ -89,11 +95,12 @@ def prepare(request: ChatRequest, processor: Processor, settings: ServerSettings
     return Job(
         request=request,
         prompt=Prompt.of(encoded),
-        attempts=_attempts(request, processor, settings, in_reasoning, tools),
+        attempts=_attempts(request, processor, settings, in_reasoning, tools, may_call=bool(definitions)),
         in_reasoning=in_reasoning,
-        offers_tools=tools is not None,
+        offers_tools=bool(definitions),
         one_call=tools is not None and request.parallel_tool_calls is False,
         must_call=calls.forced(request, tools) is not None,
+        conversation=messages if tools_here else None,
     )
 
 
@@ -249,6 +256,8 @@ def _attempts(
     settings: ServerSettings,
     in_reasoning: bool,
     tools: Sequence[Tool] | None,
+    *,
+    may_call: bool,
 ) -> tuple[SamplingParams, ...]:
     """One for each of `n` answers; number i is sampled with seed + i."""
     count = request.n or 1
@@ -268,7 +277,7 @@ def _attempts(
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     changes |= {name: value for name in names if (value := getattr(request, name)) is not None}
     call_id, end_call_id = tokenizer.special_id(TOOL_CALL), tokenizer.special_id(END_TOOL_CALL)
-    if tools is None and call_id is not None:
+    if not may_call and call_id is not None:
         changes["banned_ids"] = (*settings.sampling.banned_ids, call_id)  # there is nothing to call
     elif request.parallel_tool_calls is False and end_call_id is not None:
         changes["stop_ids"] += (end_call_id,)

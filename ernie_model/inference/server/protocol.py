@@ -91,7 +91,7 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """Also as a client's `message.model_dump()` prints an answer of this server."""
+    """Also as a client's `message.model_dump()` prints an answer of this server. Its steps are not shown again."""
 
     role: Literal["assistant"]
     content: TextContent | None = None
@@ -101,6 +101,7 @@ class AssistantMessage(Strict):
     annotations: list[Any] | None = Field(None, max_length=0)
     audio: None = None
     function_call: None = None
+    steps: list[dict[str, Any]] | None = None
 
 
 class ToolMessage(Strict):

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.request import SamplingParams
+from ernie_model.inference.tools import Limits as AgentLimits
+from ernie_model.inference.tools import ToolBox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,5 +46,9 @@ class ServerSettings:
     """What holds where a request says nothing else."""
     moderation: Moderation = field(default_factory=Moderation)
     """Filters of what is asked and of what is answered."""
+    toolbox: ToolBox = field(default_factory=lambda: ToolBox(()))
+    """Tools that the server runs, for requests that bring none of their own."""
+    agent: AgentLimits = field(default_factory=AgentLimits)
+    """What an answer with them may take."""
     thinking: bool = False
     """Does an answer begin with a thought where a request does not say?"""

@@ -375,6 +375,30 @@ def test_a_process_that_hangs_is_killed_with_all_it_started(module, tmp_path, mo
     assert not _runs(child)
 
 
+def test_a_process_that_nobody_waits_for_is_killed(module, tmp_path, monkeypatch):
+    """Long before its own time is over."""
+    child_file = tmp_path / "child"
+    monkeypatch.setenv("CHILD_FILE", str(child_file))
+    box = ToolBox([tool_from_path(f"{module}.hang")])
+
+    async def leave():
+        running = asyncio.create_task(box.run("hang", {"x": 1}, ToolContext(limits=Limits(tool_time_s=600.0))))
+        await asyncio.to_thread(_until, lambda: child_file.exists() and child_file.read_text())
+        running.cancel()
+        await asyncio.to_thread(_until, lambda: not _runs(int(child_file.read_text())))
+        return running.cancelled()
+
+    assert asyncio.run(leave())
+
+
+def _until(holds) -> None:
+    for _ in range(200):
+        if holds():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it never came true")
+
+
 def _runs(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
