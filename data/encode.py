@@ -139,8 +139,8 @@ def author_weights(conversation: Conversation, spans: Sequence[Span], num_tokens
             weight_T[span.start : span.stop] = message.trained_weight
         elif message.train:
             raise DataError(
-                f"{conversation.name}: messages[{span.message}].train is true, but with data.every_turn=false this "
-                "turn is shown as history, without its generation prompt. Set data.every_turn=true, or end the "
+                f"{conversation.name}: messages[{span.message}].train is true, but with every_turn=False this "
+                "turn is shown as history, without its generation prompt. Pass every_turn=True, or end the "
                 "conversation there."
             )
     return weight_T

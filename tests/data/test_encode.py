@@ -93,7 +93,7 @@ def test_without_every_turn_only_the_last_is_learned(talk, processor):
 
 
 def test_asking_for_a_turn_that_is_history_is_an_error(talk, processor):
-    with pytest.raises(DataError, match=r"messages\[1\].train is true, but with data.every_turn=false"):
+    with pytest.raises(DataError, match=r"messages\[1\].train is true, but with every_turn=False"):
         encode(talk("a", "hi", "yo", "ok", "bye", train=True), processor, every_turn=False)
 
 
