@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.image_index import Embedder, ImageIndex, ImageIndexError, image_search_tool
@@ -56,12 +56,12 @@ def _open_filter(name: str, key: str) -> Filter:
             raise UserError(f"{key}: {name} cannot be read as a list of phrases, one a line ({error}).") from error
     module, _, function = name.removeprefix(PYTHON).rpartition(".")
     try:
-        found: Any = getattr(importlib.import_module(module), function)
+        found = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a module does when it is imported
         raise UserError(f"{key}: {name} cannot be imported ({type(error).__name__}: {error}).") from error
     if not callable(found):
         raise UserError(f"{key}: {name} is no function.")
-    return found
+    return cast(Filter, found)
 
 
 def open_toolbox(config: AgentConfig, served: Served, more: Iterable[str] = ()) -> ToolBox:

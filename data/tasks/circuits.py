@@ -31,10 +31,8 @@ Network = tuple[int | tuple[int, ...], ...]
 
 
 def resistance(network: Network) -> Fraction:
-    return sum(
-        (Fraction(part) if isinstance(part, int) else 1 / sum(Fraction(1, one) for one in part) for part in network),
-        Fraction(0),
-    )
+    side_by_side = (part if isinstance(part, tuple) else (part,) for part in network)
+    return sum((1 / sum((Fraction(1, one) for one in part), Fraction(0)) for part in side_by_side), Fraction(0))
 
 
 def exact(value: Fraction) -> str | None:
