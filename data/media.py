@@ -26,7 +26,7 @@ from PIL import Image, ImageFile
 
 from data.conversation import Media, PartKind
 from data.fetch import Fetcher
-from ernie_model.images import MediaError, load_image
+from ernie_model.images import MediaError, load_image, reason
 from ernie_model.video import Clip, decode_frames, probe
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -105,7 +105,7 @@ class MediaFolder:
         except Exception as error:  # Pillow's readers raise a dozen types: OSError, SyntaxError, struct.error, ...
             raise MediaError(
                 name,
-                f"cannot be read as an image ({type(error).__name__}: {error}). It must be a whole file of one of "
+                f"cannot be read as an image ({reason(error)}). It must be a whole file of one of "
                 f"these formats: {', '.join(IMAGE_FORMATS)}.",
             ) from error
 

@@ -101,6 +101,11 @@ class ImageSize:
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 
+def reason(error: Exception) -> str:
+    """What a decoder says, without the place in memory of the bytes that it read."""
+    return f"{type(error).__name__}: {error}".partition(" <_io.")[0]
+
+
 def load_image(source: Image.Image | str | Path | bytes, name: str | None = None) -> Image.Image:
     """Decode an image to an upright RGB picture.
 
@@ -137,7 +142,7 @@ def load_image(source: Image.Image | str | Path | bytes, name: str | None = None
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # decoders meet hostile bytes: OSError, SyntaxError, ValueError, struct.error, ...
-        raise MediaError(name, f"cannot be decoded as an image ({type(error).__name__}: {error}).") from error
+        raise MediaError(name, f"cannot be decoded as an image ({reason(error)}).") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

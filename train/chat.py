@@ -44,7 +44,7 @@ HELP = """\
 /think           the thoughts behind the last answer
 /thinking        let the model think before it answers, or stop that
 /reset           begin anew
-/save FILE       append the conversation to a .jsonl file that data=files trains on
+/save FILE       append the conversation to a .jsonl file for data=files
 /help            this list
 /quit            leave; Ctrl-D too. Ctrl-C stops an answer
 A line that ends in \\ goes on in the next one; //word says /word to the model."""

@@ -1,5 +1,7 @@
 """Settings to a model that works: weights, processor, engine."""
 
+import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from train.calibration import quantise
 from train.checks.machine import available_memory
 from train.config import Precision, UserError
 from train.inference_config import ModelAtWork, Weights
+
+logger = logging.getLogger(__name__)
 
 
 class Served(NamedTuple):
@@ -39,6 +43,9 @@ def open_model(config: Weights) -> Served:
         refuse_changes(config)
         model = load_quantised(source, dtype=dtype, device=device_of(config), position_after_video=rule)
         return Served(model, processor)
+    raw = json.loads((Path(source) / "config.json").read_text("utf-8"))
+    if dtype is torch.bfloat16 and raw.get("dtype", raw.get("torch_dtype")) == "float32":
+        logger.warning("weights in float32 are held in bfloat16; precision=fp32 keeps them as they are.")
     model = load_model(source, dtype=dtype, position_after_video=rule)
     model.requires_grad_(False).eval()
     if config.adapter is not None:
@@ -112,10 +119,12 @@ def weights_folder(checkpoint: str) -> str:
     """`checkpoint`, or the folder of weights in it when it is the folder of a run.
 
     Raises:
-        UserError: a run folder without any.
+        UserError: a run folder without any, or another folder without config.json.
     """
     folder = Path(checkpoint)
     if not (folder / "run.json").exists():
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise UserError(f"checkpoint={checkpoint} holds no config.json. {_way_out(folder)}")
         return checkpoint
     for name in ("export", "best"):
         if (folder / name / "config.json").exists():
@@ -124,3 +133,15 @@ def weights_folder(checkpoint: str) -> str:
         f"checkpoint={checkpoint} is the folder of a run that has written no weights yet. "
         f"`ernie export checkpoint={checkpoint} output=FOLDER` writes those of its newest checkpoint."
     )
+
+
+def _way_out(folder: Path) -> str:
+    """What a folder without config.json is taken for, and what to say instead."""
+    if (folder / "state.json").exists():
+        return f"It is the state of a run; `ernie export checkpoint={folder} output=FOLDER` writes its weights."
+    if (folder / "adapter_config.json").exists():
+        return f"It is an adapter; say checkpoint=BASE adapter={folder}."
+    within = [name for name in ("export", "quantized", "best") if (folder / name / "config.json").exists()]
+    if within:
+        return f"Did you mean checkpoint={folder / within[0]}?"
+    return "Name a folder of weights, the folder of a run, or a name on the hub."

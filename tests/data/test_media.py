@@ -216,3 +216,8 @@ def jpeg() -> bytes:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, format="JPEG")
     return file.getvalue()
+
+
+def test_an_error_names_no_place_in_memory(folder):
+    message = refused(folder, "data:image/png;base64,AAAA")
+    assert "cannot identify image file)" in message and "0x" not in message

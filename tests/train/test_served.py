@@ -152,3 +152,27 @@ def test_the_processor_follows_an_overridden_position_rule(base):
     assert served.model.config.position_after_video is PositionAfterVideo.LAST
     assert served.processor.config == served.model.config
     assert math.isfinite(logits(served.model).sum())
+
+
+@pytest.mark.parametrize(
+    "file, way_out",
+    [
+        ("state.json", "ernie export checkpoint="),
+        ("adapter_config.json", "checkpoint=BASE adapter="),
+        ("export/config.json", "Did you mean checkpoint="),
+        ("notes.txt", "Name a folder of weights"),
+    ],
+)
+def test_a_folder_without_weights_is_refused_with_the_way_out(tmp_path, file, way_out):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"^checkpoint={tmp_path} holds no config.json.*{way_out}"):
+        open_model(Weights(checkpoint=str(tmp_path), cpu=True))
+
+
+def test_weights_that_are_rounded_when_they_are_read_are_said_to_be(base, caplog):
+    open_model(Weights(checkpoint=str(base), cpu=True))
+    assert "precision=fp32 keeps them" in caplog.text
+    caplog.clear()
+    open_model(Weights(checkpoint=str(base), precision=Precision.fp32, cpu=True))
+    assert not caplog.text

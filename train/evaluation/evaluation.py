@@ -179,7 +179,7 @@ def _likelihoods(
         kept = json.loads(path.read_text("utf-8"))
         return {task: [None if one is None else Likelihood(**one) for one in ones] for task, ones in kept.items()}
     found: dict[str, list[Likelihood | None]] = {}
-    with _progress(console, "right answers", sum(len(task.questions) for task in tasks), 0) as advance:
+    with _progress(console, "perplexity", sum(len(task.questions) for task in tasks), 0) as advance:
         for task in tasks:
             before = 0
 

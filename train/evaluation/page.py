@@ -61,7 +61,7 @@ def _table(table: Table) -> Iterator[str]:
 def _card(one: Shown) -> Iterator[str]:
     answer = one.answer
     kind = {True: "right", False: "wrong", None: "none"}[one.right]
-    score = "no score" if answer.score is None else f"{answer.score:.2f}".rstrip("0").rstrip(".")
+    score = "no score" if answer.score is None else "score " + f"{answer.score:.2f}".rstrip("0").rstrip(".")
     yield f"<article class={kind}><header><b>{score}</b><small>{_text(answer.id)}</small></header>"
     if one.picture is not None:
         yield _img(one.picture)

@@ -134,10 +134,8 @@ def _refuse_file_settings(name: str, asked: AskedConfig) -> None:
 
 def _read_file(name: str, path: str, asked: AskedConfig) -> tuple[list[Conversation], MediaFolder]:
     if not Path(path).exists() and "/" not in path and "." not in path:
-        raise UserError(
-            f"there is no task {path!r}{suggestion(path, list(TASKS))}. Known: {', '.join(TASKS)}; or name a file of "
-            "questions."
-        )
+        near = suggestion(path, list(TASKS)) or "."
+        raise UserError(f"there is no task {path!r}{near} Known: {', '.join(TASKS)}; or name a file of questions.")
     keys = {key: f"per_task.{name}.{key}" for key in ("format", "columns", "split", "subset", "media_root")}
     spec = SetSpec(
         path=path,
