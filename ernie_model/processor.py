@@ -373,9 +373,11 @@ def _spans(pieces: Sequence[Piece], owner: Sequence[int]) -> tuple[Span, ...]:
 def _check_ids(tokenizer: Tokenizer, config: ErnieConfig) -> None:
     """The tokenizer and config.json must mean the same tokens: a wrong id would train text as pixels."""
     if tokenizer.vocab_size > config.vocab_size:
+        for_vllm = (tokenizer.special_id("<|image@placeholder|>") or 0) >= config.vocab_size
+        why = "an export with layout=vllm, which is for vLLM; name one with layout=hub"
         raise TokenizerError(
             f"{tokenizer.source} has ids up to {tokenizer.vocab_size - 1}, but vocab_size in config.json is "
-            f"{config.vocab_size}; they belong to different models."
+            f"{config.vocab_size}; {why if for_vllm else 'they belong to different models'}."
         )
     if config.vision is None:
         return

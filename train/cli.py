@@ -8,6 +8,8 @@ This file imports nothing heavy: `ernie --help` has to answer at once.
 
 import difflib
 import importlib.metadata
+import os
+import re
 import runpy
 import sys
 
@@ -53,8 +55,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module, _ = COMMANDS[command]
     sys.argv = [f"ernie {command}", *rest]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name or "")
+        if extra is None:
+            raise
+        print(f"error: ernie {command} needs {error.name}: pip install 'ernie-train[{extra}]'", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if os.environ.get("ERNIE_DEBUG", "0") not in ("", "0"):
+            raise
+        print("stopped.", file=sys.stderr)
+        return 130
     return 0
+
+
+def extra_of(module: str) -> str | None:
+    """The extra of this package that brings a module that is not installed."""
+    for requirement in importlib.metadata.requires("ernie-train") or ():
+        distribution, extra = re.match(r"[\w.-]+", requirement), re.search(r"""extra == ["']([\w-]+)""", requirement)
+        if distribution and extra and distribution[0].replace("-", "_").lower() == module.partition(".")[0]:
+            return extra[1]
+    return None
 
 
 def usage() -> str:

@@ -280,7 +280,7 @@ def checkpoint(processor, tmp_path_factory):
 
 def test_the_program_answers_what_comes_through_a_pipe(checkpoint, picture):
     """The real engine; weights are random, so what it says is nothing, and how it ends is told."""
-    command = [sys.executable, "-m", "train.cli", "chat", f"checkpoint={checkpoint}", "cpu=true"]
+    command = [sys.executable, "-m", "train.cli", "chat", f"checkpoint={checkpoint}", "cpu=true", "precision=fp32"]
     settings = ["sampling.max_new_tokens=5", "agent.tools=[image_zoom_in_tool]", "engine.cache_gib=0.1"]
     lines = f"/image {picture}\nWhat is it?\n/nothing\n"
     result = subprocess.run([*command, *settings], input=lines, capture_output=True, text=True, timeout=200)

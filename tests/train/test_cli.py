@@ -61,3 +61,31 @@ def test_a_command_is_the_module_with_its_arguments_and_exit_code():
     assert by_command.returncode == by_module.returncode == 2
     assert by_command.stderr == by_module.stderr
     assert "not-a-port" in by_command.stderr
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.runpy, "run_module", interrupted)
+    assert cli.main(["sft"]) == 130
+    assert capsys.readouterr().err == "stopped.\n"
+
+
+@pytest.mark.parametrize("module, extra", [("fastapi", "serve"), ("uvicorn.config", "serve"), ("gradio", "ui")])
+def test_a_command_without_its_extra_names_it(capsys, monkeypatch, module, extra):
+    def absent(*_, **__):
+        raise ModuleNotFoundError(name=module)
+
+    monkeypatch.setattr(cli.runpy, "run_module", absent)
+    assert cli.main(["serve"]) == 1
+    assert capsys.readouterr().err == f"error: ernie serve needs {module}: pip install 'ernie-train[{extra}]'\n"
+
+
+def test_another_missing_module_keeps_its_traceback(monkeypatch):
+    def absent(*_, **__):
+        raise ModuleNotFoundError(name="train.nothing")
+
+    monkeypatch.setattr(cli.runpy, "run_module", absent)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["serve"])

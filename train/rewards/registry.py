@@ -53,7 +53,7 @@ def reward_named(name: str) -> Reward:
         return guarded(name, _imported(name))
     if name not in REWARDS:
         raise UserError(
-            f"there is no reward {name!r}{suggestion(name, sorted(REWARDS))}. Known: {', '.join(REWARDS)}, and "
+            f"there is no reward {name!r}{suggestion(name, sorted(REWARDS)) or '.'} Known: {', '.join(REWARDS)}, and "
             "python:module.function for one of your own."
         )
     return REWARDS[name]
