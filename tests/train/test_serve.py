@@ -80,6 +80,7 @@ def test_the_program_from_its_start_to_sigterm(tmp_path):
         "precision=fp32",
         "cpu=true",
         "engine.cache_gib=0.01",
+        "agent.tools=[image_zoom_in_tool]",
     ]
     environment = os.environ | {"ERNIE_API_KEY": "a-key"}
     program = subprocess.Popen(
@@ -93,13 +94,15 @@ def test_the_program_from_its_start_to_sigterm(tmp_path):
         assert program.stdout is not None
         url = program.stdout.readline().removeprefix("serving: tiny at ").strip()
         assert url.startswith("http://127.0.0.1:") and url.endswith("/v1"), program.communicate(timeout=30)
+        assert program.stdout.readline() == "tools:   image_zoom_in_tool\n"
         tried = program.stdout.readline()
         assert tried.startswith(f"try:     curl {url}/chat/completions -H 'authorization: Bearer KEY'")
         body = tried.split(" -d '")[1].rstrip("'\n")
         headers = {"content-type": "application/json", "authorization": "Bearer a-key"}
         request = urllib.request.Request(f"{url}/chat/completions", body.encode(), headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
-            assert json.load(answer)["usage"]["completion_tokens"] == 3
+            said = json.load(answer)
+        assert said["usage"]["completion_tokens"] == 3 and said["choices"][0]["status"] == "truncated"
         program.send_signal(signal.SIGTERM)
         rest, _ = program.communicate(timeout=30)
         assert program.returncode == 0 and rest == ""

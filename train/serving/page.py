@@ -9,6 +9,7 @@ import hmac
 import math
 import mimetypes
 import os
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -29,6 +30,7 @@ from ernie_model.inference.server.errors import ApiError  # noqa: E402
 from ernie_model.inference.server.gate import Busy  # noqa: E402
 from ernie_model.inference.server.protocol import ChatRequest  # noqa: E402
 from ernie_model.inference.server.service import Lagging, Service  # noqa: E402
+from ernie_model.inference.server.steps import StepDelta  # noqa: E402
 
 PATH = "/ui"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -38,6 +40,9 @@ KEPT_S = 3600
 
 DRAWN_ON = 448
 """The longer side, in pixels, of the smallest picture that boxes are drawn on; smaller ones are enlarged."""
+
+Said = tuple[str, Any]
+"""A piece of an answer: ("reasoning_content" or "content", text), or ("step", StepDelta)."""
 
 Conversation = list[dict[str, Any]]
 """Messages as the protocol has them; in the browser's session, so the server keeps none."""
@@ -138,18 +143,18 @@ def _blocks(service: Service) -> gr.Blocks:
             shown = [*shown, *asked]
             cleared = gr.MultimodalTextbox(value=None)
             yield cleared, shown, talk
-            said = {"role": "assistant", "content": "", "reasoning_content": ""}
+            said: list[Said] = []
             opening = [{"role": "system", "content": system}] if system else []
             options = {"enable_thinking": thinking, "temperature": float(temperature), "max_tokens": int(tokens)}
             async with aclosing(ask(service, {"messages": [*opening, *talk], **options})) as pieces:
-                async for field, text in pieces:
-                    if field == "error":
-                        yield cleared, [*shown, _bubble(f"**{text}**")], talk[:-1]
+                async for piece in pieces:
+                    if piece[0] == "error":
+                        yield cleared, [*shown, _bubble(f"**{piece[1]}**")], talk[:-1]
                         return
-                    said[field] += text
-                    yield cleared, [*shown, *_bubbles(said)], talk
-            talk = [*talk, {key: value for key, value in said.items() if value or key == "content"}]
-            shown = [*shown, *_bubbles(said)]
+                    said = joined(said, piece)
+                    yield cleared, [*shown, *bubbles(said)], talk
+            talk = [*talk, message_of(said)]
+            shown = [*shown, *bubbles(said)]
             if (picture := with_boxes(talk)) is not None:
                 shown.append(_bubble(gr.Image(picture, show_label=False, format="png")))
             yield cleared, shown, talk
@@ -179,8 +184,8 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-async def ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[tuple[str, str], None]:
-    """Yields (field of the answer's message, text that is added to it), or ("error", what to tell)."""
+async def ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[Said, None]:
+    """Yields (field of the answer's message, text that is added to it), ("step", it), or ("error", what to tell)."""
     try:
         request = ChatRequest.model_validate({"model": service.settings.name, **fields})
         async with service.admit():
@@ -196,21 +201,62 @@ async def ask(service: Service, fields: dict[str, Any]) -> AsyncGenerator[tuple[
                         for field in ("reasoning_content", "content"):
                             if text := getattr(delta, field):
                                 yield field, text
+                        for step in delta.steps or ():
+                            yield "step", step
     except (ApiError, Busy, Lagging) as error:
         yield "error", str(error)
     except ValidationError as error:
         yield "error", error.errors()[0]["msg"]
 
 
-def _bubbles(said: dict[str, str]) -> list[dict[str, Any]]:
+def joined(said: list[Said], piece: Said) -> list[Said]:
+    """With the piece: a text goes on with the one before it, and a step takes the place of what was said of it."""
+    field, what = piece
+    if field != "step":
+        if said and said[-1][0] == field:
+            return [*said[:-1], (field, said[-1][1] + what)]
+        return [*said, piece]
+    known = [isinstance(one, StepDelta) and one.index == what.index for _, one in said]
+    return [piece if same else one for same, one in zip(known, said, strict=True)] if any(known) else [*said, piece]
+
+
+def message_of(said: list[Said]) -> dict[str, Any]:
+    """As it goes back in history: what was said before a tool was called is no answer."""
+    places = [place for place, (field, _) in enumerate(said) if field == "step"]
+    content = "".join(text for field, text in said[places[-1] + 1 if places else 0 :] if field == "content")
+    thought = "".join(text for field, text in said if field == "reasoning_content")
+    return {"role": "assistant", "content": content} | ({"reasoning_content": thought} if thought else {})
+
+
+def bubbles(said: list[Said]) -> list[dict[str, Any]]:
+    """Thoughts and steps folded when they are over, in the order of what happened."""
     out = []
-    if said["reasoning_content"].strip():
-        done = bool(said["content"])
-        title = {"title": "Thought", "status": "done"} if done else {"title": "Thinking", "status": "pending"}
-        out.append(_bubble(said["reasoning_content"].strip()) | {"metadata": title})
-    if said["content"]:
-        out.append(_bubble(said["content"]))
+    for place, (field, what) in enumerate(said):
+        if field == "step":
+            over = what.result is not None
+            title = {"title": what.name or "A call that cannot be read", "status": "done" if over else "pending"}
+            out.append(_bubble(_step(what)) | {"metadata": title})
+        elif field == "content":
+            out.append(_bubble(what))
+        elif what.strip():
+            over = place + 1 < len(said)
+            title = {"title": "Thought", "status": "done"} if over else {"title": "Thinking", "status": "pending"}
+            out.append(_bubble(what.strip()) | {"metadata": title})
     return out
+
+
+def _step(step: StepDelta) -> str:
+    """In Markdown."""
+    result = step.result
+    texts = [step.arguments, *(() if result is None else (result.text,))]
+    pictures = [] if result is None else [f"![{one.width} x {one.height}]({one.url})" for one in result.images]
+    return "\n\n".join([*(_verbatim(text) for text in texts if text), *pictures])
+
+
+def _verbatim(text: str) -> str:
+    """A block that no run of backticks in it ends."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _bubble(content: Any) -> dict[str, Any]:

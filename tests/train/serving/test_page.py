@@ -12,10 +12,13 @@ from PIL import Image
 from ernie_model.config import ErnieConfig
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.settings import Limits, ServerSettings
+from ernie_model.inference.tools import ToolBox, zoom_tool
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer
 from tests.ernie_model.inference.scripted import ScriptedEngine
+from tests.load.serving import tiny_model
 from train.serving import page
+from train.serving.media import MediaDoor
 
 # gradio leaves an event loop behind that nobody closes.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -122,3 +125,29 @@ def test_boxes_are_drawn_on_the_last_picture(answer, drawn):
         assert shown.getpixel((50, 150)) != (255, 255, 255)  # x = 100 / 1000 * 500
         assert shown.getpixel((25, 150)) == shown.getpixel((150, 150)) == (255, 255, 255)
     assert page.with_boxes([talk[1]]) is None
+
+
+def test_steps_are_folded_between_what_was_thought_and_said():
+    _, processor = tiny_model()
+    call = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 500, 500]}}\n</tool_call>\n'
+    engine = ScriptedEngine(processor.tokenizer, lambda prompt: f"Small.\n</think>\n\nI will ``look``.\n{call}")
+    app = make_app(engine, processor, ServerSettings(name="tiny", toolbox=ToolBox([zoom_tool()])), opener=MediaDoor())
+    url = f"data:image/png;base64,{base64.b64encode(picture(200, 100)).decode()}"
+    ask = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]
+    pieces = asked(app, messages=ask, enable_thinking=True)
+    said: list[page.Said] = []
+    for piece in pieces[: [field for field, _ in pieces].index("step") + 1]:
+        said = page.joined(said, piece)
+    thought, text, step = page.bubbles(said)
+    assert thought["metadata"] == {"title": "Thought", "status": "done"} and thought["content"] == "Small."
+    assert text["content"] == "I will ``look``." and "metadata" not in text
+    assert step["metadata"] == {"title": "image_zoom_in_tool", "status": "pending"} and "bbox_2d" in step["content"]
+    for piece in pieces[[field for field, _ in pieces].index("step") + 1 :]:
+        said = page.joined(said, piece)
+    step = page.bubbles(said)[2]
+    assert step["metadata"]["status"] == "done" and "![100 x 50](data:image/jpeg;base64," in step["content"]
+    steps = [what for field, what in said if field == "step"]
+    assert [one.index for one in steps] == list(range(6)), "each is there once, up to agent.max_turns"
+    assert page.message_of([*said, ("content", "A 7.")])["content"] == "A 7."
+    assert page.message_of([("content", "Hi.")]) == {"role": "assistant", "content": "Hi."}
+    assert page._verbatim("a ``` b").startswith("````\n") and page._verbatim("a").startswith("```\n")
