@@ -12,6 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from ernie_model.config import ErnieConfig
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.settings import ServerSettings
+from ernie_model.inference.tools import ToolBox, zoom_tool
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer
 from tests.ernie_model.inference.scripted import ScriptedEngine
@@ -32,7 +33,10 @@ def make():
     )
     processor = Processor(tokenizer, config)
     engine = ScriptedEngine(tokenizer, lambda prompt: "Good morning.")
-    return make_app(engine, processor, ServerSettings(name="tiny", keys=("a-key",)))
+    settings = ServerSettings(
+        name="tiny", keys=("a-key",), toolbox=ToolBox([zoom_tool()])
+    )  # for requests without tools
+    return make_app(engine, processor, settings)
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", make())

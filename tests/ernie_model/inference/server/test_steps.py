@@ -1,13 +1,16 @@
 """Tools that the server runs, as OpenAI's own client sees them. The engine's answers are written beforehand."""
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
+import random
 import threading
 import time
 from dataclasses import replace
 
+import httpx
 import openai
 import pytest
 from PIL import Image
@@ -60,13 +63,13 @@ def world(processor):
     """A function: turns that the engine writes, over and over -> a server of tools."""
     with contextlib.ExitStack() as stack:
 
-        def make(*turns, tools=(), agent=None, **settings):
+        def make(*turns, says=None, tools=(), agent=None, **settings):
             double = tool_from_function(lambda x: 2 * x, X, name="double", description="Twice.")
 
             def reply(prompt):
                 return turns[processor.decode(prompt.token_ids).count("</tool_output>\n\nAssistant:") % len(turns)]
 
-            engine = Recording(processor.tokenizer, reply)
+            engine = Recording(processor.tokenizer, says or reply)
             made = ServerSettings(
                 name="tiny", toolbox=ToolBox([zoom_tool(), double, *tools]), agent=agent or AgentLimits(), **settings
             )
@@ -338,3 +341,36 @@ def test_a_client_that_leaves_takes_all_along(world, stream, where):
     assert where != "tool" or freed.wait(10)
     assert counted(here.service, "gone") == 1 and counted(here.service, "done") == 0
     assert len(here.engine.prompts) == (1 if where == "tool" else 2)
+
+
+def test_nobody_gets_anothers_results(world, processor):
+    """Many at once, of whom a third leave at some time."""
+
+    def says(prompt):
+        text = processor.decode(prompt.token_ids)
+        number = int(text.rpartition("number ")[2].partition("\n")[0])
+        results = [int(one.partition("\n")[0]) for one in text.split("<tool_output>\n")[1:]]
+        assert results == [2 * number] * len(results)
+        return call("double", x=number) if len(results) < 2 else f"It is {results[0]}."
+
+    here = world(says=says, limits=Limits(concurrency=16))
+    chance = random.Random(0)
+
+    async def ask(session, number):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": f"number {number}"}]}
+        asking = session.post(f"{here.url}/v1/chat/completions", json=body)
+        if number % 3 == 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asking, chance.uniform(0.01, 0.5))
+            return
+        message = (await asking).json()["choices"][0]["message"]
+        assert message["content"] == f"It is {2 * number}."
+        assert [step["result"]["text"] for step in message["steps"]] == [str(2 * number)] * 2
+
+    async def all_at_once():
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=60)) as session:
+            await asyncio.gather(*(ask(session, number) for number in range(1, 61)))
+
+    asyncio.run(all_at_once())
+    until(lambda: here.service.gate.inside == 0 and here.engine.running == 0)
+    assert counted(here.service, "done") >= 40 and counted(here.service, "failed") == 0
