@@ -56,7 +56,10 @@ def explain(error: BaseException, entry: str = "sft") -> str:
             rule = str(link).splitlines()[0].strip()
             # OmegaConf's templates leave these words in when Hydra's wrapper formats them a second time.
             rule = rule.replace("Value '$VALUE' of type '$VALUE_TYPE' ", "").replace("Invalid value '$VALUE', ", "")
-            return f"{override or getattr(link, 'full_key', None) or 'config'}: {rule}."
+            if override and "str is not a ListConfig" in rule:
+                key, _, value = override.partition("=")
+                return f"{override}: {key} is a list. Write {key}=[{value}]."
+            return f"{override or getattr(link, 'full_key', None) or 'config'}: {rule.rstrip('.')}."
     return str(error).strip()
 
 

@@ -9,6 +9,7 @@ SIGTERM and Ctrl-C let what runs finish within grace_s; a second one ends at onc
 """
 
 import asyncio
+import errno
 import os
 import socket
 import sys
@@ -106,9 +107,11 @@ def listen(config: ServeConfig) -> socket.socket:
     try:
         return bind(config.host, config.port, lag_s=config.limits.lag_s)
     except OSError as error:
-        raise UserError(
-            f"host={config.host} port={config.port}: {error.strerror or error}. Choose another port (0: a free one)."
-        ) from error
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        way_out = (
+            "Name an address of this machine; 0.0.0.0 is all." if unknown else "Choose another port (0: a free one)."
+        )
+        raise UserError(f"host={config.host} port={config.port}: {error.strerror or error}. {way_out}") from error
 
 
 def read_keys(config: ServeConfig) -> tuple[str, ...]:

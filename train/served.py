@@ -79,13 +79,10 @@ def merge_adapter(model: ErnieModel, adapter: str) -> None:
     Raises:
         UserError: there is no adapter, or it is of another model.
     """
-    from train.lora.files import CONFIG, read_adapter  # peft takes seconds to import
+    from train.lora.files import read_adapter  # peft takes seconds to import
     from train.lora.layers import effective_rows
 
-    folder = Path(adapter)
-    if not (folder / CONFIG).exists():
-        found = [folder / name for name in ("adapter", "best_adapter") if (folder / name / CONFIG).exists()]
-        folder = found[0] if found else folder
+    folder = _adapter_in(Path(adapter)) or Path(adapter)
     for name, factors in read_adapter(folder, model, "adapter").factors.items():
         weight = model.get_parameter(name)
         wide = torch.promote_types(weight.dtype, factors.A.dtype)
@@ -129,6 +126,8 @@ def weights_folder(checkpoint: str) -> str:
     for name in ("export", "best"):
         if (folder / name / "config.json").exists():
             return str(folder / name)
+    if _adapter_in(folder) is not None:
+        raise UserError(f"checkpoint={checkpoint} is the folder of a run that trained an adapter. {_way_out(folder)}")
     raise UserError(
         f"checkpoint={checkpoint} is the folder of a run that has written no weights yet. "
         f"`ernie export checkpoint={checkpoint} output=FOLDER` writes those of its newest checkpoint."
@@ -139,9 +138,15 @@ def _way_out(folder: Path) -> str:
     """What a folder without config.json is taken for, and what to say instead."""
     if (folder / "state.json").exists():
         return f"It is the state of a run; `ernie export checkpoint={folder} output=FOLDER` writes its weights."
-    if (folder / "adapter_config.json").exists():
-        return f"It is an adapter; say checkpoint=BASE adapter={folder}."
+    if (adapter := _adapter_in(folder)) is not None:
+        return f"Name what it was trained on, and the adapter: checkpoint=BASE adapter={adapter}."
     within = [name for name in ("export", "quantized", "best") if (folder / name / "config.json").exists()]
     if within:
         return f"Did you mean checkpoint={folder / within[0]}?"
     return "Name a folder of weights, the folder of a run, or a name on the hub."
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    """The folder itself, or the adapter of a run's folder."""
+    places = (folder, folder / "adapter", folder / "best_adapter")
+    return next((place for place in places if (place / "adapter_config.json").exists()), None)

@@ -54,6 +54,7 @@ def test_evaluate_and_compare(monkeypatch, tmp_path, checkpoint, capsys):
         (["tasks=[digits]"], "these settings have no default and were not given: checkpoint."),
         (["checkpoint=MODEL"], "tasks is empty; for example tasks=[digits]"),
         (["checkpoint=MODEL", "tasks=[digit]"], "there is no task 'digit'; did you mean digits?"),
+        (["checkpoint=MODEL", "tasks=digits"], "tasks=digits: tasks is a list. Write tasks=[digits]."),
         (["checkpoint=/no/such", "tasks=[digits]", "limit=1"], "/no/such"),
         (["checkpoint=MODEL", "tasks=[digits]", "taks=1"], "taks is not a setting of evaluate; did you mean tasks?"),
         (["checkpoint=MODEL", "tasks=[digits]", "tracker=trakio"], "did you mean tracker=trackio?"),

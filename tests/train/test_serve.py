@@ -50,7 +50,10 @@ def test_keys_come_from_the_setting_the_file_and_the_environment(tmp_path, monke
         (lambda: LimitsConfig(time_s=0.0), "limits.time_s is 0.0; it must be positive and finite."),
         (lambda: serve.media_door(config(media_root="/no/such/folder")), "media_root=/no/such/folder is not a folder."),
         (lambda: serve.check_index(AgentConfig(index="i")), "agent.index=i is for image_search, which is not among"),
-        (lambda: serve.listen(config(host="203.0.113.1")), "host=203.0.113.1 port=8000: .* Choose another port"),
+        (
+            lambda: serve.listen(config(host="203.0.113.1")),
+            "host=203.0.113.1 port=8000: .* Name an address",
+        ),
     ],
 )
 def test_settings_that_cannot_be(make, message):

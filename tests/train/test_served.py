@@ -176,3 +176,11 @@ def test_weights_that_are_rounded_when_they_are_read_are_said_to_be(base, caplog
     caplog.clear()
     open_model(Weights(checkpoint=str(base), precision=Precision.fp32, cpu=True))
     assert not caplog.text
+
+
+def test_the_folder_of_a_run_that_trained_an_adapter_says_how_to_name_it(tmp_path):
+    for file in ("run.json", "adapter/adapter_config.json"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"trained an adapter.*checkpoint=BASE adapter={tmp_path / 'adapter'}"):
+        open_model(Weights(checkpoint=str(tmp_path), cpu=True))
