@@ -13,7 +13,6 @@ import errno
 import os
 import socket
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -24,7 +23,6 @@ from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import Limits, ServerSettings
-from ernie_model.inference.tools import Limits as AgentLimits
 from train.agents import open_filters, open_toolbox, sampling_params
 from train.compose import register, to_typed
 from train.config import UserError, check
@@ -53,7 +51,7 @@ def main(cfg: DictConfig) -> None:
             sampling=params,
             moderation=filters,
             toolbox=toolbox,
-            agent=agent_limits(config.agent, engine.max_context),
+            agent=config.agent,
             thinking=config.sampling.thinking,
         )
         asyncio.run(run(config, AsyncEngine(engine), served.processor, settings, door, listener))
@@ -166,11 +164,6 @@ def limits(config: LimitsConfig) -> Limits:
         lag_tokens=config.lag_tokens,
         workers=config.workers,
     )
-
-
-def agent_limits(config: AgentConfig, max_context: int) -> AgentLimits:
-    """An episode that outgrows the context ends as truncated, rather than refused in the middle."""
-    return replace(config, max_tokens=min(config.max_tokens, max_context))
 
 
 def check_index(config: AgentConfig) -> None:

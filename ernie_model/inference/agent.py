@@ -52,6 +52,7 @@ from ernie_model.processor import Processor
 
 __all__ = ["Agent", "AgentEvent", "Episode", "EventKind", "Limits", "Status", "Turn"]
 
+MAX_TOKENS = "agent.max_tokens, or the engine's longest context where that is less"
 RETRY_S = 0.25
 """How long a conversation in progress waits for a place in the engine before it asks again."""
 
@@ -213,7 +214,9 @@ class Agent:
         self.engine = engine
         self.processor = processor
         self.toolbox = toolbox or ToolBox(())
-        self.limits = limits or Limits()
+        limits = limits or Limits()
+        # An episode that outgrows the context ends as truncated, rather than refused in the middle.
+        self.limits = replace(limits, max_tokens=min(limits.max_tokens, engine.max_context))
         self.params = params or SamplingParams()
         self.thinking = thinking
         self.moderation = moderation or Moderation()
@@ -281,7 +284,7 @@ class _Run:
         if len(prompt.token_ids) >= self.limits.max_tokens:
             raise RequestError(
                 f"the prompt has {len(prompt.token_ids)} tokens; with its answer it may have "
-                f"{self.limits.max_tokens} (agent.max_tokens). Shorten it, use smaller pictures, or raise the limit."
+                f"{self.limits.max_tokens} ({MAX_TOKENS}). Shorten it, use smaller pictures, or raise the limit."
             )
         episode = Episode([], list(prompt.media), self.images, num_prompt_tokens=len(prompt.token_ids))
         episode.append(prompt.token_ids)
@@ -406,7 +409,7 @@ class _Run:
         token_ids = [*([] if ended else [self.processor.end_id]), *observation.token_ids]
         if len(episode.token_ids) + len(token_ids) >= self.limits.max_tokens:
             rule = f"{len(episode.token_ids)} tokens and {len(token_ids)} of results leave no room for an answer"
-            return Status.TRUNCATED, f"{rule} within {self.limits.max_tokens} (agent.max_tokens)."
+            return Status.TRUNCATED, f"{rule} within {self.limits.max_tokens} ({MAX_TOKENS})."
         episode.append(token_ids)
         episode.media += observation.media
         for result in results:

@@ -200,6 +200,11 @@ class Delta:
 class Generates(Protocol):
     """What agent, evaluation and server need of an engine (`async_engine.AsyncEngine`)."""
 
+    @property
+    def max_context(self) -> int:
+        """Longest prompt with its answer, in tokens."""
+        ...
+
     async def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float | None = None) -> Completion:
         """Raises RequestError, EngineFull. Cancelling the task cancels the request."""
         ...

@@ -11,6 +11,8 @@ from ernie_model.tokenizer import END_OF_SENTENCE, Tokenizer
 class ScriptedEngine:
     """A `Generates`. `replies`: the text of the next answer for each prompt, or texts to be given in order."""
 
+    max_context = 10**6
+
     def __init__(self, tokenizer: Tokenizer, replies: Callable[[Prompt], str] | Iterable[str], pause_s: float = 0.0):
         self.tokenizer = tokenizer
         if callable(replies):

@@ -304,6 +304,10 @@ def test_results_that_leave_no_room_are_not_appended(answer, engine_of, processo
     assert episode.status is Status.TRUNCATED and len(episode.token_ids) == observed + 1
     episode = answer(question(), DOUBLE % 3, "Six.", limits=Limits(max_tokens=len(free.token_ids)))
     assert episode.status is Status.ANSWERED
+    engine = ScriptedEngine(processor.tokenizer, [DOUBLE % 3, "Six."])
+    engine.max_context = observed  # an engine that would refuse the second turn
+    episode = asyncio.run(Agent(engine, processor, box()).run(question()))
+    assert episode.status is Status.TRUNCATED and len(episode.token_ids) == first_turn
 
 
 def test_a_prompt_that_is_too_long_is_refused(answer):

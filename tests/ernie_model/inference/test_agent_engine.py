@@ -33,7 +33,7 @@ class TwoLooks:
     """The real engine; but the first two turns, which a random model would not write, are written beforehand."""
 
     def __init__(self, engine: AsyncEngine, tokenizer):
-        self.engine = engine
+        self.engine, self.max_context = engine, engine.max_context
         self.written = ScriptedEngine(tokenizer, [ZOOM % 0, ZOOM % 100])
         self.turn = 0
 
