@@ -103,6 +103,8 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
             files do not compute what was exported (`CertificateError`).
     """
     output = Path(config.output)
+    if output.is_file():
+        raise UserError(f"output={output} is a file. Choose another name for the folder.")
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty, and nothing is overwritten. Choose another folder.")
     source = _open(config)

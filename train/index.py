@@ -38,7 +38,8 @@ def index_folder(config: IndexConfig) -> list[str]:
     output = Path(config.output or Path(config.folder) / ".ernie_index")
     model, processor = open_model(config)
     try:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("pictures")
             report = make_index(
                 config.folder,

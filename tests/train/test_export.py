@@ -66,6 +66,9 @@ def test_the_newest_checkpoint_gives_what_the_run_gave(tmp_path, monkeypatch, se
     assert files(tmp_path / "first" / names[0]) != files(run / names[0])
     with pytest.raises(UserError, match="is not empty, and nothing is overwritten"):
         export_checkpoint(ExportConfig(checkpoint=str(run), output=str(tmp_path / "out")))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        export_checkpoint(ExportConfig(checkpoint=str(run), output=str(tmp_path / "file")))
     (shard,) = first.glob("shard-*.safetensors")
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

@@ -33,7 +33,20 @@ def test_question_by_question(two, tmp_path):
     with (tmp_path / "table.txt").open("w") as file:
         Console(file=file, width=100).print(comparison_table(comparison))
     line = next(line for line in (tmp_path / "table.txt").read_text().splitlines() if "sums" in line).split()
-    assert line[:6] == ["sums", "12", "83.3", "%", "91.7", "%"] and line[-1] == "mcnemar" and "+8.3" in line
+    assert line[:6] == ["sums", "12", "83.3", "%", "91.7", "%"] and "+8.3" in line and line[-1] == "1.000"
+    assert "p by mcnemar: sums" in (tmp_path / "table.txt").read_text()
+
+
+def test_the_table_fits_a_terminal_of_80_columns(tmp_path):
+    one = dict(questions=10000, before=1.0, after=0.9, difference=-0.1, low=-0.12, high=-0.1, better=1000, worse=2000)
+    tasks = {
+        "documents": one | dict(p_value=1e-9, test="mcnemar"),
+        "video": one | dict(p_value=0.5, test="permutation"),
+    }
+    with (tmp_path / "table.txt").open("w") as file:
+        Console(file=file, width=80).print(comparison_table({"tasks": tasks}))
+    text = (tmp_path / "table.txt").read_text()
+    assert "…" not in text.replace("-12.0…-10.0", "") and "p by mcnemar: documents; p by permutation: video" in text
 
 
 def test_several_attempts_are_compared_by_their_means(two):
