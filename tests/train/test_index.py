@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_an_index_is_made_by_its_settings_and_searched_by_a_chat(checkpoint, pic
     assert [entry.caption for entry in ImageIndex.load(index).entries] == ["blue", "green", "red"]
     agent = AgentConfig(tools=["image_search"], index=str(index))
     chat = ChatConfig(checkpoint=str(checkpoint), cpu=True, agent=agent)
-    made = open_agent(chat, open_model(chat), engine=None, tools=["image_zoom_in_tool"])  # pyright: ignore
+    made = open_agent(chat, open_model(chat), SimpleNamespace(max_context=4096), tools=["image_zoom_in_tool"])  # pyright: ignore
     assert list(made.toolbox.tools) == ["image_search", "image_zoom_in_tool"]
     in_float32 = dataclasses.replace(config, precision=Precision.fp32)
     assert index_folder(in_float32)[:2] == ["computed  0", "kept      3"], "the same model, held otherwise"
