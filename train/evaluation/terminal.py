@@ -1,8 +1,8 @@
 """Results as tables in the terminal.
 
-digits               questions    score      95 %        perplexity   exact   tokens   cut
-─────────────────────────────────────────────────────────────────────────────────────────
-digits                     360   97.2 %   95.3 to 98.9        1.05   97.2 %      2.0   0 %
+        asked   score       95 %    ppl  forced  tokens    cut
+───────────────────────────────────────────────────────────────
+digits    359  97.5 %  95.8–98.9  1.057  97.5 %     2.0  0.0 %
 """
 
 from collections.abc import Callable, Mapping, Sequence
