@@ -96,8 +96,9 @@ def test_after_parallel_timeout_s_all_ranks_say_where_they_stand(outcomes):
     outcome = outcomes["wait for too long"]
     assert outcome.codes == [1, 1] and outcome.seconds < SOON_ENOUGH_S
     waiting, late = outcome.said
-    assert waiting.startswith("rank 0 on") and "Timed out" in waiting and "in all_reduce" in waiting
-    assert "in does_not_notice" in late
+    first = waiting if waiting.startswith("rank 0 on") else late  # whoever of the machine is quicker says the reason
+    assert first.startswith("rank 0 on") and "Timed out" in first
+    assert "in all_reduce" in waiting and "in does_not_notice" in late
 
 
 def test_a_good_end_says_nothing(outcomes):

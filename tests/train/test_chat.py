@@ -196,7 +196,15 @@ def test_what_is_saved_can_be_trained_on(processor, picture, tmp_path):
         assert opened.size == (112, 56)
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_chat(processor):
+@pytest.fixture
+def usual_interrupt():
+    """Ctrl-C as in a program that has just begun, whatever an earlier test left behind."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before or signal.default_int_handler)  # None: not set by Python
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(processor, usual_interrupt):
     def press():
         os.kill(os.getpid(), signal.SIGINT)
 
