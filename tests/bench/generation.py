@@ -6,6 +6,7 @@ faster of its expert back-ends; its continuous batching takes no images. Answers
 
     text, image    prompts of one length and equally many new tokens
     mixed          prompts and answers of varied length: `generate` pads, and goes on until the longest answer is done
+    decode         the same without their prompts: the time of 64 new tokens less that of one
     attempts       eight sampled answers to one prompt with an image: the engine computes the prompt once
 """
 
@@ -120,6 +121,12 @@ def continuous(theirs: Any, requests: Sequence[Request]) -> list[tuple[int, ...]
 
 class Table:
     def __init__(self) -> None:
+        self.begun = False
+
+    def begin(self) -> None:
+        if self.begun:
+            return
+        self.begun = True
         print("| requests | transformers | tokens/s | ours tokens/s | ratio | answers alike |")
         print("|---|---|---|---|---|---|", flush=True)
 
@@ -127,6 +134,7 @@ class Table:
         self, name: str, tokens: float, runs: dict[str, Callable[[int], list[tuple[int, ...]]]], rounds: int
     ) -> None:
         """Time `runs`, of which the first is ours, and print a row for each of the others."""
+        self.begin()
         kept: dict[str, list[list[tuple[int, ...]]]] = {label: [] for label in runs}
 
         def keeping(label: str, run: Callable[[int], list[tuple[int, ...]]]) -> Callable[[int], object]:
@@ -171,6 +179,36 @@ def mixed(size: Size, count: int, seed: int) -> list[Request]:
     return requests_of(size, drawn(5.0, 0.9, 32, 768), drawn(3.7, 1.0, 8, 256), seed, 0)
 
 
+def decode(size: Size, theirs: Any, model: ErnieModel, batches: Sequence[int], rounds: int) -> None:
+    """Milliseconds of a step that writes one token of every answer."""
+    new = 64
+    print("\n| writing, without the prompts | `generate`, ms a step | ours | ratio |\n|---|---|---|---|")
+    for kind, side in (("text", 0), ("image", 16)):
+        for batch in batches:
+            lengths = [128 + side**2 // 4 + 2 * bool(side)] * batch
+
+            def drawn(number: int, new: int, lengths=lengths, side=side) -> list[Request]:
+                return requests_of(size, lengths, [new] * len(lengths), number, side)
+
+            engine = make_engine(model, drawn(0, new))
+            faster_backend(theirs, drawn(0, 8)[:8])
+            ours_long, ours_short, theirs_long, theirs_short = in_turn(
+                [
+                    lambda k, engine=engine, drawn=drawn: ours(engine, drawn(k, new)),
+                    lambda k, engine=engine, drawn=drawn: ours(engine, drawn(100 + k, 1)),
+                    lambda k, drawn=drawn: generate(theirs, drawn(k, new)),
+                    lambda k, drawn=drawn: generate(theirs, drawn(k, 1)),
+                ],
+                rounds,
+                warm_up=1,
+            )
+            step = (ours_long.median - ours_short.median) / (new - 1)
+            their_step = (theirs_long.median - theirs_short.median) / (new - 1)
+            print(
+                f"| {kind}, {batch} | {1e3 * their_step:.1f} | {1e3 * step:.1f} | {their_step / step:.2f} |", flush=True
+            )
+
+
 def cache_memory(config: ErnieConfig) -> None:
     """Bytes that the process holds more once all pages are written; to be called before freed memory is kept."""
     pages = 8192
@@ -192,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="small", choices=sorted(SIZES))
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--only", default="text,image,mixed,attempts,memory")
+    parser.add_argument("--only", default="text,image,mixed,attempts,decode,memory")
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--quick", action="store_true", help="one round of shorter answers")
     args = parser.parse_args()
@@ -249,6 +287,8 @@ def main() -> None:
             "generate, num_return_sequences=8": lambda number: generate(theirs, attempts(number)[:1], attempts=8),
         }
         table.compare("8 sampled answers to (1,024 + 32), image", 8 * 32, runs, rounds)
+    if "decode" in only:
+        decode(size, theirs, model, batches, rounds)
 
 
 if __name__ == "__main__":

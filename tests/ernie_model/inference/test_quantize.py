@@ -146,7 +146,9 @@ def test_each_expert_has_its_own_importance():
 
 def test_int8_is_torchaos_to_a_step():
     """An implementation that is not ours. It divides by 127.5 or 127 and does not round scales to bfloat16."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    # Not among the tests' packages: wherever it is installed, transformers and peft load it, and it warns at length.
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore
 
     linear = torch.nn.Linear(96, 32, bias=False).requires_grad_(False)
     one = quantise(linear.weight, Scheme.INT8, search=False)
