@@ -129,7 +129,8 @@ def as_typed(line: str) -> list[str]:
 @pytest.mark.timeout(900)
 def test_the_page_from_the_first_command_to_the_last(place):
     for line in commands():
-        if line.startswith("accelerate"):  # the same program on GPUs; tests/test_readme.py composes it
+        # The same program on GPUs; one that waits for a person; questions that are not here. test_readme.py composes them.
+        if line.startswith(("accelerate", "ernie chat", "ernie evaluate")):
             continue
         out = run(place, as_typed(line))
         assert out.returncode == 0, f"{line}\n{out.stdout[-3000:]}\n{out.stderr[-3000:]}"

@@ -129,7 +129,7 @@ def test_places_are_limited_and_who_waits_is_served_in_turn(processor):
         assert httpx.get(f"{url}/health").status_code == 200, "who only asks how it is needs no place"
         assert not second.done()
         assert first.result().status_code == second.result().status_code == 200
-        assert counted(service, "busy") == 1 and counted(service, "done") == 2
+        until(lambda: counted(service, "busy") == 1 and counted(service, "done") == 2)
 
 
 def test_an_engine_that_is_full_is_told_like_a_server_that_is(processor):
