@@ -129,7 +129,7 @@ def as_typed(line: str) -> list[str]:
 @pytest.mark.timeout(900)
 def test_the_page_from_the_first_command_to_the_last(place):
     for line in commands():
-        # The same program on GPUs, one that waits for a person, and questions that are not here: they are only composed.
+        # On GPUs, by a person, with questions that are not here: test_readme.py composes these.
         if line.startswith(("accelerate", "ernie chat", "ernie evaluate")):
             continue
         out = run(place, as_typed(line))

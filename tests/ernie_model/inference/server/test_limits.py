@@ -122,8 +122,8 @@ def test_places_are_limited_and_who_waits_is_served_in_turn(processor):
         until(lambda: service.gate.inside == 1)
         second = threads.submit(post, url)
         until(lambda: service.gate.waiting == 1)
-        with pytest.raises(openai.RateLimitError) as error:
-            client(url).chat.completions.create(**BODY)
+        with client(url) as refused, pytest.raises(openai.RateLimitError) as error:
+            refused.chat.completions.create(**BODY)
         assert 1 <= int(error.value.response.headers["retry-after"]) <= 60
         assert error.value.code == "rate_limit_exceeded"
         assert httpx.get(f"{url}/health").status_code == 200, "who only asks how it is needs no place"
