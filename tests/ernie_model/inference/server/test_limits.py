@@ -38,7 +38,7 @@ def post(url, body=BODY, **options):
 
 
 # OpenAI's client leaves the socket of a broken stream to the collector, which another test then hears of.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def until(holds, seconds=10.0):
@@ -179,10 +179,9 @@ def test_an_error_within_a_stream_ends_it(processor):
                     raise RuntimeError("broken")
 
     with served(processor, Breaking(processor.tokenizer, lambda prompt: "Good morning.")) as (url, engine, _):
-        with client(url) as asking, asking.chat.completions.create(**BODY, stream=True) as answer:
-            with pytest.raises(openai.APIError, match="The server failed"):
-                for _ in answer:
-                    pass
+        with client(url) as asking, pytest.raises(openai.APIError, match="The server failed"):
+            for _ in asking.chat.completions.create(**BODY, stream=True):
+                pass
         assert engine.running == 0
 
 
