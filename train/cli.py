@@ -33,7 +33,8 @@ examples:
   ernie sft experiment=digits                        learn to read handwriting, on a CPU, in minutes
   ernie sft data=files data.path=chats.jsonl         your own conversations
   ernie doctor data=files data.path=chats.jsonl      what is wrong with it, before training
-  ernie evaluate checkpoint=runs/digits tasks=[digits]   how good a model is, on tasks and on your own questions
+  ernie evaluate checkpoint=runs/digits tasks=[digits]
+                                                     how good a model is, on tasks and on your own questions
   ernie sft experiment=digits --cfg job              show the settings and stop
 """
 
