@@ -3,12 +3,11 @@
 train/compose.py makes them from the files and the command line; nothing below the entry points sees OmegaConf.
 """
 
-import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -110,6 +109,29 @@ def check_limit(key: str, limit: int | None) -> None:
 
 def check_seed(key: str, seed: int) -> None:
     check(0 <= seed <= MAX_SEED, f"{key} is {seed}; it must lie in 0..{MAX_SEED}.")
+
+
+Entry = TypeVar("Entry")
+
+
+def typed_entry(cls: type[Entry], where: str, settings: Any, *, of: str, example: str) -> Entry:
+    """One entry of settings whose names the user chooses. OmegaConf cannot add typed ones from the command line.
+
+    Raises:
+        UserError: no dictionary, a key that there isn't, a value of another type.
+    """
+    check(isinstance(settings, dict), f"{where} is {settings}; it must be like {example}.")
+    schema = OmegaConf.structured(cls)
+    known = [str(key) for key in schema]
+    for key in settings:
+        check(key in known, f"{where}.{key} is not a setting of {of}{suggestion(str(key), known)}")
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(schema, settings))
+    except OmegaConfBaseException as error:
+        key = f"{where}.{error.full_key}" if error.full_key else where
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    assert isinstance(typed, cls)
+    return typed
 
 
 @dataclass
@@ -271,20 +293,11 @@ class SetConfig:
 
     @classmethod
     def of(cls, name: str, settings: Any) -> "SetConfig":
-        """One entry of `data.sets`, checked. OmegaConf cannot add typed entries from the command line."""
+        """One entry of `data.sets`, checked."""
         if isinstance(settings, SetConfig):
             return settings
         where = f"data.sets.{name}"
-        check(isinstance(settings, dict), f"{where} is {settings}; it must be like {{path: chats.jsonl, weight: 2}}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            check(key in known, f"{where}.{key} is not a setting of a set{suggestion(key, known)}")
-        try:
-            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
-        except OmegaConfBaseException as error:
-            key = f"{where}.{error.full_key}" if error.full_key else where
-            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-        assert isinstance(typed, cls)
+        typed = typed_entry(cls, where, settings, of="a set", example="{path: chats.jsonl, weight: 2}")
         check((typed.path is None) != (typed.task is None), f"{where} needs a path or a task, and not both.")
         if typed.task is not None:
             unused = [key for key in settings if key not in ("task", "limit", "weight", "modality")]

@@ -4,17 +4,15 @@ They share where the weights are (`Weights`), how the engine runs (`EngineSettin
 (`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from ernie_model.inference.engine import EngineSettings
 from ernie_model.inference.tools import Limits
-from train.config import PositionRule, Precision, TrackerConfig, UserError, check, check_seed, suggestion
+from train.config import PositionRule, Precision, TrackerConfig, check, check_limit, check_seed, typed_entry
 
 
 @dataclass
@@ -156,16 +154,7 @@ class AskedConfig:
         if isinstance(settings, AskedConfig):
             return settings
         where = f"per_task.{name}"
-        check(isinstance(settings, dict), f"{where} is {settings}; it must be like {{reward: anls, limit: 100}}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in settings:
-            check(key in known, f"{where}.{key} is not a setting of a task{suggestion(str(key), known)}")
-        try:
-            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), settings))
-        except OmegaConfBaseException as error:
-            key = f"{where}.{error.full_key}" if error.full_key else where
-            raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-        assert isinstance(typed, cls)
+        typed = typed_entry(cls, where, settings, of="a task", example="{reward: anls, limit: 100}")
         for key in ("limit", "max_new_tokens"):
             value = getattr(typed, key)
             check(value is None or value >= 1, f"{where}.{key} is {value}; it must be at least 1, or null.")
@@ -212,7 +201,7 @@ class EvaluationConfig(ModelAtWork):
     def __post_init__(self):
         self.per_task = {name: AskedConfig.of(name, settings) for name, settings in self.per_task.items()}
         check(bool(self.tasks), "tasks is empty; for example tasks=[digits], or tasks=[questions.jsonl].")
-        check(self.limit is None or self.limit >= 1, f"limit is {self.limit}; it must be at least 1, or null for all.")
+        check_limit("limit", self.limit)
         check(self.attempts >= 1, f"attempts is {self.attempts}; it must be at least 1.")
         check(
             self.attempts == 1 or self.sampling.temperature > 0,
