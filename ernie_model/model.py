@@ -86,6 +86,10 @@ class ErnieModel(nn.Module):
         self.init_weights()
 
     @property
+    def activation_dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.norm.weight.dtype  # the norm, because it is never quantised
+
+    @property
     def head_VD(self) -> Tensor:
         """Weight of the language-model head: the embedding when the two are tied."""
         return self.head.weight
@@ -200,8 +204,7 @@ class ErnieModel(nn.Module):
 
     def _like(self) -> Tensor:
         """(0, D) activations: their dtype and device."""
-        weight = self.norm.weight  # which is never quantised
-        return weight.new_zeros(0, self.config.hidden_size, dtype=self.compute_dtype or weight.dtype)
+        return self.norm.weight.new_zeros(0, self.config.hidden_size, dtype=self.activation_dtype)
 
     def _pools(
         self,

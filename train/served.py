@@ -10,6 +10,7 @@ import torch
 from ernie_model.checkpoint import load_model, local_folder
 from ernie_model.config import PositionAfterVideo
 from ernie_model.inference.engine import Engine
+from ernie_model.inference.kernels import copied_bytes
 from ernie_model.inference.quantize import load_quantised, prepare, quantization_of
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -96,11 +97,13 @@ def open_engine(config: ModelAtWork, served: Served) -> Engine:
     Raises:
         UserError: engine.* asks for what this model, or this machine, cannot be run with.
     """
-    free = available_memory(device_of(config))
-    if free is not None and config.engine.cache_gib * 2**30 > free:
+    free, copies = available_memory(device_of(config)), copied_bytes(served.model)
+    if free is not None and config.engine.cache_gib * 2**30 + copies > free:
+        faster = f" and copies of dense weights take {copies / 2**30:.1f} GiB" if copies else ""
+        way_out = "lower it" if copies < free else "precision=bf16 and quantize.* make the copies smaller"
         raise UserError(
-            f"engine.cache_gib is {config.engine.cache_gib:g}, but beside the model only {free / 2**30:.1f} GiB are "
-            f"free on {device_of(config)}; lower it."
+            f"engine.cache_gib is {config.engine.cache_gib:g}{faster}, but beside the model only {free / 2**30:.1f} "
+            f"GiB are free on {device_of(config)}; {way_out}."
         )
     try:
         return Engine(served.model, served.processor.tokenizer, config.engine)

@@ -574,8 +574,7 @@ class Engine:
 
 
 def _num_pages(model: ErnieModel, settings: EngineSettings) -> int:
-    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    page_bytes = Runner.page_bytes(model.config, dtype, settings.page_tokens)
+    page_bytes = Runner.page_bytes(model.config, model.activation_dtype, settings.page_tokens)
     num_pages = int(settings.cache_gib * 2**30 / page_bytes)
     if num_pages < 1:
         raise ValueError(

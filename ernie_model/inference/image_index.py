@@ -76,7 +76,7 @@ class Embedder:
         image = bounded(ToolResult((image,)), Limits(max_image_pixels=self.max_pixels)).images[0]
         patch_array_PX, grid = image_patches(image, self.processor.image)
         like = self.model.norm.weight
-        patch_PX = torch.from_numpy(patch_array_PX).to(like.device, self.model.compute_dtype or like.dtype)
+        patch_PX = torch.from_numpy(patch_array_PX).to(like.device, self.model.activation_dtype)
         vision, resampler = self.model.vision, self.model.resampler
         assert vision is not None and resampler is not None
         seen_PC = vision(patch_PX, [grid])

@@ -46,7 +46,7 @@ def multiply(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
     if x_TI.dtype == torch.float32:
         if rows == 1 and weight_OI.shape[0] % 2 == 0:
             # These strides, said outright: with others that mean the same, the library takes a seventh of the speed.
-            x_2I1 = x_TI.as_strided((2, inputs, 1), (0, 1, inputs))
+            x_2I1 = x_TI.contiguous().as_strided((2, inputs, 1), (0, 1, inputs))
             return torch.bmm(weight_OI.view(2, -1, inputs), x_2I1).view(1, -1)
         if 1 < rows <= (8 if inputs <= NARROW else 3):
             return torch.mm(weight_OI, x_TI.t()).t()
@@ -66,6 +66,10 @@ def can_pack() -> bool:
         return False
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    return dtype != torch.float64 and can_pack()
+
+
 def _pack(weight_OI: Tensor) -> Tensor:
     # The number of rows is a hint; what it chooses from 4 on serves any number.
     return torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), 32)
@@ -78,11 +82,10 @@ def _linear_packed(x_TI: Tensor, packed: Tensor) -> Tensor:
 class PackedWeight:
     """A weight, and a copy of it as oneDNN reads it."""
 
-    def __init__(self, weight_OI: Tensor, dtype: torch.dtype, *, copied: bool = False):
+    def __init__(self, weight_OI: Tensor, dtype: torch.dtype):
         self.weight_OI = weight_OI.detach()
-        self.packed = _pack(self.weight_OI.to(dtype)) if dtype != torch.float64 and can_pack() else None
+        self.packed = _pack(self.weight_OI.to(dtype)) if _packs(dtype) else None
         self.least = 4 if dtype == torch.float32 else 1
-        self.nbytes = weight_OI.numel() * dtype.itemsize * (self.packed is not None) + weight_OI.nbytes * copied
 
     def __call__(self, x_TI: Tensor) -> Tensor:
         if self.packed is not None and x_TI.shape[0] >= self.least:
@@ -108,7 +111,7 @@ class PackedLinear(_Plain):
 
 
 class PackedEmbedding(_Plain):
-    """Rows by token id, and with `project` the tied head."""
+    """The embedding where it is the head as well: rows by token id, and `project`."""
 
     def __init__(self, embedding: nn.Embedding, dtype: torch.dtype):
         super().__init__()
@@ -143,7 +146,7 @@ class FusedAttention(_Plain):
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         weight_OI = torch.cat([part.weight.detach() for part in parts])
         bias = [part.bias.detach() for part in parts if part.bias is not None]
-        self.product, self.bias = PackedWeight(weight_OI, dtype, copied=True), torch.cat(bias) if bias else None
+        self.product, self.bias = PackedWeight(weight_OI, dtype), torch.cat(bias) if bias else None
         self.head_dim = attention.head_dim
         self.sizes = [part.out_features // attention.head_dim for part in parts]
         self.o_proj = PackedLinear(attention.o_proj, dtype)
@@ -206,29 +209,41 @@ def _each(x_UD: Tensor, experts: Experts, groups: Sequence[tuple[int, int]]) -> 
 # --------------------------------------------------------------------------------------------------------- whole models
 
 
-def answering(model: ErnieModel, dtype: torch.dtype) -> ErnieModel:
+def answering(model: ErnieModel) -> ErnieModel:
     """`model` as it answers fastest: modules of its own over the same parameters. On a GPU, the model itself.
 
-    Copies of dense weights are made now: after the weights have changed, call it again.
+    Copies of dense weights (`copied_bytes`) are made now: after the weights have changed, call it again.
     """
     if model.norm.weight.device.type != "cpu":
         return model
-    other = _answering(model, dtype)
+    other = _answering(model, model.activation_dtype)
     assert isinstance(other, ErnieModel)
     return other
+
+
+def copied_bytes(model: ErnieModel) -> int:
+    """Memory of the copies that `answering` makes: dense weights once in oneDNN's layout, and queries, keys and values
+    once more as one matrix."""
+    if model.norm.weight.device.type != "cpu":
+        return 0
+    dtype, modules = model.activation_dtype, list(model.modules())
+    dense = [m for m in modules if type(m) is Linear] + ([model.embed_tokens] if _embeds_and_heads(model) else [])
+    fused = [p for m in modules if isinstance(m, Attention) and _fuses(m) for p in (m.q_proj, m.k_proj, m.v_proj)]
+    packed = sum(m.weight.numel() for m in dense) * dtype.itemsize * _packs(dtype)
+    return packed + sum(part.weight.nbytes for part in fused)
 
 
 def _answering(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     if type(module) is Linear:
         return PackedLinear(module, dtype)
-    if type(module) is nn.Embedding:
-        return PackedEmbedding(module, dtype)
-    if type(module) is Attention and all(type(m) is Linear for m in module.children()):
+    if isinstance(module, Attention) and _fuses(module):
         return FusedAttention(module, dtype)
     if type(module) is RMSNorm and dtype == module.weight.dtype and dtype in (torch.float32, torch.float64):
         return FastNorm(module)
     other = copy.copy(module)
     other._modules = {name: None if m is None else _answering(m, dtype) for name, m in module._modules.items()}
+    if isinstance(module, ErnieModel) and _embeds_and_heads(module):
+        other._modules["embed_tokens"] = PackedEmbedding(module.embed_tokens, dtype)
     # nn.Module finds its children by a slow path, unless they are attributes like any other.
     other.__dict__ |= {name: value for kind in (other._modules, other._parameters) for name, value in kind.items()}
     if isinstance(other, MoE) and other.route is route_local and all(type(e) is Experts for e in _experts(other)):
@@ -236,11 +251,13 @@ def _answering(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return other
 
 
+def _fuses(attention: Attention) -> bool:
+    return type(attention) is Attention and all(type(m) is Linear for m in attention.children())
+
+
+def _embeds_and_heads(model: ErnieModel) -> bool:
+    return model.lm_head is None and type(model.embed_tokens) is nn.Embedding
+
+
 def _experts(moe: MoE) -> list[nn.Module]:
     return [pool.experts for pool in (moe.text, moe.vision) if pool is not None]
-
-
-def copied_bytes(model: ErnieModel) -> int:
-    """What the copies of a model made by `answering` take."""
-    products = [m.product for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding | FusedAttention)]
-    return sum(product.nbytes for product in products)

@@ -63,9 +63,8 @@ class Runner:
 
     def __init__(self, model: ErnieModel, *, num_pages: int, page_tokens: int, max_rows: int):
         self.model, self.max_rows = model, max_rows
-        weight = model.norm.weight  # which is never quantised
-        self.dtype, self.device = model.compute_dtype or weight.dtype, weight.device
-        self._answering = answering(model, self.dtype)
+        self.dtype, self.device = model.activation_dtype, model.norm.weight.device
+        self._answering = answering(model)
         self.cache = PagedCache(
             model.config, num_pages=num_pages, page_tokens=page_tokens, dtype=self.dtype, device=self.device
         )
@@ -130,4 +129,4 @@ class Runner:
 
     def weights_changed(self) -> None:
         """What was derived from the weights is made anew."""
-        self._answering = answering(self.model, self.dtype)
+        self._answering = answering(self.model)

@@ -154,8 +154,7 @@ def make_engine(
     config: ErnieConfig, tokenizer, *, num_pages: int = 64, page_tokens: int = 4, clock=None, **settings
 ) -> tuple[Engine, FakeRunner]:
     """An engine with so many pages over a `FakeRunner`."""
-    weight = torch.empty(0, dtype=torch.float32)
-    model = SimpleNamespace(config=config, compute_dtype=None, embed_tokens=SimpleNamespace(weight=weight))
+    model = SimpleNamespace(config=config, activation_dtype=torch.float32)
     page_bytes = Runner.page_bytes(config, torch.float32, page_tokens)
     runner = FakeRunner(config, num_pages, page_tokens)
     engine = Engine(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ernie_model.config import PositionAfterVideo
 from ernie_model.context import Packed
 from ernie_model.inference.engine import Engine, EngineSettings
+from ernie_model.inference.kernels import copied_bytes
 from ernie_model.inference.request import Completion, Finish, Prompt, Regex, RequestError, SamplingParams
 from ernie_model.inference.runner import Runner
 from ernie_model.model import ErnieModel
@@ -223,5 +224,22 @@ def test_open_engine_names_the_setting(models, tokenizer, setting):
     served = Served(model, SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=f"engine.{next(iter(setting))}"):
         open_engine(ModelAtWork(engine=EngineSettings(**setting)), served)
-    config = ModelAtWork(engine=EngineSettings(cache_gib=0.01, page_tokens=8))
+    config = ModelAtWork(cpu=True, engine=EngineSettings(cache_gib=0.01, page_tokens=8))
     assert len(open_engine(config, served).generate([text(1, 9)], PARAMS)[0].token_ids) == 6
+
+
+def test_open_engine_counts_the_copies_of_weights(models, tokenizer, monkeypatch):
+    from train import served
+    from train.config import UserError
+    from train.inference_config import ModelAtWork
+
+    opened = served.Served(models(torch.float32), SimpleNamespace(tokenizer=tokenizer))  # pyright: ignore[reportArgumentType]
+    config = ModelAtWork(cpu=True, engine=EngineSettings(cache_gib=2**-7))
+    copies = copied_bytes(opened.model)
+    for free, message in ((2**23 + copies - 1, "lower it"), (copies - 1, "precision=bf16"), (2**23 + copies, None)):
+        monkeypatch.setattr(served, "available_memory", lambda device, free=free: free)
+        if message is None:
+            served.open_engine(config, opened)
+        else:
+            with pytest.raises(UserError, match=f"engine.cache_gib .* copies of dense weights .* {message}"):
+                served.open_engine(config, opened)

@@ -24,7 +24,8 @@ def test_products(rows, outputs, inputs, dtype, tolerance):
     expected = x_TI.double() @ weight_OI.double().t()
     spread = torch.randn(rows, 3, inputs, dtype=dtype)
     spread[:, 1] = x_TI
-    for x in (x_TI, spread[:, 1]):
+    of_columns = torch.cat((x_TI, x_TI)).t().contiguous().t()[:rows]
+    for x in (x_TI, spread[:, 1], of_columns):
         for y in (kernels.multiply(x, weight_OI), kernels.PackedWeight(weight_OI, dtype)(x)):
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=tolerance * inputs**0.5)
 
@@ -57,7 +58,7 @@ def test_the_model_that_trains_is_left_alone():
     """Same parameters, other modules: `answering` adds nothing to the model, and its gradients are what they were."""
     model = build(torch.float32)
     before = {name: type(module) for name, module in model.named_modules()}
-    answering = kernels.answering(model, torch.float32)
+    answering = kernels.answering(model)
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert all(layer.mlp.route is route_local for layer in model.layers if hasattr(layer.mlp, "route"))
     assert answering.layers[1].mlp.text.experts.gate_up_EFD is model.layers[1].mlp.text.experts.gate_up_EFD
@@ -80,7 +81,7 @@ def test_modules_of_others_stay_what_they_are():
     attention, moe = model.layers[0].self_attn, model.layers[1].mlp
     attention.q_proj.__class__ = Adapted
     moe.route = lambda *arguments: route_local(*arguments) * 2
-    answering = kernels.answering(model, torch.float64)
+    answering = kernels.answering(model)
     assert type(answering.layers[0].self_attn) is Attention and answering.layers[1].mlp.route is moe.route
     token_T, position_3T = torch.arange(20, 30), torch.arange(10).expand(3, -1)
     with torch.no_grad():
@@ -92,17 +93,33 @@ def test_without_onednn(monkeypatch):
     monkeypatch.setattr(kernels, "can_pack", lambda: False)
     weight, x = torch.randn(6, 10), torch.randn(5, 10)
     product = kernels.PackedWeight(weight, torch.float32)
-    assert product.packed is None and product.nbytes == 0
+    assert product.packed is None
     torch.testing.assert_close(product(x), F.linear(x, weight))
 
 
-def test_memory_of_the_copies():
-    """Dense weights once in oneDNN's layout; queries, keys and values once more as one matrix."""
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("can_pack", [True, False])
+def test_memory_of_the_copies(tied, can_pack, monkeypatch):
+    """Dense weights once in oneDNN's layout, of which an embedding is none; queries, keys and values once more."""
+    monkeypatch.setattr(kernels, "can_pack", lambda: can_pack)
     config = ErnieConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=24,
+        intermediate_size=24, tie_word_embeddings=tied,
     )  # fmt: skip
     model = ErnieModel(config)
     dense = 40 * 16 + 16 * 16 + 3 * 16 * 24  # head, attention's output, MLP
     qkv = (16 + 8 + 8) * 16
-    assert kernels.copied_bytes(kernels.answering(model, torch.float32)) == 4 * (dense + 2 * qkv)
+    assert kernels.copied_bytes(model) == 4 * ((dense + qkv) * can_pack + qkv)
+    if kernels.PackedWeight(torch.ones(2, 2), torch.float32).packed is not None:
+        products = [m.product for m in kernels.answering(model).modules() if hasattr(m, "product")]
+        assert sum(product.weight_OI.numel() for product in products if product.packed is not None) == dense + qkv
+
+
+def test_a_model_with_a_head_of_its_own():
+    model = build(torch.float64, tie_word_embeddings=False)
+    token_T, position_3T = torch.arange(20, 30), torch.arange(10).expand(3, -1)
+    with torch.no_grad():
+        ours, theirs = (
+            m.logits(m(token_T, position_3T, Packed([10])).hidden_TD) for m in (kernels.answering(model), model)
+        )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
