@@ -8,9 +8,10 @@
 Names say nothing about the items, and those that are asked for held out are in no training conversation, so there is no
 answer without the tool. `Task.write_index` writes the catalogue, pictures with captions, for `ernie index`. The user's
 picture is the catalogue's on other paper, a little moved. In the traces the results are the most alike by what is drawn
-on them; the tool itself compares what the model sees.
+on them, among the items of the trace's own split; the tool itself compares what the model sees, in the whole catalogue.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -74,16 +75,17 @@ def catalogue(seed: int) -> dict[Split, list[Badge]]:
 def conversations(split: Split, seed: int = 0) -> list[Conversation]:
     rng = np.random.default_rng([seed, 6, SPLITS.index(split)])
     return [
-        _trace(f"search-{split}-{number:04d}", badge, seed, rng) for number, badge in enumerate(catalogue(seed)[split])
+        _trace(f"search-{split}-{number:04d}", badge, catalogue(seed)[split], rng)
+        for number, badge in enumerate(catalogue(seed)[split])
     ]
 
 
-def _trace(id: str, badge: Badge, seed: int, rng: np.random.Generator) -> Conversation:
+def _trace(id: str, badge: Badge, others: Sequence[Badge], rng: np.random.Generator) -> Conversation:
     x, y = (int(by) for by in rng.integers(-2, 3, size=2))
     asked = badge.picture((x, y), light=int(rng.integers(1, 8)))
     look, read = THOUGHTS
     found: list[Part] = []
-    for place, (likeness, hit) in enumerate(_nearest(badge, seed), start=1):
+    for place, (likeness, hit) in enumerate(_nearest(badge, others), start=1):
         found += [Part.of_text(f"{place}. {hit.name} (likeness {likeness:.2f})\n"), Part.of_image(hit.picture())]
     return Conversation(
         id=id,
@@ -100,10 +102,9 @@ def _trace(id: str, badge: Badge, seed: int, rng: np.random.Generator) -> Conver
     )
 
 
-def _nearest(badge: Badge, seed: int) -> list[tuple[float, Badge]]:
+def _nearest(badge: Badge, others: Sequence[Badge]) -> list[tuple[float, Badge]]:
     """The most alike by their looks, the badge itself first."""
-    everything = [other for split in SPLITS for other in catalogue(seed)[split]]
-    scored = [(sum(a == b for a, b in zip(badge.looks, other.looks, strict=True)), other) for other in everything]
+    scored = [(sum(a == b for a, b in zip(badge.looks, other.looks, strict=True)), other) for other in others]
     scored.sort(key=lambda pair: (-pair[0], pair[1].name))
     return [(1 - 0.12 * (len(badge.looks) - same) - 0.01, other) for same, other in scored[:HITS]]
 

@@ -193,6 +193,8 @@ def test_no_name_of_the_catalogue_is_twice_and_none_is_in_both_splits():
     names = [badge.name for split in both.values() for badge in split]
     looks = [badge.looks for split in both.values() for badge in split]
     assert len(set(names)) == len(set(looks)) == len(names) == 500
+    shown = " ".join(part.text for one in search.conversations("train", 0) for m in one.messages for part in m.parts)
+    assert not {badge.name for badge in both["heldout"]} & set(shown.split())  # nor among the results of a tool
 
 
 def test_a_search_trace_reads_as_the_tool_writes_it(tmp_path: Path):
