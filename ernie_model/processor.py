@@ -37,7 +37,7 @@ from ernie_model.chat import (
     render_continuation,
     to_text,
 )
-from ernie_model.checkpoint import local_folder
+from ernie_model.checkpoint import CheckpointError, local_folder
 from ernie_model.config import ErnieConfig
 from ernie_model.images import (
     CLIP_MEAN,
@@ -293,7 +293,7 @@ class Processor:
         Of a repository, only the tokenizer, the JSON files and the font are downloaded.
 
         Raises:
-            CheckpointError: `source` is neither a folder nor a repository that can be reached.
+            CheckpointError: `source` is neither a folder nor a repository that can be reached, or is laid out for vLLM.
             TokenizerError: no tokenizer.json, or one that does not fit the configuration.
             ConfigError: see `ErnieConfig.load`.
         """
@@ -334,6 +334,8 @@ class Processor:
 
 
 GENERATION_FILE = "generation_config.json"
+VLLM_FRAME_LIMITS = "frame_size"
+"""In `IMAGE_FILE` of a folder that is laid out for vLLM (train/vllm_layout.py), and of no other."""
 PROCESSOR_CLASS = "Ernie4_5_VLMoeProcessor"
 
 
@@ -373,11 +375,9 @@ def _spans(pieces: Sequence[Piece], owner: Sequence[int]) -> tuple[Span, ...]:
 def _check_ids(tokenizer: Tokenizer, config: ErnieConfig) -> None:
     """The tokenizer and config.json must mean the same tokens: a wrong id would train text as pixels."""
     if tokenizer.vocab_size > config.vocab_size:
-        for_vllm = (tokenizer.special_id("<|image@placeholder|>") or 0) >= config.vocab_size
-        why = "an export with layout=vllm, which is for vLLM; name one with layout=hub"
         raise TokenizerError(
             f"{tokenizer.source} has ids up to {tokenizer.vocab_size - 1}, but vocab_size in config.json is "
-            f"{config.vocab_size}; {why if for_vllm else 'they belong to different models'}."
+            f"{config.vocab_size}; they belong to different models."
         )
     if config.vision is None:
         return
@@ -454,6 +454,11 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _read_image_settings(folder: Path) -> ImageSettings:
     raw = _read_json(folder, IMAGE_FILE) or _read_json(folder, PROCESSOR_FILE).get("image_processor", {})
+    if VLLM_FRAME_LIMITS in raw:
+        raise CheckpointError(
+            f"{folder} is an export with layout=vllm, which is for vLLM and lacks the settings of videos; name one "
+            "with layout=hub."
+        )
     return ImageSettings(**_pixel_settings(raw))
 
 

@@ -15,7 +15,14 @@ from pathlib import Path
 import vllm_plugin
 from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
-from ernie_model.processor import CHAT_TEMPLATE_FILE, IMAGE_FILE, PROCESSOR_FILE, VIDEO_FILE, Processor
+from ernie_model.processor import (
+    CHAT_TEMPLATE_FILE,
+    IMAGE_FILE,
+    PROCESSOR_FILE,
+    VIDEO_FILE,
+    VLLM_FRAME_LIMITS,
+    Processor,
+)
 from ernie_model.tokenizer import IMAGE, TOKENIZER_FILE, VIDEO
 
 PLACES = {IMAGE: "<|image@placeholder|>", VIDEO: "<|video@placeholder|>"}
@@ -75,9 +82,9 @@ def _image_settings(processor: Processor) -> dict:
             "AutoProcessor": f"{PROCESSING}.Ernie4_5_VLProcessor",
             "AutoImageProcessor": f"{PROCESSING}.Ernie4_5_VLImageProcessor",
         },
-        # The second pair of names is what this suite and transformers read.
+        # The second pair of names is what classes of transformers read.
         "size": limits | {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels},
-        "frame_size": {"min_pixels": processor.video.min_pixels, "max_pixels": processor.video.max_pixels},
+        VLLM_FRAME_LIMITS: {"min_pixels": processor.video.min_pixels, "max_pixels": processor.video.max_pixels},
         "patch_size": image.patch_size,
         "merge_size": image.merge_size,
         "rescale_factor": 1 / 255,

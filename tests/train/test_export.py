@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ernie_model.atomic import atomic_folder
-from ernie_model.checkpoint import load_model, write_model
+from ernie_model.checkpoint import CheckpointError, load_model, write_model
 from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
-from ernie_model.tokenizer import TokenizerError, load_tiny_tokenizer, tiny_tokenizer_ids
+from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from train import certificate, export, sft
 from train.certificate import CertificateError
 from train.config import Precision, UserError
@@ -298,7 +298,10 @@ def test_the_layout_of_vllm(base, tmp_path):
     ids = {token["content"]: token["id"] for token in added}
     assert ids["<|image@placeholder|>"] == CONFIG.vocab_size and len(set(ids.values())) == len(added)
     assert load_model(folder).config == CONFIG  # the weights are as they were
-    with pytest.raises(TokenizerError, match="an export with layout=vllm, which is for vLLM; name one with layout=hub"):
-        Processor.from_pretrained(folder)
+    # Whether or not the tokenizer knew the place tokens before, as that of a released checkpoint does.
+    for vocab_size in (CONFIG.vocab_size, CONFIG.vocab_size + 2):
+        (folder / "config.json").write_text(json.dumps(raw | {"vocab_size": vocab_size}))
+        with pytest.raises(CheckpointError, match="an export with layout=vllm.* name one with layout=hub"):
+            Processor.from_pretrained(folder)
     assert not (folder / "certificate.json").exists()
     assert "vllm serve out/export --trust-remote-code" in (folder / "README.md").read_text()
