@@ -38,6 +38,7 @@ from train import checkpoint, model_card
 from train.build import build_model, build_processor, read_config
 from train.calibration import quantise
 from train.certificate import (
+    SAME,
     CertificateError,
     Certifier,
     Verdict,
@@ -108,6 +109,7 @@ def export_checkpoint(config: ExportConfig) -> list[Path]:
     if output.exists() and any(output.iterdir()):
         raise UserError(f"output={output} is not empty, and nothing is overwritten. Choose another folder.")
     source = _open(config)
+    _refuse(source, config)
     aside = output.with_name(f"{output.name}.refused")
     try:
         with atomic_folder(output) as folder:
@@ -201,6 +203,23 @@ def _chosen(path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------------------- write
 
 
+def _refuse(source: Source, config: ExportConfig) -> None:
+    """What cannot be done, before anything is computed.
+
+    Raises:
+        UserError: see the messages.
+    """
+    if config.quantize.parts() and source.values is None:
+        raise UserError(
+            "quantize needs whole weights, and this run writes an adapter alone. Merge it: `ernie export "
+            f"checkpoint=BASE adapter={config.checkpoint} output=... quantize...`"
+        )
+    if config.vllm_python is not None and source.architecture.vision is not None and config.layout is not Layout.vllm:
+        raise UserError("vllm_python asks vLLM, which reads vision-language models with layout=vllm. Set both.")
+    if config.certify is Certify.transformers and not transformers_installed():
+        raise UserError("certify=transformers needs transformers 5 or later: pip install 'transformers>=5'")
+
+
 def _write(source: Source, output: Path, config: ExportConfig) -> list[str]:
     """All folders of an export, into an existing one; their names."""
     names = []
@@ -211,11 +230,6 @@ def _write(source: Source, output: Path, config: ExportConfig) -> list[str]:
         source.adapters.config = alone
         names.append("adapter")
     if source.values is None:
-        if config.quantize.parts():
-            raise UserError(
-                "quantize needs whole weights, and this run writes an adapter alone. Merge it: `ernie export "
-                f"checkpoint=BASE adapter={config.checkpoint} output=... quantize...`"
-            )
         return names
     name = "quantized" if config.quantize.parts() else "export"
     (output / name).mkdir()
@@ -242,8 +256,6 @@ def _write_weights(source: Source, values: Values, folder: Path, config: ExportC
     if config.layout is Layout.vllm:
         to_vllm_layout(folder, source.processor)
     if config.vllm_python is not None:
-        if source.architecture.vision is not None and config.layout is not Layout.vllm:
-            raise UserError("vllm_python asks vLLM, which reads vision-language models with layout=vllm. Set both.")
         assert certifier is not None  # _ask_before_layout
         verdicts.append(certifier.vllm(folder, config.vllm_python))
     _write_card(source, folder, config, stored, {})
@@ -261,8 +273,6 @@ def _ask_before_layout(
     ask = config.certify is Certify.transformers or (
         config.certify is Certify.auto and small and transformers_installed()
     )
-    if ask and not transformers_installed():
-        raise UserError("certify=transformers needs transformers 5 or later: pip install 'transformers>=5'")
 
     def rounded(name: str, index: tuple) -> Tensor:
         value = values.read(name, index)
@@ -292,9 +302,7 @@ def _write_quantised(source: Source, values: Values, folder: Path, config: Expor
     prepare(model)
     certifier = Certifier(model, source.processor)
     read = load_quantised(folder, dtype=stored)
-    moved = [
-        compare(case.name, plain.ours[case.name], compute(model, case), plain.bounds[case.name]) for case in plain.cases
-    ]
+    moved = [compare(case.name, plain.ours[case.name], compute(model, case), SAME) for case in plain.cases]
     change = {
         one.case: {
             "mean_difference": one.mean_difference,

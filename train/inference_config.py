@@ -383,7 +383,13 @@ class ExportConfig:
 
     def __post_init__(self):
         check(self.max_shard_gb > 0, f"max_shard_gb is {self.max_shard_gb}; it must be more than 0.")
-        check(
-            self.layout is Layout.hub or not self.quantize.parts(),
-            "layout=vllm and quantize exclude each other: vLLM does not read this suite's quantised weights.",
-        )
+        others = {
+            "layout=vllm": self.layout is Layout.vllm,
+            "certify=transformers": self.certify is Certify.transformers,
+            "vllm_python": self.vllm_python is not None,
+        }
+        for name, asked in others.items():
+            check(
+                not (asked and self.quantize.parts()),
+                f"{name} and quantize exclude each other: only this suite reads its quantised weights.",
+            )

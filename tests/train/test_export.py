@@ -276,8 +276,11 @@ def test_fewer_bits(base, tmp_path):
     assert torch.tensor(list(last.values())).allclose(logits.values, atol=1e-5)
     with pytest.raises(UserError, match="is quantised, and what it was made of cannot be had back"):
         export_checkpoint(ExportConfig(checkpoint=str(folder), output=str(tmp_path / "again")))
-    with pytest.raises(UserError, match="layout=vllm and quantize exclude each other"):
-        ExportConfig(checkpoint="a", output="b", layout=Layout.vllm, quantize=settings)
+    others = {"layout=vllm": dict(layout=Layout.vllm), "vllm_python": dict(vllm_python="python")}
+    others["certify=transformers"] = dict(certify=Certify.transformers)
+    for name, other in others.items():
+        with pytest.raises(UserError, match=f"{name} and quantize exclude each other"):
+            ExportConfig(checkpoint="a", output="b", quantize=settings, **other)
 
 
 def test_the_layout_of_vllm(base, tmp_path):
