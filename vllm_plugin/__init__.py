@@ -1,7 +1,7 @@
 """What vLLM needs to compute ERNIE-4.5-VL as it was trained: a plugin that vLLM finds by itself where it is installed.
 
-    pip install ernie-train  (or this folder on PYTHONPATH and `vllm_plugin.register()`)  ->  vLLM calls `register`
-    in each of its processes, before a model is built  ->  fixes.py mends what is wrong in that version
+    this suite installed beside vLLM  (or this folder on PYTHONPATH and `vllm_plugin.register()`)  ->  vLLM calls
+    `register` in each of its processes, before a model is built  ->  fixes.py mends what is wrong in that version
 
 ERNIE_VLLM_FIXES names the fixes to apply: `all` (default), `none`, or a list such as `delimiters,router`.
 
@@ -27,8 +27,8 @@ def register() -> None:
     from vllm_plugin.fixes import FIXES, why_not
 
     said = os.environ.get("ERNIE_VLLM_FIXES", "all")
-    chosen = {"all": list(FIXES), "none": []}.get(said) if said in ("all", "none") else said.split(",")
-    for name in chosen or []:
+    chosen = list(FIXES) if said == "all" else [] if said == "none" else said.split(",")
+    for name in chosen:
         if name not in FIXES:
             raise ValueError(
                 f"ERNIE_VLLM_FIXES={said}: there is no fix {name!r}; use all, none, or some of {', '.join(FIXES)}."
