@@ -9,14 +9,43 @@ Several conversations ("segments") lie end to end in one row of T tokens: no pad
 
 Every `*_T` stream is about *predicting that row's target*.
 
+A record may be several segments. Two answers to one prompt share its tokens: the prompt's segment is the *stem* of
+theirs, which see it as well as themselves, and not each other. Each branch repeats the last token of the prompt, at its
+position, so that the first word of either answer is predicted from there, and every row still has one target:
+
+    token_T     <s> Which digit ? Assistant  :  7 </s>   :  1 </s>         one pair
+    target_T     -  -     -     -     -      7 </s> -    1 </s> -
+    lengths     (5, 3, 3)     stems  (-1, 0, 0)     roles  (prompt, chosen, rejected)     records  (0, 0, 0)
+    position     0  1     2     3     4      5  6  7     5  6  7
+
 Shape letters:  T tokens   S segments   I images and videos   P patches   X numbers in a patch
 """
 
 import dataclasses
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
+
+
+class Role(Enum):
+    """What a segment is to the record it comes from."""
+
+    WHOLE = "whole"
+    """A conversation."""
+    PROMPT = "prompt"
+    """What the answers of the record have in common, without its last token; the stem of theirs."""
+    CHOSEN = "chosen"
+    REJECTED = "rejected"
+    CORRUPTED = "corrupted"
+    """Prompt and chosen answer of a pair once more, whole, with pictures that were made hard to read."""
+    WANTED = "wanted"
+    """An answer without another to compare with, labelled good,"""
+    UNWANTED = "unwanted"
+    """or bad."""
+    MISMATCHED = "mismatched"
+    """Another record's answer to this one's prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +53,7 @@ class PackedBatch:
     token_T: Tensor  # int64
     target_T: Tensor  # int64; 0 where weight_T is 0 and no token follows
     weight_T: Tensor  # float32
-    position_3T: Tensor  # int64, rows time, height, width; each segment starts at 0
+    position_3T: Tensor  # int64, rows time, height, width; a segment starts at 0, or where its stem ends
     lengths: tuple[int, ...]
     """Tokens of each segment, in order; they add up to T. Plain ints, so that reading them never waits for a GPU."""
     grids: tuple[tuple[int, int, int], ...] = ()
@@ -34,6 +63,15 @@ class PackedBatch:
     """Which record each segment came from."""
     datasets: tuple[str, ...] = ()
     """Which dataset each segment came from, by the name that settings give it."""
+    stems: tuple[int, ...] = ()
+    """Of each segment, the earlier one whose tokens it sees too, or -1; stems have none. Empty: no segment has one."""
+    roles: tuple[Role, ...] = ()
+    """What each segment is to its record. Empty: each is a whole conversation."""
+    records: tuple[int, ...] = ()
+    """0, 0, 0, 1, ...: the record of each segment, counted within the row. Empty: each is one."""
+    scores: tuple[float, ...] = ()
+    """How good each answer was found to be, where its record says so, and nan. Empty: none says so."""
+    ref_logprob_T: Tensor | None = None  # float32, log p(target_T[t]) of the reference model; 0 where weight_T is 0
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.batch import Role
 from data.conversation import Conversation, Media, PartKind
 from data.errors import DataError, TooLongError
 from data.media import MediaFolder, media_name
@@ -28,7 +29,7 @@ from ernie_model.processor import Processor, Span
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One encoded conversation; the streams are those of `PackedBatch`, for one segment."""
+    """One encoded record; the streams are those of `PackedBatch`. A conversation is one segment, a pair several."""
 
     id: str
     token_T: Tensor  # int64
@@ -39,6 +40,12 @@ class Example:
     patch_PX: Tensor | None = None  # float32
     dataset: str = ""
     """Name of the dataset it came from."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of its segments; empty: one, of all tokens. The other tuples are those of `PackedBatch`."""
+    stems: tuple[int, ...] = ()
+    roles: tuple[Role, ...] = ()
+    scores: tuple[float, ...] = ()
+    ref_logprob_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -50,7 +57,7 @@ class Example:
 
     @property
     def num_bytes(self) -> int:
-        streams = (self.token_T, self.target_T, self.weight_T, self.position_3T, self.patch_PX)
+        streams = (self.token_T, self.target_T, self.weight_T, self.position_3T, self.patch_PX, self.ref_logprob_T)
         return sum(stream.nbytes for stream in streams if stream is not None)
 
 

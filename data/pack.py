@@ -21,13 +21,16 @@ Whoever has waited longest opens the next row, so nobody waits for more than `lo
 alone; what it holds between two rows is its buffer, and that is its whole state.
 """
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from data.batch import PackedBatch
+from data.batch import PackedBatch, Role
 from data.encode import Example
 from data.errors import DataError
 
@@ -113,21 +116,47 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         examples   token <s> Q 7 </s>          token <s> R 3 </s>
         row        token <s> Q 7 </s> <s> R 3 </s>      lengths (4, 4)
 
-    Every stream is concatenated along T, pixels along P; positions are each example's own, so each segment starts at 0.
+    Every stream is concatenated along T, pixels along P; positions are each example's own, so each record starts at 0.
     """
     if not examples:
         raise DataError("a packed row needs at least one example.")
     patches = [example.patch_PX for example in examples if example.patch_PX is not None]
-    return PackedBatch(
+    refs = [example.ref_logprob_T for example in examples if example.ref_logprob_T is not None]
+    assert len(refs) in (0, len(examples)), "a row has reference log-probabilities of all its records, or of none"
+    lengths = [example.lengths or (example.num_tokens,) for example in examples]
+    batch = PackedBatch(
         token_T=torch.cat([example.token_T for example in examples]),
         target_T=torch.cat([example.target_T for example in examples]),
         weight_T=torch.cat([example.weight_T for example in examples]),
         position_3T=torch.cat([example.position_3T for example in examples], dim=1),
-        lengths=tuple(example.num_tokens for example in examples),
+        lengths=tuple(length for own in lengths for length in own),
         grids=tuple(grid for example in examples for grid in example.grids),
         patch_PX=torch.cat(patches) if patches else None,
-        ids=tuple(example.id for example in examples),
-        datasets=tuple(example.dataset for example in examples),
+        ids=tuple(example.id for example, own in zip(examples, lengths, strict=True) for _ in own),
+        datasets=tuple(example.dataset for example, own in zip(examples, lengths, strict=True) for _ in own),
+        ref_logprob_T=torch.cat(refs) if refs else None,
+    )
+    if not any(example.lengths for example in examples):
+        return batch
+    starts = itertools.accumulate(map(len, lengths), initial=0)
+    return dataclasses.replace(
+        batch,
+        stems=tuple(
+            stem + start if stem >= 0 else -1
+            for example, own, start in zip(examples, lengths, starts, strict=False)
+            for stem in example.stems or (-1,) * len(own)
+        ),
+        roles=tuple(
+            role
+            for example, own in zip(examples, lengths, strict=True)
+            for role in example.roles or (Role.WHOLE,) * len(own)
+        ),
+        records=tuple(record for record, own in enumerate(lengths) for _ in own),
+        scores=tuple(
+            score
+            for example, own in zip(examples, lengths, strict=True)
+            for score in example.scores or (math.nan,) * len(own)
+        ),
     )
 
 

@@ -68,6 +68,13 @@ class Beside:
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
         """Before the first forward; `microbatches` are this rank's, on the host."""
 
+    def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        """The same rows, with the streams that take a forward pass of their own: log-probabilities of a reference.
+
+        All ranks have equally many rows.
+        """
+        return microbatches
+
     def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         """After each forward: this micro-batch's share of a loss over the whole update, with gradient."""
         return 0.0
@@ -234,10 +241,13 @@ def train_step(
     join = layout.lockstep or (ranks > 1 and work.media)
     for part in beside:
         part.before(work.microbatches)
+    microbatches = work.microbatches
+    for part in beside:
+        microbatches = part.streams(microbatches)
     tally, evidence = Tally(device, sequence=layout.sequence), evidence or Evidence()
-    for index, batch in enumerate(work.microbatches):
+    for index, batch in enumerate(microbatches):
         batch, row_R = on_device(batch, device, layout.sequence_group)
-        with updates.microbatch(last=index == len(work.microbatches) - 1):
+        with updates.microbatch(last=index == len(microbatches) - 1):
             output = updates.policy(batch, row_R, join=join)
             loss = objective.loss(output.logprob_T, batch)
             terms = sum(part.terms(batch, output) for part in beside)
