@@ -72,10 +72,11 @@ def test_a_command_on_a_page_works(line):
         out = run("make", "-n", *shlex.split(line)[1:])
         assert out.returncode == 0, out.stderr
         return
-    if line.startswith("python -m "):
-        assert importlib.util.find_spec(line.split()[2]) is not None
+    program, *rest = shlex.split(line)
+    if Path(program).name == "python" and rest[0] == "-m":  # here, or that of another environment
+        assert importlib.util.find_spec(rest[1]) is not None
         return
-    if line.split()[0] in NOT_OURS:
+    if program in NOT_OURS:
         return
     arguments = as_python(line)
     if "train.dashboard" in arguments:
