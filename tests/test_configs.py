@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,6 +10,7 @@ from hydra.errors import ConfigCompositionException
 
 from train.build import read_architecture
 from train.compose import (
+    ENTRIES,
     GROUPS,
     differences,
     known_keys,
@@ -34,10 +36,10 @@ RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for da
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
-def load(*overrides: str) -> SFTConfig:
+def load(*overrides: str, entry: str = "sft") -> Any:
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return to_typed(compose("sft", overrides=list(overrides)))
+        return to_typed(compose(entry, overrides=list(overrides)), ENTRIES[entry])
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -45,7 +47,14 @@ def test_every_choice_of_every_group_composes(choice):
     theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
     task = ["data.task=counting"] if choice.endswith("=task") else []
     needed = ["data.path=chats.jsonl"] if choice in theirs else task
-    assert isinstance(load(choice, *needed), SFTConfig)
+    entry = "dpo" if choice.endswith("dpo") else "sft"
+    needed += ["data.path=pairs.jsonl"] if entry == "dpo" else []
+    assert isinstance(load(choice, *needed, entry=entry), ENTRIES[entry])
+
+
+def test_an_objective_belongs_to_its_command():
+    assert "`ernie dpo` has an objective of its own" in message("objective=sft", "data.path=a.jsonl", entry="dpo")
+    assert "`ernie sft` has an objective of its own" in message("objective.kind=dpo")
 
 
 def test_there_is_something_to_compose():
@@ -85,10 +94,10 @@ def test_several_trackers_at_once(chosen, names):
     assert load(chosen).tracker.names == names
 
 
-def message(*overrides: str) -> str:
+def message(*overrides: str, entry: str = "sft") -> str:
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra's and ours; the message is what is tested
-        load(*overrides)
-    return str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value)
+        load(*overrides, entry=entry)
+    return str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, entry)
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,12 @@ from train.config import (
     check,
     suggestion,
 )
+from train.dpo_config import DPOConfig
 from train.inference_config import ChatConfig, CompareConfig, EvaluationConfig, ExportConfig, IndexConfig, ServeConfig
 
 ENTRIES = {
     "sft": SFTConfig,
+    "dpo": DPOConfig,
     "convert": ConvertConfig,
     "export": ExportConfig,
     "evaluate": EvaluationConfig,

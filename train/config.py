@@ -48,6 +48,7 @@ class Schedule(Enum):
 
 class ObjectiveKind(Enum):
     sft = "sft"
+    dpo = "dpo"
 
 
 class PeftKind(Enum):
@@ -798,13 +799,12 @@ class RunConfig:
 
 
 @dataclass
-class SFTConfig:
-    """`ernie sft`: everything it can be told."""
+class TrainingConfig:
+    """What every algorithm can be told."""
 
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -826,7 +826,27 @@ class SFTConfig:
                 )
 
 
-def check_steps(config: SFTConfig, steps: int) -> None:
+@dataclass
+class SFTConfig(TrainingConfig):
+    """`ernie sft`: everything it can be told."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_kind(self.objective.kind, ObjectiveKind.sft)
+
+
+def check_kind(given: ObjectiveKind, right: ObjectiveKind) -> None:
+    """Raises UserError for the objective of another command."""
+    check(
+        given is right,
+        f"objective.kind is {given.value}, but `ernie {right.value}` has an objective of its own. Leave "
+        f"objective={given.value} out, or run `ernie {given.value}`.",
+    )
+
+
+def check_steps(config: TrainingConfig, steps: int) -> None:
     """Rules that need the length of the run; with run.epochs it is known only once the data has been measured."""
     length = f"run.steps={steps}" if config.run.steps else f"run.epochs={config.run.epochs:g}, {steps} updates"
     check(
@@ -841,7 +861,7 @@ def check_steps(config: SFTConfig, steps: int) -> None:
     )
 
 
-def check_heldout(config: SFTConfig, heldout: bool) -> None:
+def check_heldout(config: TrainingConfig, heldout: bool) -> None:
     """The rule that needs the data: whether any conversation is held out."""
     check(
         heldout or config.evaluate.every == 0,

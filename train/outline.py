@@ -9,7 +9,7 @@ from rich.table import Table
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from train.build import compute_dtype, read_architecture, read_config
-from train.config import HeldIn, ModelConfig, PeftKind, SFTConfig
+from train.config import HeldIn, ModelConfig, PeftKind, TrainingConfig
 from train.trained import freeze
 from train.weights import trained_weights
 
@@ -20,7 +20,7 @@ def architecture_of(config: ModelConfig) -> ErnieConfig:
     return read_config(config) if here or config.config is None else read_architecture(config, None)
 
 
-def outline(config: SFTConfig, architecture: ErnieConfig) -> tuple[ErnieModel, list[str], Table | None]:
+def outline(config: TrainingConfig, architecture: ErnieConfig) -> tuple[ErnieModel, list[str], Table | None]:
     """(the model, notes about what is frozen, what is adapted)."""
     with torch.device("meta"):  # shapes and names, no values
         model = ErnieModel(architecture)

@@ -13,7 +13,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.parts import Part
 from train.build import arithmetic, human
 from train.checkpoint import Saved
-from train.config import SFTConfig
+from train.config import TrainingConfig
 from train.heldout import Score
 from train.loop import TrainState
 from train.memory import held_bytes
@@ -24,7 +24,7 @@ from train.trained import MOMENT_BYTES, PartRow, trained_parts
 
 def opening(
     console: Console,
-    config: SFTConfig,
+    config: TrainingConfig,
     model: ErnieModel,
     data: Data,
     *,

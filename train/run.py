@@ -54,7 +54,7 @@ from train import checkpoint
 from train.compose import differences, plain
 from train.config import (
     RunConfig,
-    SFTConfig,
+    TrainingConfig,
     UserError,
 )
 from train.explain import explain
@@ -304,7 +304,9 @@ def check_not_past(steps: int, done: int, path: Path) -> None:
         )
 
 
-def start_trackers(config: SFTConfig, run: Opened, saved: dict[str, Any] | None, at_end: ExitStack) -> list[Tracker]:
+def start_trackers(
+    config: TrainingConfig, run: Opened, saved: dict[str, Any] | None, at_end: ExitStack
+) -> list[Tracker]:
     """The chosen trackers, going on with the run they recorded when this start goes on in its own folder.
 
     trackers.json holds the mark of each one's beginning: an attempt that died before its first checkpoint has begun

@@ -20,7 +20,7 @@ from train.build import WEIGHT_BYTES, arithmetic, human
 from train.checks.findings import Finding, ok, problem, warning
 from train.checks.machine import available_memory, free_disk
 from train.checks.records import Statistics
-from train.config import Precision, SFTConfig
+from train.config import Precision, TrainingConfig
 from train.trained import MOMENT_BYTES, PartRow
 
 REACHED = (0.15, 0.6)
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
         return sum(part.trained for part in self.parts)
 
 
-def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch.device) -> list[Finding]:
+def check_memory(config: TrainingConfig, plan: Plan, rows: Rows | None, device: torch.device) -> list[Finding]:
     sums = arithmetic(
         plan.model,
         config.model,
@@ -102,13 +102,13 @@ def check_memory(config: SFTConfig, plan: Plan, rows: Rows | None, device: torch
     return [ok(f"{text}; {where}")]
 
 
-def count_updates(config: SFTConfig, rows: Rows) -> int:
+def count_updates(config: TrainingConfig, rows: Rows) -> int:
     """Of the whole run, on one process."""
     return config.run.steps or math.ceil(config.run.epochs * rows.num_rows / config.data.accumulation)
 
 
 def check_time(
-    config: SFTConfig, plan: Plan, rows: Rows, device: torch.device
+    config: TrainingConfig, plan: Plan, rows: Rows, device: torch.device
 ) -> tuple[list[Finding], dict[str, float]]:
     """Seconds per update, from a row made of average records."""
     flops = row_flops(plan, rows)
@@ -155,7 +155,7 @@ def matmul_rate(device: torch.device, precision: Precision, seconds: float = 0.3
     return 2 * size**3 * count / run(count)
 
 
-def check_disk(config: SFTConfig, plan: Plan) -> list[Finding]:
+def check_disk(config: TrainingConfig, plan: Plan) -> list[Finding]:
     """Checkpoints (one more than are kept, while it is written), the best weights and those at the end."""
     total = count_parameters(plan.architecture).total
     published = WEIGHT_BYTES * (plan.trained if plan.adapted else total)

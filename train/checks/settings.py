@@ -15,7 +15,7 @@ from train.checks.findings import Finding, ok, problem, warning
 from train.compose import plain
 from train.config import (
     Precision,
-    SFTConfig,
+    TrainingConfig,
     UserError,
 )
 from train.run import check_same_maths
@@ -24,7 +24,7 @@ FINE_TUNING_LR = 1e-4
 """A peak learning rate up to this is one for trained weights; random ones hardly move."""
 
 
-def check_settings(config: SFTConfig, architecture: ErnieConfig, device: torch.device) -> list[Finding]:
+def check_settings(config: TrainingConfig, architecture: ErnieConfig, device: torch.device) -> list[Finding]:
     found = []
     limit = architecture.max_position_embeddings
     if config.data.max_tokens > limit:
@@ -48,7 +48,7 @@ def check_settings(config: SFTConfig, architecture: ErnieConfig, device: torch.d
     return [*(found or [ok("no setting contradicts another")]), *check_resume(config)]
 
 
-def check_resume(config: SFTConfig) -> list[Finding]:
+def check_resume(config: TrainingConfig) -> list[Finding]:
     """What `ernie sft` would do with this folder."""
     folder = Path(config.run.folder)
     own = checkpoint.complete(folder / "checkpoints")

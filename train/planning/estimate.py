@@ -14,7 +14,7 @@ from ernie_model.parts import Part, part_of
 from ernie_model.sequence_parallel import check_heads
 from train.build import WEIGHT_BYTES, human
 from train.compose import plain
-from train.config import PeftKind, Precision, SFTConfig, UserError
+from train.config import PeftKind, Precision, TrainingConfig, UserError
 from train.footprint import Footprint, Piece, Room, footprint_of, pieces_of
 from train.planning.pace import Pace, pace_of, work_of
 from train.planning.traffic import Traffic, traffic_of
@@ -43,7 +43,7 @@ class Subject:
 class Estimate:
     """Of one layout. Bytes are those of one rank, unless they are said to be of all."""
 
-    config: SFTConfig
+    config: TrainingConfig
     memory: Footprint
     traffic: Traffic
     pace: Pace
@@ -103,7 +103,7 @@ class Estimate:
         }
 
 
-def estimate(config: SFTConfig, subject: Subject, tflops: float) -> Estimate:
+def estimate(config: TrainingConfig, subject: Subject, tflops: float) -> Estimate:
     parallel, pieces, architecture = config.parallel, subject.pieces, subject.architecture
     shares = Shares(parallel, config.plan.gpus)
     tokens, limit = config.data.max_tokens, config.data.max_patches
@@ -127,20 +127,20 @@ def estimate(config: SFTConfig, subject: Subject, tflops: float) -> Estimate:
     )
 
 
-def cache_bytes(config: SFTConfig, c: ErnieConfig) -> int:
+def cache_bytes(config: TrainingConfig, c: ErnieConfig) -> int:
     """Keys and values of one token in all layers."""
     size = 2 if config.model.precision is Precision.bf16 else 4
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * size
 
 
-def checkpoint_bytes(config: SFTConfig, pieces: Sequence[Piece]) -> int:
+def checkpoint_bytes(config: TrainingConfig, pieces: Sequence[Piece]) -> int:
     """Weights and AdamW's moments in float32; beside adapters, no frozen weights."""
     weights = [w for piece in pieces for w in piece.weights]
     frozen = 0 if config.peft.kind is not PeftKind.none else sum(w.size * w.count for w in weights if not w.trained)
     return frozen + (WEIGHT_BYTES + MOMENT_BYTES) * sum(w.count for w in weights if w.trained)
 
 
-def check_layout(config: SFTConfig, architecture: ErnieConfig) -> None:
+def check_layout(config: TrainingConfig, architecture: ErnieConfig) -> None:
     """Refuses what no number of bytes could save.
 
     Raises:

@@ -21,7 +21,7 @@ import torch
 from ernie_model.config import ErnieConfig
 from ernie_model.flops import SCORES, VISION_SCORES, forward_flops, training_flops
 from ernie_model.parts import Part
-from train.config import PeftKind, PlanConfig, Precision, Recompute, SFTConfig, UserError
+from train.config import PeftKind, PlanConfig, Precision, Recompute, TrainingConfig, UserError
 from train.efficiency import BF16_TFLOPS, measured_flops
 from train.footprint import Piece, Room
 from train.planning.traffic import Traffic
@@ -92,7 +92,7 @@ class Work(NamedTuple):
     """Of all these, those of the shared experts."""
 
 
-def work_of(config: SFTConfig, architecture: ErnieConfig, trained: set[Part]) -> Work:
+def work_of(config: TrainingConfig, architecture: ErnieConfig, trained: set[Part]) -> Work:
     """Of this rank's part of a full row: plan.media_share of it images, in conversations of plan.segment_tokens."""
     tokens = config.data.max_tokens
     adapted = config.peft.kind is not PeftKind.none
@@ -121,7 +121,13 @@ def work_of(config: SFTConfig, architecture: ErnieConfig, trained: set[Part]) ->
 
 
 def pace_of(
-    config: SFTConfig, pieces: Sequence[Piece], work: Work, traffic: Traffic, room: Room, shares: Shares, tflops: float
+    config: TrainingConfig,
+    pieces: Sequence[Piece],
+    work: Work,
+    traffic: Traffic,
+    room: Room,
+    shares: Shares,
+    tflops: float,
 ) -> Pace:
     plan, parallel = config.plan, shares.parallel
     rate = tflops * 1e12 * plan.mfu

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 from ernie_model.config import ErnieConfig
-from train.config import HeldIn, PeftKind, Recompute, SFTConfig
+from train.config import HeldIn, PeftKind, Recompute, TrainingConfig
 from train.planning.estimate import Estimate, Subject, estimate
 
 LONGER = (1, 2, 4)
@@ -25,7 +25,7 @@ class Found:
     """What does not fit, the nearest first."""
 
 
-def search(config: SFTConfig, subjects: Mapping[HeldIn, Subject], tflops: float) -> Found:
+def search(config: TrainingConfig, subjects: Mapping[HeldIn, Subject], tflops: float) -> Found:
     """All layouts on `plan.gpus` GPUs. `subjects`: the model as it is held in either dtype."""
     fitting: dict[tuple, Estimate] = {}
     missing: dict[tuple, Estimate] = {}
@@ -43,7 +43,7 @@ def search(config: SFTConfig, subjects: Mapping[HeldIn, Subject], tflops: float)
     )
 
 
-def layout_key(config: SFTConfig) -> tuple:
+def layout_key(config: TrainingConfig) -> tuple:
     p = config.parallel
     return p.zero, p.expert, p.offload_optimizer, p.offload_weights, p.held_in.value
 
@@ -53,7 +53,7 @@ def _slowness(one: Estimate) -> tuple:
     return float(f"{-one.pace.tokens_per_s:.2e}"), layout_key(one.config)
 
 
-def candidates(config: SFTConfig, architecture: ErnieConfig) -> Iterator[SFTConfig]:
+def candidates(config: TrainingConfig, architecture: ErnieConfig) -> Iterator[TrainingConfig]:
     gpus = config.plan.gpus // config.parallel.sequence
     sizes = [n for n in range(1, gpus + 1) if gpus % n == 0 and architecture.num_experts % n == 0]
     for expert in sizes if architecture.sparse_layers else [1]:
@@ -70,7 +70,7 @@ def candidates(config: SFTConfig, architecture: ErnieConfig) -> Iterator[SFTConf
                     yield dataclasses.replace(config, parallel=parallel, model=model, data=_rows(config, times))
 
 
-def _rows(config: SFTConfig, times: int):
+def _rows(config: TrainingConfig, times: int):
     patches = config.data.max_patches
     return dataclasses.replace(
         config.data,
@@ -80,7 +80,7 @@ def _rows(config: SFTConfig, times: int):
     )
 
 
-def _layouts(config: SFTConfig) -> Iterator[dict]:
+def _layouts(config: TrainingConfig) -> Iterator[dict]:
     wide, narrow = HeldIn.float32, HeldIn.bfloat16
     here = dict(offload_optimizer=False, offload_weights=False)
     away = dict(offload_optimizer=True, offload_weights=False)
@@ -100,7 +100,7 @@ def _layouts(config: SFTConfig) -> Iterator[dict]:
     yield dict(zero=3, held_in=wide, offload_optimizer=True, offload_weights=True)
 
 
-def fewest_gpus(config: SFTConfig, find: Callable[[SFTConfig], Found]) -> int | None:
+def fewest_gpus(config: TrainingConfig, find: Callable[[TrainingConfig], Found]) -> int | None:
     """Doubling the GPUs of `config` until something fits; None where nothing does."""
     gpus = config.plan.gpus
     while (gpus := 2 * gpus) <= MOST_GPUS:

@@ -8,7 +8,7 @@ from rich.table import Table
 from ernie_model.config import ErnieConfig
 from train.build import human
 from train.checks.cost import duration
-from train.config import HeldIn, SFTConfig
+from train.config import HeldIn, TrainingConfig
 from train.planning.estimate import Estimate, cache_bytes
 from train.planning.search import Found
 
@@ -16,7 +16,7 @@ NEAREST = 3
 """Layouts that do not fit, of which the reason is told."""
 
 
-def overrides(config: SFTConfig) -> str:
+def overrides(config: TrainingConfig) -> str:
     """A layout as it is typed."""
     p = config.parallel
     words = [f"parallel.zero={p.zero}"]
@@ -93,7 +93,7 @@ def show_found(console: Console, found: Found, most: int) -> None:
         console.print(f"{'not':<12} {brief(one.config)}: {one.obstacle}", markup=False)
 
 
-def brief(config: SFTConfig) -> str:
+def brief(config: TrainingConfig) -> str:
     """The part of `overrides` that is the layout: zero=2 expert=8 bf16 offload=optimizer."""
     p = config.parallel
     words = [f"zero={p.zero} expert={p.expert}"]
