@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -32,6 +33,7 @@ from ernie_model.context import Packed
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.rope import num_media_tokens, position_ids
+from train import score
 from train.config import EvaluateConfig
 from train.contact_sheet import SheetItem, draw
 from train.loop import all_sum
@@ -42,12 +44,20 @@ from train.policy import on_device
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(score.Score):
     correct: int
     """Conversations answered exactly."""
     total: int
     nll: float
     """Mean negative log-likelihood per target token."""
+
+    HEADER: ClassVar[tuple[str, ...]] = (
+        "held-out conversations",
+        "right",
+        "accuracy",
+        "95 % interval",
+        "loss per token",
+    )
 
     @property
     def accuracy(self) -> float:
@@ -67,6 +77,17 @@ class Score:
             "eval_total": float(self.total),
             "eval_nll": self.nll,
         }
+
+    def line(self) -> str:
+        low, high = self.interval
+        return (
+            f"held out {self.correct}/{self.total} right = {self.accuracy:.1%} "
+            f"(95 % interval {low:.1%} to {high:.1%}), loss {self.nll:.3f}"
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        low, high = self.interval
+        return f"{self.correct} of {self.total}", f"{self.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{self.nll:.3f}"
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:

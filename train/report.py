@@ -1,5 +1,6 @@
 """What a run says: its arithmetic before the first step, and its result at the end."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from ernie_model.parts import Part
 from train.build import arithmetic, human
 from train.checkpoint import Saved
 from train.config import TrainingConfig
-from train.heldout import Score
 from train.loop import TrainState
 from train.memory import held_bytes
 from train.parallel.layout import Layout
+from train.score import Score
 from train.sources import Data
 from train.trained import MOMENT_BYTES, PartRow, trained_parts
 
@@ -102,14 +103,6 @@ def parts_table(rows: Sequence[PartRow], weight_decay: float) -> Table:
     return table
 
 
-def score_line(step: int, score: Score) -> str:
-    low, high = score.interval
-    return (
-        f"step {step}: held out {score.correct}/{score.total} right = {score.accuracy:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}), loss {score.nll:.3f}"
-    )
-
-
 def saved_line(saved: Saved) -> str:
     return f"saved {saved.path}: {human(saved.num_bytes, 'B')} in {saved.seconds:.1f} s"
 
@@ -137,23 +130,20 @@ def resumed_line(path: Path | None, state: TrainState, steps: int) -> str:
     return f"resuming from {path}: step {state.step} of {steps}, {state.tokens_seen:,} tokens seen"
 
 
-def closing(console: Console, state: TrainState, folders: Sequence[Path], unreached: Sequence[Part]) -> None:
-    """Accuracy before and after, what learned nothing, and where the weights are.
+def closing(
+    console: Console, state: TrainState, score: type[Score], folders: Sequence[Path], unreached: Sequence[Part]
+) -> None:
+    """What was measured before and after, what learned nothing, and where the weights are.
 
-    unreached: see train.reach.unreached_parts.
+    Args:
+        score: what the entries of `state.evaluations` are made of.
+        unreached: see train.reach.unreached_parts.
     """
     if state.evaluations:
-        table = Table("held-out conversations", "right", "accuracy", "95 % interval", "loss per token")
+        table = Table(*score.HEADER)
+        fields = [field.name for field in dataclasses.fields(score)]
         for name, entry in (("before training", state.evaluations[0]), ("after training", state.evaluations[-1])):
-            score = Score(int(entry["correct"]), int(entry["total"]), entry["nll"])
-            low, high = score.interval
-            table.add_row(
-                name,
-                f"{score.correct} of {score.total}",
-                f"{score.accuracy:.1%}",
-                f"{low:.1%} to {high:.1%}",
-                f"{score.nll:.3f}",
-            )
+            table.add_row(name, *score(**{field: entry[field] for field in fields}).cells())
         console.print(table)
     if state.skipped:
         console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")

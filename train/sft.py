@@ -1,274 +1,72 @@
-"""Supervised fine-tuning, from settings to a folder of weights. Read it top to bottom.
+"""Supervised fine-tuning: an assistant's words become likelier. The run itself is in train/training.py.
 
 ernie sft experiment=digits                                  learn to read handwriting, on a CPU, in a minute
 ernie sft data=files data.path=chats.jsonl run.epochs=2      your own conversations
 accelerate launch -m train.sft ...                           the same program on several devices
 """
 
-import dataclasses
-import json
-import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 
-import torch
-from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from rich.console import Console
 
-from data.batch import PackedBatch
-from data.quarantine import Quarantine
-from ernie_model.atomic import atomic_write
-from train import checkpoint, neftune, report
-from train.build import build_model
-from train.compose import (
-    plain,
-    register,
-    to_typed,
-)
-from train.config import (
-    PeftKind,
-    SFTConfig,
-    check_heldout,
-    check_steps,
-)
-from train.efficiency import Work, peak_flops
-from train.heldout import draw_answers, measure
-from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
-from train.loop import Hooks, Plan, TrainState, fit
-from train.objectives import sft
-from train.optim import build_optimizer, learning_rate
-from train.parallel.layout import build_accelerator, build_layout
-from train.parallel.partition import partitioner
-from train.parallel.rows import SharedSource, check_shareable
-from train.parallel.settings import deepspeed_config
-from train.parallel.traffic import Traffic
-from train.parallel.updates import build_updates
-from train.peers import Peers
-from train.policy import Policy
-from train.progress import Progress
-from train.reach import Reach, unreached_parts
+from train import neftune
+from train.compose import register, to_typed
+from train.config import SFTConfig
+from train.heldout import Score, draw_answers, measure
+from train.loop import Beside
+from train.objectives import Objective, sft
 from train.router import RouterLosses
-from train.run import (
-    StopSignal,
-    check_not_past,
-    check_same_maths,
-    check_same_start,
-    described,
-    open_folder,
-    program,
-    start_trackers,
-    write_start,
-)
-from train.sources import ahead, build_data
-from train.telemetry import RoutingRecord, SegmentLosses
-from train.trained import freeze
-from train.weights import trained_weights
+from train.run import program
+from train.telemetry import SegmentLosses
+from train.tracking import Tracker
+from train.training import Algorithm, Setup, run
 
 register()
 
 
 @program("sft")
 def main(cfg: DictConfig) -> None:
-    config = to_typed(cfg, SFTConfig)
-    if config.run.debug:
-        os.environ["ERNIE_DEBUG"] = "1"
-    # Whatever was opened is closed, after an error too; the other ranks hear of the error first.
-    with ExitStack() as at_end, Peers(described) as peers:
-        train(config, at_end, peers)
+    run(SFT(to_typed(cfg, SFTConfig)))
 
 
-def train(config: SFTConfig, at_end: ExitStack, peers: Peers) -> None:
-    # The parts, in order. Whatever can be wrong with the settings is found here, before the first step.
-    accelerator = build_accelerator(config.parallel)
-    peers.watch()
-    layout = build_layout(config.parallel, accelerator)
-    rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
-    run = open_folder(config.run, at_end, main=on_main)
-    check_same_start(accelerator, run)
-    settings = plain(config) | {"rows_per_update": config.data.accumulation * layout.data_world}
-    saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
-    if saved is not None:
-        check_same_maths(run.resume_from, saved["settings"], settings)
+class SFT(Algorithm[SFTConfig]):
+    score = Score
 
-    frozen = config.peft.kind is not PeftKind.none
-    check_shareable(config.model, layout.sequence)
-    gpu = accelerator.device.type == "cuda"
-    engine = deepspeed_config(config.parallel, max_grad_norm=config.optim.max_grad_norm, gpu=gpu)
-    model, processor, notes = build_model(
-        config.model,
-        seed=config.run.seed,
-        frozen=frozen,
-        held_in=config.parallel.held_in,
-        layout=layout,
-        partition=partitioner(engine) if layout.zero == 3 else None,
-    )
-    weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
-    if on_main and saved is None:
-        Quarantine.start_anew(run.folder)
-    accelerator.wait_for_everyone()
-    heldout = config.evaluate.max_examples
-    place = dict(rank=layout.data_rank, world=layout.data_world)
-    data = build_data(config.data, processor, **place, folder=run.folder, max_heldout=heldout)
-    steps = config.run.steps or data.train.count_steps(config.run.epochs)
-    check_steps(config, steps)
-    check_heldout(config, data.heldout is not None)
-    model.to(accelerator.device)
-    notes += freeze(model, config.optim, random=config.model.checkpoint is None)
-    objective = sft.build(config.objective, positions=config.data.max_tokens * settings["rows_per_update"])
-    policy = Policy(model, loss_is_linear=objective.linear, sequence_group=layout.sequence_group)
-    optimizer = build_optimizer(model, config.optim)
-    state = TrainState()
-    if run.resume_from is not None and saved is not None:
-        data.train.load_state_dict(saved["source"])
-        state = TrainState(**saved["loop"])
-        check_not_past(steps, state.step, run.resume_from)
-    if config.objective.neftune_alpha:
-        neftune.install(policy, config.objective.neftune_alpha, seed=config.run.seed, step=lambda: state.step)
-    often = (config.evaluate.every, config.tracker.images_every)
-    routing = RoutingRecord(
-        model, run.folder if on_main else None, every=often, last=steps, step=state.step, joint=layout.joint
-    )
-    report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
-    if table := weights.table():
-        console.print(table)
-    updates = build_updates(policy, optimizer, accelerator, layout, engine)
-    beside = [
-        Traffic(model, layout, accelerator.device),  # first: what the others compute beforehand travels too
-        RouterLosses(policy, config.objective, accelerator, layout),
-        SegmentLosses(model.config, data.names, accelerator.device),
-        Work(model, model.config, accelerator.device, sequence=layout.sequence),
-        Reach(updates, state.reached, accelerator.device),
-        routing,
-    ]
-    if run.resume_from is not None:
-        checkpoint.load(run.resume_from, weights=weights, optimizer=updates.optimizer)
-    source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
-    at_end.callback(source.close)
-    shared = SharedSource(source, layout, accelerator.device)
+    def objective(self, rows_per_update: int) -> Objective:
+        return sft.build(self.config.objective, positions=self.config.data.max_tokens * rows_per_update)
 
-    if on_main:
-        write_start(run.folder, plain(config), run.resume_from)
-        if layout.zero:
-            atomic_write(run.folder / "deepspeed.json", json.dumps(engine, indent=2) + "\n")
-    trackers = start_trackers(config, run, saved, at_end) if on_main else []
-    ledger = Ledger(run.folder, step=state.step, rank=rank, ranks=ranks)
-    at_end.callback(ledger.close)
-    progress = Progress(steps, start_step=state.step, console=console, enabled=on_main)
+    def begin(self, setup: Setup) -> Sequence[Beside]:
+        config, device, state = self.config.objective, setup.accelerator.device, setup.state
+        if config.neftune_alpha:
+            seed = self.config.run.seed
+            neftune.install(setup.policy, config.neftune_alpha, seed=seed, step=lambda: state.step)
+        return [
+            RouterLosses(setup.policy, config, setup.accelerator, setup.layout),
+            SegmentLosses(setup.model.config, setup.data.names, device),
+        ]
 
-    # What happens around the updates.
-    def log(step: int, metrics: dict[str, float]) -> None:
-        if "loss" in metrics:  # of an update, not of an evaluation
-            metrics = metrics | report.stream_metrics(source.report)
-        progress.update(step, metrics)
-        for tracker in trackers:
-            tracker.log(metrics, step)
+    def measure(self, setup: Setup) -> Score:
+        assert setup.data.heldout is not None
+        return measure(setup.policy, setup.data.heldout, setup.accelerator, setup.layout)
 
-    def evaluate(state: TrainState) -> None:
-        if data.heldout is None:
+    def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
+        heldout, joint, step = setup.data.heldout, setup.layout.joint, setup.state.step
+        if heldout is None or not (setup.accelerator.is_main_process or joint):
             return
-        score = measure(policy, data.heldout, accelerator, layout)
-        best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
-        state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
-        log(state.step, score.metrics())
-        progress.note(report.score_line(state.step, score))
-        if state.step and score.accuracy > best:
-            weights.publish(run.folder, "best", processor, updates.optimizer)
-
-    def saw(step: int, microbatches: Sequence[PackedBatch]) -> None:
-        if layout.sequence_rank == 0:  # of a row that ranks share, one tells
-            ledger.saw(step, microbatches)
-        if routing.due(step):
-            routing.publish(step, trackers)
-
-    def segments(evidence: Evidence) -> list[Segment]:
-        return evidence.segments() if layout.sequence_rank == 0 else []
-
-    def nonfinite(step: int, metrics: dict[str, float], evidence: Evidence) -> None:
-        entry = nonfinite_entry(step, metrics, evidence, gather_object(segments(evidence)))
-        progress.note(report.nonfinite_line(entry))
-        if on_main:
-            ledger.write("nonfinite.jsonl", entry)
-
-    def spiked(step: int, loss: float, usual: float, evidence: Evidence) -> None:
-        entry = spike_entry(step, loss, usual, gather_object(segments(evidence)))
-        progress.note(report.spike_line(entry))
-        if on_main:
-            ledger.write("spikes.jsonl", entry)
-
-    def save(state: TrainState) -> None:
-        ledger.sync()
-        done = checkpoint.save(
-            run.checkpoints,
-            state.step,
-            weights=weights,
-            optimizer=updates.optimizer,
-            state={
-                "settings": settings,
-                "loop": dataclasses.asdict(state),
-                "source": source.state_dict(),
-                "trackers": {tracker.name: tracker.mark() for tracker in trackers},
-            },
-            keep=config.run.keep,
+        drawn = draw_answers(
+            sheet := setup.folder / "answers.png",
+            f"{self.config.run.name}, held out, step {step}",
+            setup.model,
+            setup.processor,
+            heldout,
+            self.config.evaluate,
+            together=setup.accelerator if joint else None,
         )
-        progress.note(report.saved_line(done))
-
-    peak = config.tracker.peak_tflops
-    peak = peak_flops(accelerator.device, model.compute_dtype or torch.float32) if peak is None else peak * 1e12
-    plan = Plan(
-        steps=steps,
-        peak_flops=ranks * peak,
-        learning_rate=lambda step: learning_rate(step, steps, config.optim),
-        max_grad_norm=config.optim.max_grad_norm,
-        max_skipped=config.optim.max_skipped,
-        spike=config.run.spike,
-        log_every=config.run.log_every,
-        save_every=config.run.save_every,
-        evaluate_every=config.evaluate.every,
-    )
-    hooks = Hooks(
-        log=log,
-        save=save,
-        evaluate=evaluate,
-        saw=saw,
-        nonfinite=nonfinite,
-        spiked=spiked,
-        stop=StopSignal(at_end, grace_s=config.run.grace_s),
-    )
-
-    # The run.
-    if run.resume_from is None:
-        checkpoint.seed_generators(config.run.seed, rank=rank)
-    else:
-        checkpoint.load_generators(run.resume_from, rank=rank)
-    with progress:
-        if state.step == 0:
-            evaluate(state)
-        else:
-            progress.note(report.resumed_line(run.resume_from, state, steps))
-        finished = fit(
-            updates, objective, shared, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
-        )
-    if not finished:
-        console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
-    else:
-        folders = weights.publish(run.folder, "export", processor, updates.optimizer)
-        if on_main:
-            report.closing(console, state, folders, unreached_parts(model, state.reached))
-            report.left_out(console, source.report, data.quarantine)
-        sheet, title = run.folder / "answers.png", f"{config.run.name}, held out, step {state.step}"
-        together = accelerator if layout.joint else None
-        if (
-            data.heldout is not None
-            and (on_main or together)
-            and draw_answers(sheet, title, model, processor, data.heldout, config.evaluate, together=together)
-        ):
+        if drawn:
             console.print(f"answers   {sheet}")
             for tracker in trackers:
-                tracker.log_image("answers", sheet, state.step)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+                tracker.log_image("answers", sheet, step)
 
 
 if __name__ == "__main__":
