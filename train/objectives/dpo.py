@@ -1,0 +1,157 @@
+"""Preference alignment: losses of pairs, added up by weight, and what to report of each pair.
+
+    loss  =  sum over pairs of  pref_loss_ratio * preference loss + added losses
+                                + sft_loss_ratio * NLL per token of the chosen answer          RPO, 2404.19733
+                                + mdpo_conditional * -log sigmoid(beta (w - w_corrupted))      mDPO, 2406.11839
+                                + mdpo_anchor * -log sigmoid(beta w - delta)
+             /  pairs of the whole global batch
+
+The NLL is a mean over the tokens of each answer, and then over pairs: the same however pairs are put into rows. A pair
+without corrupted pictures has no conditional loss, and counts as a pair all the same. Reference 7.1, 7.4.
+
+Shape letters:  T tokens   N pairs
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.batch import PackedBatch, Role
+from data.errors import DataError
+from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
+from train.objectives import LossSum, Objective
+from train.objectives.pairs import PairSums, count_pairs, gather_pairs, pair_segments
+from train.objectives.preference import log_ratio, preference_loss, views
+
+Divergences = Callable[[], tuple[Tensor | float, Tensor | float]]
+"""KL of chosen and rejected answers over the update that is at work (train/objectives/kto.py)."""
+
+
+def needs_reference(config: DPOObjectiveConfig) -> bool:
+    """Does the loss compare with log-probabilities of a reference?"""
+    ratios = any(loss.has_reference for loss in config.losses()) or config.mdpo_conditional > 0
+    return config.mdpo_anchor > 0 or (ratios and not config.reference_free)
+
+
+def needs_corrupted(config: DPOObjectiveConfig) -> bool:
+    """Do pairs with pictures need a segment `Role.CORRUPTED`?"""
+    return config.mdpo_conditional > 0
+
+
+def is_unpaired(config: DPOObjectiveConfig) -> bool:
+    """Does it learn from answers that are labelled good or bad, and not from pairs?"""
+    return any(loss.unpaired for loss in config.losses())
+
+
+def needs_mismatched(config: DPOObjectiveConfig) -> bool:
+    """Do labelled answers need a segment `Role.MISMATCHED`?"""
+    return PreferenceLoss.kto in config.losses()
+
+
+def build(config: DPOObjectiveConfig, *, divergences: Divergences = lambda: (0.0, 0.0)) -> Objective:
+    """For pairs.
+
+    Args:
+        divergences: what kto_pair measures answers against.
+    """
+    assert not is_unpaired(config)
+
+    def count(batch: PackedBatch) -> Tensor:
+        check_scores(batch, config)
+        return count_pairs(batch)
+
+    def loss(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
+        pairs = gather_pairs(logprob_T, batch)
+        parts = loss_parts(pairs, config, *divergences())
+        total_N = torch.stack(list(parts.values())).sum(0)
+        metrics = {name: value_N.sum() for name, value_N in pair_metrics(pairs, config, *divergences()).items()}
+        return LossSum(total_N.sum().to(logprob_T.dtype), metrics)
+
+    return Objective("pair", count, loss)
+
+
+def check_scores(batch: PackedBatch, config: DPOObjectiveConfig) -> None:
+    """
+    Raises:
+        DataError: the loss asks for a margin by scores, and a pair has none, or the wrong way round.
+    """
+    if not config.offset_alpha:
+        return
+    for roles in pair_segments(batch):
+        chosen, rejected = (
+            batch.scores[roles[role]] if batch.scores else math.nan for role in (Role.CHOSEN, Role.REJECTED)
+        )
+        if not chosen >= rejected:  # nan too
+            raise DataError(
+                f"{batch.ids[roles[Role.CHOSEN]]}: objective.offset_alpha is {config.offset_alpha}, which takes the "
+                f"logarithm of how much better the chosen answer is, but its score is {chosen} and that of the "
+                f"rejected one {rejected}. Give every pair scores, the chosen answer's the higher, or set "
+                "objective.offset_alpha=0."
+            )
+
+
+def loss_parts(
+    pairs: PairSums, config: DPOObjectiveConfig, kl_w: Tensor | float = 0.0, kl_l: Tensor | float = 0.0
+) -> dict[str, Tensor]:
+    """Everything that is added up, float64 (N,) each, with gradient, times its weight."""
+    assert pairs.chosen.ref_logprob_N is not None or not needs_reference(config), "the row has no ref_logprob_T"
+    seen = views(pairs, config)._replace(kl_w=kl_w, kl_l=kl_l)
+    parts = {loss.value: weight * preference_loss(loss, seen, config) for loss, weight in config.losses().items()}
+    if config.sft_loss_ratio:
+        parts["sft"] = -config.sft_loss_ratio * seen.cw_mean_N
+    if config.mdpo_conditional:
+        corrupted_N = seen.w_N if pairs.corrupted is None else log_ratio(pairs.corrupted, pairs.rejected, config)
+        conditional_N = -F.logsigmoid(config.beta * (seen.w_N - corrupted_N))
+        parts["conditional"] = config.mdpo_conditional * pairs.corrupted_N * conditional_N
+    if config.mdpo_anchor:
+        parts["anchor"] = -config.mdpo_anchor * F.logsigmoid(config.beta * seen.w_N - config.mdpo_delta)
+    return parts
+
+
+@torch.no_grad()
+def pair_metrics(
+    pairs: PairSums, config: DPOObjectiveConfig, kl_w: Tensor | float = 0.0, kl_l: Tensor | float = 0.0
+) -> dict[str, Tensor]:
+    """What is reported of every pair, float64 (N,) each.
+
+    loss                  and loss_NAME of each part, where there are several
+    reward_*              beta log p / p_ref; beta log p where there is no reference (simpo, or, orpo: per token)
+    reward_accuracy       1 where the chosen answer has the higher reward
+    logprob_*, tokens_*   of whole answers: log p, and learned tokens
+    nll_chosen            per token
+    kl_chosen             log p / p_ref of the chosen answer: an estimate of the KL divergence, where it is a sample
+    kl_chosen_k3          another one, never negative (`Answers.kl_N`)
+    tokens_gap            tokens of the chosen answer - tokens of the rejected one
+    """
+    parts = loss_parts(pairs, config, kl_w, kl_l)
+    chosen, rejected = pairs.chosen, pairs.rejected
+    metrics = {"loss": torch.stack(list(parts.values())).sum(0)}
+    if len(parts) > 1:
+        metrics |= {f"loss_{name}": part_N for name, part_N in parts.items()}
+    rewards = []
+    for answers in (chosen, rejected):
+        if needs_reference(config):
+            assert answers.ref_logprob_N is not None
+            rewards.append(config.beta * (answers.logprob_N - answers.ref_logprob_N))
+        elif any(loss.has_reference for loss in config.losses()):
+            rewards.append(config.beta * answers.logprob_N)
+        else:
+            rewards.append(config.beta * answers.logprob_N / answers.length_N.clamp(min=1))
+    metrics |= {
+        "reward_chosen": rewards[0],
+        "reward_rejected": rewards[1],
+        "reward_margin": rewards[0] - rewards[1],
+        "reward_accuracy": (rewards[0] > rewards[1]).double(),
+        "logprob_chosen": chosen.logprob_N,
+        "logprob_rejected": rejected.logprob_N,
+        "tokens_chosen": chosen.length_N,
+        "tokens_rejected": rejected.length_N,
+        "tokens_gap": chosen.length_N - rejected.length_N,
+        "nll_chosen": -chosen.logprob_N / chosen.length_N.clamp(min=1),
+    }
+    if needs_reference(config) and chosen.ref_logprob_N is not None and chosen.kl_N is not None:
+        metrics |= {"kl_chosen": chosen.logprob_N - chosen.ref_logprob_N, "kl_chosen_k3": chosen.kl_N}
+    return metrics
