@@ -18,7 +18,7 @@ from train.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
-PAGES += ("docs/evaluation.md", "docs/serving.md", "docs/tasks.md", "docs/export.md")
+PAGES += ("docs/evaluation.md", "docs/serving.md", "docs/tasks.md", "docs/export.md", "docs/dpo.md")
 
 
 def commands(page: str) -> list[str]:
@@ -33,6 +33,7 @@ KEYS = {"train.convert": ("input:", "output:"), "train.chat": ("checkpoint:", "a
 KEYS |= {"train.export": ("checkpoint:", "output:")}
 KEYS |= {"train.serve": ("checkpoint:", "limits:")}
 KEYS |= {"train.evaluate": ("checkpoint:", "tasks:"), "train.compare": ("runs:",)}
+KEYS |= {"train.make_pairs": ("checkpoint:", "per_question:")}
 """What the settings of a program show, besides those of training."""
 NOT_OURS = ("pip", "vllm")
 ALL = [pytest.param(line, id=f"{page}: {line}") for page in PAGES for line in commands(page)]

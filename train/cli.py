@@ -24,6 +24,7 @@ COMMANDS = {
     "index": ("train.index", "make a folder of pictures searchable by picture, for the tool image_search"),
     "serve": ("train.serve", "put a model behind an OpenAI-compatible address, with a page to chat with"),
     "evaluate": ("train.evaluate", "ask a model the questions of tasks or of your own file, and score its answers"),
+    "pairs": ("train.make_pairs", "make pairs of right and wrong answers from what a model writes, for `ernie dpo`"),
     "compare": ("train.compare", "two evaluations of the same questions, with a paired test"),
     "dashboard": ("train.dashboard", "open the local page with the curves of your runs"),
 }

@@ -32,7 +32,15 @@ from train.config import (
     suggestion,
 )
 from train.dpo_config import DPOConfig
-from train.inference_config import ChatConfig, CompareConfig, EvaluationConfig, ExportConfig, IndexConfig, ServeConfig
+from train.inference_config import (
+    ChatConfig,
+    CompareConfig,
+    EvaluationConfig,
+    ExportConfig,
+    IndexConfig,
+    PairsConfig,
+    ServeConfig,
+)
 
 ENTRIES = {
     "sft": SFTConfig,
@@ -40,6 +48,7 @@ ENTRIES = {
     "convert": ConvertConfig,
     "export": ExportConfig,
     "evaluate": EvaluationConfig,
+    "pairs": PairsConfig,
     "compare": CompareConfig,
     "serve": ServeConfig,
     "chat": ChatConfig,

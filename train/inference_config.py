@@ -1,4 +1,4 @@
-"""Settings of what runs a model without training it: `ernie evaluate`, `serve`, `chat`, `index`.
+"""Settings of what runs a model without training it: `ernie evaluate`, `pairs`, `serve`, `chat`, `index`.
 
 They share where the weights are (`Weights`), how the engine runs (`EngineSettings`), how answers are sampled
 (`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
@@ -162,41 +162,28 @@ class AskedConfig:
 
 
 @dataclass
-class EvaluationConfig(ModelAtWork):
-    """`ernie evaluate`: see train/evaluate.py."""
+class AskingConfig(ModelAtWork):
+    """What is asked, how often, and which answers are right: what evaluate and pairs have in common."""
 
     tasks: list[str] = field(default_factory=list)
     """Names of tasks that ship with the suite (`python -m data.tasks` lists them), and files of questions of your own,
     in any format of data/. A file is called by its name without the ending."""
-    split: Split = Split.heldout
-    """Of the suite's tasks; a file is asked whole."""
     task_seed: int = 0
     """What the suite's tasks are made with; as in training (data.seed), or held-out questions are others."""
     limit: int | None = None
     """Questions of each task, evenly over it; null: all."""
     attempts: int = 1
     """Answers to each question; more than one needs sampling.temperature above 0."""
-    pass_at: list[int] = field(default_factory=list)
-    """k of pass@k; empty: 1, and all attempts."""
     right_at: float = 1.0
-    """The score from which an answer counts as right, for pass@k and accuracy."""
+    """The score from which an answer counts as right."""
     seed: int = 0
     """Of sampling and of the bootstrap."""
     reward: str | None = None
     """For records that name none: see train/rewards, or python:module.function."""
     per_task: dict[str, Any] = field(default_factory=dict)
     """Settings of single tasks, by name: `AskedConfig`."""
-    likelihood: bool = True
-    """Also measure how probable the right answers are."""
     concurrency: int = 128
     """Questions that are being answered at once."""
-    pictures: int = 60
-    """Questions of each task on the page and in the trackers' tables, wrong ones first; 0 makes no page."""
-    output: str = "evaluations/${now:%Y-%m-%d_%H-%M-%S}"
-    """The folder of results; one that was broken off goes on where it was."""
-    name: str | None = None
-    """What trackers call it; null: the name of the folder."""
-    tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def __post_init__(self):
         self.per_task = {name: AskedConfig.of(name, settings) for name, settings in self.per_task.items()}
@@ -208,8 +195,6 @@ class EvaluationConfig(ModelAtWork):
             f"attempts is {self.attempts} and sampling.temperature 0, which would write the same answer each time. "
             "Set sampling.temperature, for example to 0.8, or attempts=1.",
         )
-        for k in self.pass_at:
-            check(1 <= k <= self.attempts, f"pass_at has {k}; it must lie in 1..attempts, which is {self.attempts}.")
         check(0 < self.right_at <= 1, f"right_at is {self.right_at}; it must be more than 0 and at most 1.")
         check_seed("task_seed", self.task_seed)
         check(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0..4294967295.")
@@ -219,7 +204,71 @@ class EvaluationConfig(ModelAtWork):
             f"concurrency is {self.concurrency}; it must lie in 1..{room}, which is engine.max_waiting + "
             "engine.max_running.",
         )
+
+
+@dataclass
+class EvaluationConfig(AskingConfig):
+    """`ernie evaluate`: see train/evaluate.py."""
+
+    split: Split = Split.heldout
+    """Of the suite's tasks; a file is asked whole."""
+    pass_at: list[int] = field(default_factory=list)
+    """k of pass@k; empty: 1, and all attempts."""
+    likelihood: bool = True
+    """Also measure how probable the right answers are."""
+    pictures: int = 60
+    """Questions of each task on the page and in the trackers' tables, wrong ones first; 0 makes no page."""
+    output: str = "evaluations/${now:%Y-%m-%d_%H-%M-%S}"
+    """The folder of results; one that was broken off goes on where it was."""
+    name: str | None = None
+    """What trackers call it; null: the name of the folder."""
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for k in self.pass_at:
+            check(1 <= k <= self.attempts, f"pass_at has {k}; it must lie in 1..attempts, which is {self.attempts}.")
         check(self.pictures >= 0, f"pictures is {self.pictures}; it must be 0 or more.")
+
+
+class Form(Enum):
+    pairs = "pairs"
+    """A right and a wrong answer to the same question: DPO and its kin."""
+    labelled = "labelled"
+    """Single answers, each wanted or not: KTO."""
+
+
+@dataclass
+class PairsConfig(AskingConfig):
+    """`ernie pairs`: see train/make_pairs.py. Of the suite's tasks it asks what is trained on, not what is held out."""
+
+    attempts: int = 8
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    form: Form = Form.pairs
+    per_question: int = 1
+    """Pairs of one question at most; with form=labelled, answers of each kind."""
+    wrong_at: float | None = None
+    """The score up to which an answer counts as wrong; null: all that are not right. Answers between are left out."""
+    use_answer: bool = False
+    """Where no attempt is right, the question's own right answer is the chosen one."""
+    output: str = "pairs/${now:%Y-%m-%d_%H-%M-%S}"
+    """The folder of the records; one that was broken off goes on where it was."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.per_question >= 1, f"per_question is {self.per_question}; it must be at least 1.")
+        check(
+            self.wrong_at is None or 0 <= self.wrong_at < self.right_at,
+            f"wrong_at is {self.wrong_at}; it must be at least 0 and less than right_at, which is {self.right_at}.",
+        )
+        check(
+            self.attempts > 1 or self.use_answer or self.form is Form.labelled,
+            "attempts is 1, and one answer is not both right and wrong. Raise attempts, or set use_answer=true.",
+        )
+
+    @property
+    def split(self) -> Split:
+        return Split.train
 
 
 @dataclass

@@ -85,7 +85,7 @@ def opened(folder: Path, started: dict[str, Any]) -> Iterator[tuple[dict[tuple[s
         started: all that decides the numbers; a folder is gone on with only when it was begun with the same.
 
     Raises:
-        UserError: the folder cannot be written, is another evaluation's, or another process writes into it.
+        UserError: the folder cannot be written, holds other answers, or another process writes into it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def opened(folder: Path, started: dict[str, Any]) -> Iterator[tuple[dict[tuple[s
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another process is evaluating in output={folder}. Choose another folder.") from error
+            raise UserError(f"another process is writing into output={folder}. Choose another folder.") from error
         _same_evaluation(folder, started)
         path = folder / ANSWERS
         cut(path, 2**62)  # to whole lines: a killed process may have left half of one
@@ -117,8 +117,8 @@ def _same_evaluation(folder: Path, started: dict[str, Any]) -> None:
         if changed:
             lines = "\n".join(f"  {key}: {before.get(key)} then, {now.get(key)} now" for key in changed)
             raise UserError(
-                f"output={folder} holds another evaluation, and nothing is overwritten:\n{lines}\n"
-                "Choose another output=, or restore what differs to go on with that one."
+                f"output={folder} holds other answers, and nothing is overwritten:\n{lines}\n"
+                "Choose another output=, or restore what differs to go on with those."
             )
     elif (folder / ANSWERS).exists():
         raise UserError(f"output={folder} has answers but no {STARTED}, so whose they are is not known.")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,7 +33,7 @@ from train.contact_sheet import draw
 from train.evaluation.asking import ANSWERS, PICTURES, Answer, ask_all, opened, write_in_order
 from train.evaluation.likelihood import Likelihood, likelihoods
 from train.evaluation.page import write_page
-from train.evaluation.questions import AskedTask
+from train.evaluation.questions import AskedTask, Asking
 from train.evaluation.results import RESULTS, VERSION, overall, task_results, weights_hash
 from train.evaluation.shown import Shown, sheet_items, shown
 from train.evaluation.terminal import endings_line, results_table
@@ -61,9 +61,7 @@ SAME_NUMBERS = (
 """Settings that may differ when a broken off evaluation goes on: the weights' hash says what is evaluated."""
 
 
-def agents_of(
-    config: EvaluationConfig, tasks: Sequence[AskedTask], served: Served, engine: Generates
-) -> dict[str, Agent]:
+def agents_of(config: Asking, tasks: Sequence[AskedTask], served: Served, engine: Generates) -> dict[str, Agent]:
     """One for each task, with its tools.
 
     Raises:
@@ -116,26 +114,8 @@ def evaluate(
     with ExitStack() as at_end:
         done, file = at_end.enter_context(opened(folder, started))
         trackers = [] if (folder / RESULTS).exists() else _start_trackers(config, settings, folder, at_end)
-        total = config.attempts * sum(len(task.questions) for task in tasks)
-        if done:
-            console.print(f"going on   {len(done):,} of {total:,} answers are in {folder}")
         forced = _likelihoods(config, tasks, served, folder, console)
-        with _progress(console, "answers", total, len(done)) as advance, _kept(folder, config):
-            answers = asyncio.run(
-                ask_all(
-                    tasks,
-                    dict(agents),
-                    done,
-                    file,
-                    params=next(iter(agents.values())).params,
-                    attempts=config.attempts,
-                    seed=config.seed,
-                    concurrency=config.concurrency,
-                    folder=folder,
-                    told=lambda answer: advance(1),
-                )
-            )
-        write_in_order(folder / ANSWERS, answers)
+        answers = answers_to(config, tasks, agents, done, file, console)
         by_task = {task.name: [one for one in answers if one.task == task.name] for task in tasks}
         results = {
             "version": VERSION,
@@ -166,6 +146,38 @@ def evaluate(
         atomic_write(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     _tell(console, folder, results, answers, config)
     return results
+
+
+def answers_to(
+    config: Asking,
+    tasks: Sequence[AskedTask],
+    agents: Mapping[str, Agent],
+    done: dict[tuple[str, str, int], Answer],
+    file: TextIO,
+    console: Console,
+) -> list[Answer]:
+    """Every attempt at every question, in order; `done` and `file` are what `opened` gave."""
+    folder = Path(config.output)
+    total = config.attempts * sum(len(task.questions) for task in tasks)
+    if done:
+        console.print(f"going on   {len(done):,} of {total:,} answers are in {folder}")
+    with _progress(console, "answers", total, len(done)) as advance, _kept(folder):
+        answers = asyncio.run(
+            ask_all(
+                tasks,
+                dict(agents),
+                done,
+                file,
+                params=next(iter(agents.values())).params,
+                attempts=config.attempts,
+                seed=config.seed,
+                concurrency=config.concurrency,
+                folder=folder,
+                told=lambda answer: advance(1),
+            )
+        )
+    write_in_order(folder / ANSWERS, answers)
+    return answers
 
 
 def _likelihoods(
@@ -212,7 +224,7 @@ def _write_to_look_at(
 
 
 @contextmanager
-def _kept(folder: Path, config: EvaluationConfig) -> Iterator[None]:
+def _kept(folder: Path) -> Iterator[None]:
     """Ctrl-C: what is there already, and the way on. Of several that fail together, the first tells why."""
     try:
         yield

@@ -22,12 +22,14 @@ from data.formats import messages
 from data.media import MediaFolder
 from data.tasks import TASKS, Task, question_of
 from train.config import UserError, suggestion
-from train.inference_config import AskedConfig, EvaluationConfig
+from train.inference_config import AskedConfig, EvaluationConfig, PairsConfig
 from train.rewards.base import Attempt, Reward
 from train.rewards.registry import check_options, needs_answer, reward_named
 
 NAMED = 3
 """How many bad records an error names."""
+
+Asking = EvaluationConfig | PairsConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,7 @@ class AskedTask:
     rewards: tuple[str, ...] = field(default=())
 
 
-def open_tasks(config: EvaluationConfig) -> list[AskedTask]:
+def open_tasks(config: Asking) -> list[AskedTask]:
     """Raises UserError, DataError: see above; MediaError comes when a question is asked."""
     names = [name if name in TASKS else Path(name).stem for name in config.tasks]
     for number, name in enumerate(names):
@@ -96,7 +98,7 @@ def open_tasks(config: EvaluationConfig) -> list[AskedTask]:
     return [_open(name, given, config) for name, given in zip(names, config.tasks, strict=True)]
 
 
-def _open(name: str, given: str, config: EvaluationConfig) -> AskedTask:
+def _open(name: str, given: str, config: Asking) -> AskedTask:
     asked = config.per_task.get(name, AskedConfig())
     task = TASKS.get(given)
     if task is not None:
@@ -174,7 +176,7 @@ def _questions(
     name: str,
     conversations: Sequence[Conversation],
     media: MediaFolder,
-    config: EvaluationConfig,
+    config: Asking,
     asked: AskedConfig,
     task: Task | None,
 ) -> list[Question]:

@@ -131,12 +131,10 @@ def test_an_evaluation_goes_on_where_it_was(run, sums, adds, tmp_path):
 def test_a_folder_of_another_evaluation_is_refused(run, sums, adds, tmp_path):
     run([sums], adds)
     with pytest.raises(
-        UserError, match="(?s)holds another evaluation.*settings.seed: 0 then, 1 now\nChoose another output="
+        UserError, match="(?s)holds other answers.*settings.seed: 0 then, 1 now\nChoose another output="
     ):
         run([sums], adds, seed=1)
-    with pytest.raises(
-        UserError, match="(?s)holds another evaluation.*questions.sums: .*settings.limit: None then, 3 now"
-    ):
+    with pytest.raises(UserError, match="(?s)holds other answers.*questions.sums: .*settings.limit: None then, 3 now"):
         run([sums], adds, limit=3)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output=.*cannot be written"):
