@@ -243,7 +243,8 @@ class Tokenizer:
         """The text of `ids`; the inverse of both encodings except for U+2581, which the family uses as its space.
 
         Bytes that are no UTF-8 become U+FFFD, and only those. (`tokenizers` gives up a whole run of byte tokens for one
-        that is wrong, newlines among them, so what it shows of an answer may change with the next token.)
+        that is wrong, newlines among them, so what it shows of an answer may change with the next token; it does so
+        where special tokens are skipped.)
         """
         text = self._markup.decode(list(ids), skip_special_tokens=skip_special)
         if "\N{REPLACEMENT CHARACTER}" not in text or skip_special:

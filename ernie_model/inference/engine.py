@@ -546,9 +546,7 @@ class Engine:
         """The model's weights are others now. Nothing computed before is used again; running requests go on, and their
         later tokens carry the new version."""
         self.version += 1
-        preemptions = self._scheduler.preemptions
         self._scheduler.preempt_all()
-        self._scheduler.preemptions = preemptions
         self._features.clear()
         for request in self._live.values():
             request.forget_what_old_weights_did()

@@ -94,7 +94,7 @@ class Scheduler:
         self.share = share
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
-        self.preemptions = 0
+        self.preemptions = 0  # for want of room
 
     # -------------------------------------------------------------------------------------------------- come and go
 
@@ -138,7 +138,6 @@ class Scheduler:
         self.running.pop()
         self._release(job)
         self.waiting.appendleft(job)
-        self.preemptions += 1
 
     # -------------------------------------------------------------------------------------------------------- a step
 
@@ -257,6 +256,7 @@ class Scheduler:
             last = self.running[-1]
             plan.pop(last, None)
             self._preempt(last)
+            self.preemptions += 1
         job.pages += [self.pool.take() for _ in range(min(need, self.pool.num_free))]
         return min(count, len(job.pages) * size - job.computed)
 

@@ -27,6 +27,13 @@ def make(config, tokenizer, **settings):
     return AsyncEngine(engine), engine, runner
 
 
+def slowly(runner) -> threading.Event:
+    """Until the event is set a step takes 10 ms: an answer is still being written when a test gets round to it."""
+    fast, run_rows = threading.Event(), runner.run
+    runner.run = lambda rows: (fast.wait(0.01), run_rows(rows))[1]
+    return fast
+
+
 def test_many_at_once_each_gets_its_own(vl_config, tokenizer):
     check = Check(vl_config, tokenizer)
 
@@ -48,7 +55,8 @@ def test_many_at_once_each_gets_its_own(vl_config, tokenizer):
 
 def test_a_cancelled_task_cancels_its_request(vl_config, tokenizer):
     async def main():
-        engine, inner, _ = make(vl_config, tokenizer)
+        engine, inner, runner = make(vl_config, tokenizer)
+        slowly(runner)
         task = asyncio.create_task(engine.generate(text(1, 5), LONG))
         stream = engine.stream(text(2, 5), LONG)
         async for _ in stream:
@@ -85,6 +93,7 @@ def test_refusals_reach_the_caller_and_nobody_else(vl_config, tokenizer):
 def test_an_exception_in_the_loop_reaches_all_who_wait(vl_config, tokenizer):
     async def main():
         engine, inner, runner = make(vl_config, tokenizer, max_running=2)
+        slowly(runner)
 
         def broken(rows):
             raise MemoryError("no room")
@@ -143,10 +152,13 @@ def test_an_exception_reaches_who_was_on_the_way(vl_config, tokenizer, where):
 @pytest.mark.parametrize("drain", [True, False])
 def test_close_drains_or_cancels(vl_config, tokenizer, drain):
     async def main():
-        engine, inner, _ = make(vl_config, tokenizer, max_running=2)
+        engine, inner, runner = make(vl_config, tokenizer, max_running=2)
+        fast = slowly(runner)
         tasks = [asyncio.create_task(engine.generate(text(seed, 5), LONG)) for seed in range(5)]
         while inner.stats().waiting < 3 or not inner.stats().running:
             await asyncio.sleep(0.001)
+        if drain:
+            fast.set()
         await engine.close(drain=drain)
         finishes = [completion.finish for completion in await asyncio.gather(*tasks)]
         assert set(finishes) == {Finish.LENGTH if drain else Finish.CANCELLED}
@@ -160,8 +172,7 @@ def test_close_drains_or_cancels(vl_config, tokenizer, drain):
 def test_close_gives_up_draining(vl_config, tokenizer):
     async def main():
         engine, inner, runner = make(vl_config, tokenizer)
-        gate, step = threading.Event(), runner.run
-        runner.run = lambda rows: (gate.wait(0.05), step(rows))[1]
+        slowly(runner)
         task = asyncio.create_task(engine.generate(text(1, 5), LONG))
         while not inner.stats().running:
             await asyncio.sleep(0.001)
@@ -236,14 +247,15 @@ def test_weights_change_between_two_steps(vl_config, tokenizer):
     check = Check(vl_config, tokenizer)
 
     async def main():
-        engine, inner, _ = make(vl_config, tokenizer)
-        threads = []
+        engine, inner, runner = make(vl_config, tokenizer)
+        fast, threads = slowly(runner), []
         task = asyncio.create_task(engine.generate(text(1, 5), LONG))
         while not inner.stats().sampled_tokens:
             await asyncio.sleep(0.001)
         assert await engine.update_weights(lambda: threads.append(threading.current_thread())) == 1
         with pytest.raises(ZeroDivisionError):
             await engine.update_weights(lambda: 1 / 0)
+        fast.set()
         completion = await task
         check(text(1, 5), completion)
         assert {0, 2} <= set(completion.versions) and threads == [engine._thread]

@@ -61,8 +61,7 @@ def test_of_two_pages_with_one_content_that_which_knows_its_experts_is_found():
 @pytest.mark.parametrize("pages", [[0], [0, 1, 2], [0, 0]])
 def test_the_check_notices_what_is_wrong(pages):
     pool = PagePool(num_pages=4, page_tokens=2)
-    pool.take(), pool.take()
-    pool.check([[3, 2]] if pool.is_used(3) else [[0, 1]])
+    pool.check([[pool.take(), pool.take()]])
     with pytest.raises(AssertionError):
         pool.check([pages])
 
