@@ -197,12 +197,13 @@ def make_index(
         on_picture: called with how many are done, and how many there are.
 
     Raises:
-        ImageIndexError: `folder` is no folder, or holds no picture that can be read.
+        ImageIndexError: `folder` is no folder, or holds no picture that can be read; `output` holds other files.
         NotADirectoryError, OSError: `output` cannot be written.
     """
     folder, output = Path(folder), Path(output)
     if not folder.is_dir():
         raise ImageIndexError(f"folder={folder} is not a folder.")
+    _refuse_others(output)
     known = _known(output, embedder)
     rows: list[Tensor] = []
     entries: list[Entry] = []
@@ -242,6 +243,16 @@ def make_index(
         (new / INDEX_FILE).write_text(json.dumps(raw, indent=1, ensure_ascii=False) + "\n", "utf-8")
         save_file({"embedding_NF": torch.stack(rows)}, new / EMBEDDING_FILE)
     return Report(tuple(computed), tuple(kept), tuple(unreadable))
+
+
+def _refuse_others(output: Path) -> None:
+    """The folder is replaced as a whole: what else lies in it would be lost."""
+    others = {path.name for path in output.iterdir()} - {INDEX_FILE, EMBEDDING_FILE} if output.is_dir() else set()
+    if others:
+        raise ImageIndexError(
+            f"output={output} holds {min(others)!r}, which is no part of an index. Name a folder that is new, or holds "
+            f"nothing but an index, such as {output / '.ernie_index'}."
+        )
 
 
 def _known(output: Path, embedder: Embedder) -> dict[str, Tensor]:

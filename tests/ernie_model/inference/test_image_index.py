@@ -128,6 +128,14 @@ def test_only_what_changed_is_computed_again(folder, tmp_path, embedder):
     assert torch.equal(ImageIndex.load(output).embedding_NF, after.embedding_NF)
 
 
+@pytest.mark.parametrize("output", [".", "pictures", "pictures/sub"])
+def test_a_folder_of_other_files_is_not_written_over(folder, tmp_path, embedder, output):
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ImageIndexError, match=f"output={tmp_path / output} holds '.*', which is no part of an index"):
+        make_index(folder, tmp_path / output, embedder)
+    assert sorted(tmp_path.rglob("*")) == before and embedder.count == 0
+
+
 def test_an_index_inside_its_folder_moves_with_it(folder, tmp_path, embedder):
     make_index(folder, folder / ".ernie_index", embedder)
     shutil.move(folder, tmp_path / "elsewhere")
