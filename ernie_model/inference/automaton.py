@@ -69,6 +69,7 @@ def fenced(pattern: str, *, in_string: bool = False) -> str:
     at += 1 if pattern.startswith("^") else 2 if pattern.startswith(r"\A") else 0
     if re.search(r"(?<!\\)(?:\\\\)*\$$", pattern[at:]):
         end -= 1
+    open_groups = 0
     while at < end:
         atom = _ATOM.match(pattern, at, end)
         if atom is None:
@@ -76,6 +77,10 @@ def fenced(pattern: str, *, in_string: bool = False) -> str:
         text, kind = atom[0], atom.lastgroup
         if kind == "refused" or FENCE in text:
             raise PatternError(f"{text!r} at character {at}: {_why(text)}")
+        # One bracket too many would end the group that the whole pattern is put into.
+        open_groups += (text[0] == "(" and text != "(?i)") - (text == ")")
+        if open_groups < 0:
+            raise PatternError(f"')' at character {at}: no bracket is open")
         if kind == "class":
             out.append(f"[{text}&&[^{hidden}]]")
         elif kind == "any":

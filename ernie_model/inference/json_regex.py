@@ -30,6 +30,8 @@ MAX_DEPTH = 3
 """Of what nests without bound."""
 MAX_LENGTH = 200_000
 """Characters of the regular expression."""
+_PART = 40
+"""Characters that a part of the schema counts for at least: one that comes to nothing takes time, too."""
 DIGITS = 16
 
 _SPACE = "[ ]?"
@@ -89,12 +91,17 @@ def json_regex(schema: Mapping[str, Any] | str | bool) -> str:
         raise RequestError(f"The JSON schema is {schema!r}; it must be an object.")
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
+        regex = _Writer(schema).write(schema, "#", {})
     except jsonschema.SchemaError as error:
         where = "/".join(map(str, error.absolute_path))
         raise RequestError(f"The JSON schema is not valid at #/{where}: {error.message}") from None
-    regex = _Writer(schema).write(schema, "#", {})
+    except RecursionError:
+        raise RequestError("The JSON schema is nested too deeply. Use fewer levels.") from None
     if regex is None:
-        raise RequestError("No JSON text satisfies the schema (within three levels, if it refers to itself).")
+        raise RequestError(
+            f"No JSON text satisfies the schema (with numbers of at most {DIGITS} digits; within three levels, if it "
+            "refers to itself)."
+        )
     return regex
 
 
@@ -107,7 +114,7 @@ class _Writer:
 
     def write(self, schema: Any, at: str, depth: Mapping[str, int]) -> str | None:
         regex = self._write(schema, at, depth)
-        self.length += len(regex or "")
+        self.length += _PART + len(regex or "")
         if self.length > 20 * MAX_LENGTH or len(regex or "") > MAX_LENGTH:
             raise _refusal(at, "is too large when written out", "Use smaller bounds or fewer references.")
         return regex
@@ -196,7 +203,7 @@ class _Writer:
         return f'"{STRING_CHARACTER}{{{shortest},{"" if longest is None else int(longest)}}}"'
 
     def integer(self, schema: Mapping[str, Any], at: str, depth: Mapping[str, int], name: str) -> str | None:
-        low, high = _bounds(schema)
+        low, high = _bounds(schema, at)
         if low is None and high is None:
             return _INTEGER
         least = -math.inf if low is None else math.floor(low[0]) + 1 if low[1] else math.ceil(low[0])
@@ -207,7 +214,7 @@ class _Writer:
         return _either([negative and f"-(?:{negative})", _naturals(max(0, least), most)])
 
     def number(self, schema: Mapping[str, Any], at: str, depth: Mapping[str, int], name: str) -> str | None:
-        low, high = _bounds(schema)
+        low, high = _bounds(schema, at)
         if low is None and high is None:
             return _NUMBER
         for bound in (low, high):
@@ -456,9 +463,12 @@ Bound = tuple[float, bool]
 """A value, and whether it is itself excluded."""
 
 
-def _bounds(schema: Mapping[str, Any]) -> tuple[Bound | None, Bound | None]:
+def _bounds(schema: Mapping[str, Any], at: str) -> tuple[Bound | None, Bound | None]:
     lows = [(schema[key], key.startswith("ex")) for key in ("minimum", "exclusiveMinimum") if key in schema]
     highs = [(schema[key], key.startswith("ex")) for key in ("maximum", "exclusiveMaximum") if key in schema]
+    for value, _ in (*lows, *highs):
+        if not math.isfinite(value):
+            raise _refusal(at, f"has a bound of {value}", "Leave it out.")
     return max(lows, default=None), min(highs, key=lambda b: (b[0], not b[1]), default=None)
 
 

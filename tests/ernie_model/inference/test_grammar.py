@@ -199,12 +199,30 @@ def test_answers_satisfy_any_schema(schema, seed):
         ("{", "not JSON"),
         ("[]", "must be an object"),
         ({"type": "string", "pattern": "a{30000}"}, "states"),
+        (json.loads('{"type": "integer", "minimum": 1e999}'), "# has a bound of inf"),
+        (json.loads('{"type": "number", "exclusiveMaximum": NaN}'), "# has a bound of nan"),
+        ({"type": "integer", "minimum": 10**20}, "at most 16 digits"),
     ],
     ids=lambda value: json.dumps(value)[:50],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused_by_name(schema, part):
     with pytest.raises(RequestError, match=re.escape(part)):
         compile_constraint(SamplingParams(constraint=JsonSchema(schema=schema)), VOCABULARY)
+
+
+def test_schemas_that_never_end_are_refused():
+    names = [f"#/$defs/{name}" for name in "abcdef"]
+    each = {"anyOf": [{"$ref": name} for name in names]}  # nothing but references: 6**18 ways, none of which ends
+    for schema in ({"$ref": names[0], "$defs": dict.fromkeys("abcdef", each)}, deep(3000)):
+        with pytest.raises(RequestError, match="too large|too deeply"):
+            json_regex.json_regex(schema)
+
+
+def deep(levels: int) -> dict:
+    schema = {"type": "null"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
 
 
 @given(st.integers(0, 3000), st.integers(0, 3000), st.integers(0, 12_000))
@@ -248,6 +266,7 @@ def test_ranges_of_numbers(least, most, open_low, open_high, x):
         r"[\]a-]{3}[^\]]",
         "(?P<year>[0-9]{4})é😀?",
         r"(?i)straße",
+        r"(?i)(?:a\))(?P<x>b)[)]\(",
         "a*?b",
         "",
     ],
@@ -270,6 +289,8 @@ def test_answers_match_their_pattern(pattern):
         ("[a", "not complete"),
         ("a\\", "not complete"),
         ("(a", "not understood"),
+        ("a)|(b", "no bracket is open"),
+        (r"(?i)(?:a\))(?P<x>b)[)]\(c)", "no bracket is open"),
         ("[^\\s\\S]", "no text matches"),
         ("\U0010ffff", "not a character"),
         ("a{30000}", "at most 20000"),
