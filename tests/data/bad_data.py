@@ -30,9 +30,9 @@ from data.order import Key
 from data.prepare import check_record, measure
 from ernie_model.processor import Processor
 from ernie_model.video import Clip
-from tests.data.tiny import tiny_processor
 from tests.ernie_model.test_images import png_that_claims
 from tests.ernie_model.test_video import repeated, smooth_clip
+from tests.tiny import tiny_processor
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bad_data.md"
 

@@ -17,7 +17,7 @@ from data.conversation import Conversation, Message, Part
 from data.dataset import ListDataset
 from ernie_model.images import ImageSize
 from ernie_model.processor import Processor
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 
 
 class LetterProcessor:

@@ -13,15 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from data.records import write_jsonl
 from data.tasks import digits
-from ernie_model.checkpoint import save_model
-from ernie_model.config import ErnieConfig, VisionConfig
-from ernie_model.model import ErnieModel
-from ernie_model.processor import Processor
-from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from ernie_model.tokenizer import MEDIA_TOKENS
+from tests.tiny import DENSE, SPARSE, save_tiny
 from train.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,28 +37,12 @@ SMALL = [
     "tracker=none",
 ]
 RECORDS = 60
-SHAPE = dict(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=128,
-)
-EXPERTS = dict(num_experts=4, experts_per_token=2, text_expert_width=32, num_shared_experts=1, sparse_layers=(1,))
-IDS = tiny_tokenizer_ids()
-TEXT_IDS = {key: value for key, value in IDS.items() if not key.startswith(("image", "video"))}
+TEXT = dict(vision=None, mrope_section=None) | dict.fromkeys(MEDIA_TOKENS)
+SHARED = SPARSE.replace(num_shared_experts=1)
 MODELS = {
-    "vl": ErnieConfig(
-        **SHAPE,
-        **EXPERTS,
-        vision_expert_width=16,
-        mrope_section=(3, 3, 2),
-        vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-        **IDS,
-    ),
-    "moe": ErnieConfig(**SHAPE, **EXPERTS, **TEXT_IDS),
-    "dense": ErnieConfig(**SHAPE, **TEXT_IDS),
+    "vl": SHARED,
+    "moe": SHARED.replace(vision_expert_width=0, **TEXT),
+    "dense": DENSE.replace(**TEXT),
 }
 """One tiny model of each kind that the recipes are for."""
 
@@ -88,9 +68,7 @@ def place(tmp_path_factory) -> Path:
     (folder / "receipts" / "sharegpt.json").write_text(json.dumps(records))
     for kind, config in MODELS.items():
         name = "tiny-checkpoint" if kind == "vl" else f"tiny-{kind}"
-        torch.manual_seed(0)
-        save_model(ErnieModel(config), folder / name)
-        Processor(load_tiny_tokenizer(), config).save(folder / name)
+        save_tiny(config, folder / name)
     chats = [{"messages": [*turn("user", f"{n} plus 1?"), *turn("assistant", str(n + 1))]} for n in range(40)]
     write_jsonl(folder / "chats.jsonl", chats)
     return folder

@@ -4,21 +4,15 @@ import json
 import sys
 
 import pytest
-import torch
 
-from ernie_model.checkpoint import save_model
-from ernie_model.model import ErnieModel
-from tests.data.tiny import tiny_processor
+from tests.tiny import DENSE, save_tiny
 from train import compare, evaluate
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    processor = tiny_processor()
-    torch.manual_seed(0)
-    save_model(ErnieModel(processor.config), folder)
-    processor.save(folder)
+    save_tiny(DENSE, folder)
     return str(folder)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from ernie_model.images import ImageSettings
 from ernie_model.processor import Processor
 from ernie_model.video import VideoSettings
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 from train.build import build_processor
 from train.config import ModelConfig
 

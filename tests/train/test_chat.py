@@ -10,22 +10,18 @@ import sys
 import threading
 
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
 from data.conversation import Source
 from data.formats import messages as messages_format
 from data.records import Record
-from ernie_model.checkpoint import save_model
-from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.inference.agent import Agent, Limits
 from ernie_model.inference.moderation import ListFilter, Moderation
 from ernie_model.inference.tools import ToolBox, tool_from_function, zoom_tool
-from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
-from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
 from tests.ernie_model.inference.scripted import ScriptedEngine
+from tests.tiny import SPARSE, save_tiny, tiny_processor
 from train.chat import Chat, Lines, Page
 
 ZOOM = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 0, 500, 500]}}\n</tool_call>\n'
@@ -33,23 +29,7 @@ ZOOM = '<tool_call>\n{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0,
 
 @pytest.fixture(scope="module")
 def processor() -> Processor:
-    config = ErnieConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        num_experts=4,
-        experts_per_token=2,
-        text_expert_width=32,
-        vision_expert_width=16,
-        sparse_layers=(1,),
-        mrope_section=(3, 3, 2),
-        vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-        **tiny_tokenizer_ids(),
-    )
-    return Processor(load_tiny_tokenizer(), config)
+    return tiny_processor(SPARSE)
 
 
 @pytest.fixture
@@ -276,13 +256,9 @@ def test_lines_that_are_typed(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(processor, tmp_path_factory):
+def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    model = ErnieModel(processor.config)
-    model.init_weights()
-    save_model(model, folder)
-    processor.save(folder)
+    save_tiny(SPARSE, folder)
     return folder
 
 

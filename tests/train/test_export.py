@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from ernie_model.atomic import atomic_folder
 from ernie_model.checkpoint import CheckpointError, load_model, write_model
-from ernie_model.config import ErnieConfig, VisionConfig
+from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
-from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from tests.tiny import SPARSE, tiny_processor
 from train import certificate, export, sft
 from train.certificate import CertificateError
 from train.config import Precision, UserError
@@ -84,23 +84,8 @@ def test_where_there_is_no_checkpoint(tmp_path):
 
 # --------------------------------------------------------------------------------------- weights, and what they compute
 
-CONFIG = ErnieConfig(
-    hidden_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=96,
-    num_experts=4,
-    experts_per_token=2,
-    text_expert_width=32,
-    vision_expert_width=16,
-    num_shared_experts=1,
-    sparse_layers=(1, 2),
-    initializer_range=0.1,
-    mrope_section=(3, 3, 2),
-    vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-    **tiny_tokenizer_ids(),
+CONFIG = SPARSE.replace(
+    num_hidden_layers=3, sparse_layers=(1, 2), intermediate_size=96, num_shared_experts=1, initializer_range=0.1
 )
 
 
@@ -120,7 +105,7 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     with atomic_folder(folder) as temporary:
         write_model(random_model(), temporary)
-        Processor(load_tiny_tokenizer(), CONFIG).save(temporary)
+        tiny_processor(CONFIG).save(temporary)
     return folder
 
 
@@ -222,7 +207,7 @@ def test_a_program_that_cannot_be_run(base, tmp_path):
 def test_the_bound_is_that_of_rounding_and_an_epsilon_more_is_seen():
     """Twice the model's own rounding stays inside; a change of the weights by a thousandth of their size does not."""
     model = random_model().eval()
-    certifier = certificate.Certifier(model, Processor(load_tiny_tokenizer(), CONFIG))
+    certifier = certificate.Certifier(model, tiny_processor(CONFIG))
     wide = certificate.model_of(CONFIG, lambda name, index: model.state_dict()[name], torch.float64)
     exact = certifier.read_back("float64", wide)
     assert exact.comparisons[0].max_difference > 0

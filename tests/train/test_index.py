@@ -7,15 +7,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import torch
 from PIL import Image
 
-from ernie_model.checkpoint import save_model
-from ernie_model.config import ErnieConfig, VisionConfig
 from ernie_model.inference.image_index import ImageIndex
-from ernie_model.model import ErnieModel
-from ernie_model.processor import Processor
-from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from tests.tiny import SPARSE, save_tiny
 from train.agents import open_agent, open_filters, open_toolbox, sampling_params
 from train.config import Precision, UserError
 from train.index import index_folder
@@ -26,27 +21,7 @@ from train.served import open_model
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    config = ErnieConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size=128,
-        num_experts=4,
-        experts_per_token=2,
-        text_expert_width=32,
-        vision_expert_width=16,
-        sparse_layers=(1,),
-        mrope_section=(3, 3, 2),
-        vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-        **tiny_tokenizer_ids(),
-    )
-    torch.manual_seed(0)
-    model = ErnieModel(config)
-    model.init_weights()
-    save_model(model, folder)
-    Processor(load_tiny_tokenizer(), config).save(folder)
+    save_tiny(SPARSE, folder)
     return folder
 
 

@@ -7,51 +7,29 @@ import pytest
 import torch
 
 from ernie_model.atomic import atomic_folder
-from ernie_model.checkpoint import write_model
-from ernie_model.config import ErnieConfig, PositionAfterVideo, VisionConfig
+from ernie_model.config import PositionAfterVideo
 from ernie_model.context import Packed
 from ernie_model.inference.quantize import QuantisedModule, Quantization, Scheme, quantise_model, write_quantised
 from ernie_model.inference.request import MediaItem
 from ernie_model.inference.runner import Row, Runner
 from ernie_model.model import ErnieModel
 from ernie_model.parts import Part
-from ernie_model.processor import Processor
 from ernie_model.rope import position_ids
-from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
+from tests.tiny import SPARSE, save_tiny
 from train.config import PeftConfig, PeftKind, PositionRule, Precision, UserError
 from train.inference_config import Bits, QuantizeConfig, Weights
 from train.lora.adapt import adapt
 from train.served import open_model
 
-CONFIG = ErnieConfig(
-    hidden_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    intermediate_size=128,
-    num_experts=4,
-    experts_per_token=2,
-    text_expert_width=32,
-    vision_expert_width=16,
-    num_shared_experts=1,
-    sparse_layers=(1,),
-    initializer_range=0.1,
-    mrope_section=(3, 3, 2),
-    vision=VisionConfig(depth=1, hidden_size=32, num_heads=2, intermediate_size=64),
-    **tiny_tokenizer_ids(),
-)
+CONFIG = SPARSE.replace(num_shared_experts=1, initializer_range=0.1)
 GRID = (1, 4, 6)
 SETTINGS = dict(precision=Precision.fp32, cpu=True)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "base"
-    with atomic_folder(folder) as temporary:
-        write_model(ErnieModel(CONFIG), temporary)
-        Processor(load_tiny_tokenizer(), CONFIG).save(temporary)
+    save_tiny(CONFIG, folder)
     return folder
 
 

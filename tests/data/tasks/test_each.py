@@ -24,7 +24,7 @@ from ernie_model.inference.tools import ToolBox, ToolContext, zoom_tool
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.video import decode_frames, probe
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 
 pytest.importorskip("sklearn.datasets")
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from ernie_model.inference.request import Prompt
 from ernie_model.model import ErnieModel
-from tests.data.tiny import tiny_processor
 from tests.ernie_model.inference.scripted import ScriptedEngine
+from tests.tiny import tiny_processor
 from train.compose import plain
 from train.evaluation.evaluation import agents_of, evaluate
 from train.evaluation.questions import open_tasks

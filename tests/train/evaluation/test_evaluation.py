@@ -151,7 +151,7 @@ from pathlib import Path
 from rich.console import Console
 import torch
 from ernie_model.model import ErnieModel
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 from tests.ernie_model.inference.scripted import ScriptedEngine
 from train.compose import plain
 from train.evaluation.evaluation import agents_of, evaluate

@@ -11,7 +11,7 @@ from data.pack import collate
 from ernie_model.inference.async_engine import AsyncEngine
 from ernie_model.inference.engine import EngineSettings
 from ernie_model.model import ErnieModel
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 from train.compose import plain
 from train.evaluation.asking import read_answers
 from train.evaluation.evaluation import agents_of, evaluate
