@@ -195,14 +195,16 @@ class Chat:
         if not self.messages:
             raise Refused("there is nothing to save yet.")
         file.parent.mkdir(parents=True, exist_ok=True)
-        number = len(file.read_text("utf-8").splitlines()) + 1 if file.exists() else 1
+        before = file.read_text("utf-8") if file.exists() else ""
+        gap = "\n" if before and not before.endswith("\n") else ""
+        number = (before + gap).count("\n") + 1
         record: dict[str, Any] = {"id": f"{file.stem}-{number}"}
         if definitions := self.agent.toolbox.definitions():
             record["tools"] = definitions
         names = (f"{file.stem}_media/{number}-{picture}.png" for picture in range(1, sys.maxsize))
         record["messages"] = [_on_disk(message, file.parent, lambda: next(names)) for message in self.messages]
         with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            out.write(gap + json.dumps(record, ensure_ascii=False) + "\n")
         self._note(f"saved as line {number} of {file}")
 
     def help(self, _: str) -> None:

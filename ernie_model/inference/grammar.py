@@ -55,7 +55,7 @@ class Compiled:
     """A constraint for one vocabulary; shared by the requests that have it.
 
     Raises:
-        RequestError: the constraint cannot be expressed.
+        PatternError: the pattern has no automaton.
     """
 
     def __init__(self, pattern: str, vocabulary: "Vocabulary"):

@@ -170,27 +170,6 @@ def to_grid(numbers: Sequence[float], size: Size) -> tuple[int, ...]:
     return tuple(round(n) for n in rescale(numbers, size, GRID))
 
 
-def crop_box(box: Box, size: Size, *, margin: float = 0.0) -> tuple[int, int, int, int]:
-    """The pixels to cut out of an original picture (left, top, right, bottom): all that the box touches.
-
-    Args:
-        margin: context to add on each side, as a fraction of the box's own width and height.
-
-    Raises:
-        ValueError: less than a pixel is left, or one side is more than 100 times the other.
-    """
-    wide, high = margin * (box.x2 - box.x1), margin * (box.y2 - box.y1)
-    x1, y1, x2, y2 = rescale((box.x1 - wide, box.y1 - high, box.x2 + wide, box.y2 + high), GRID, size)
-    left, top = max(math.floor(x1), 0), max(math.floor(y1), 0)
-    right, bottom = min(math.ceil(x2), size[0]), min(math.ceil(y2), size[1])
-    width, height = right - left, bottom - top
-    if min(width, height) < 1:
-        raise ValueError(f"the box {list(box.xyxy)} covers less than a pixel of a picture of {size[0]}x{size[1]}.")
-    if max(width, height) > 100 * min(width, height):
-        raise ValueError(f"the box {list(box.xyxy)} is {width}x{height} pixels; one side may be 100 times the other.")
-    return left, top, right, bottom
-
-
 # ---------------------------------------------------------------------------------------------------- on the picture
 
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#f032e6")

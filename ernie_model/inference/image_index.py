@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ernie_model.atomic import atomic_folder
 from ernie_model.images import MediaError, image_patches, load_image
-from ernie_model.inference.tools import Limits, Tool, ToolContext, ToolError, ToolResult, bounded
+from ernie_model.inference.tools import Tool, ToolContext, ToolError, ToolResult, shrunk
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.rope import Grid
@@ -73,8 +73,7 @@ class Embedder:
         Raises:
             MediaError: a picture that is too long and thin.
         """
-        image = bounded(ToolResult((image,)), Limits(max_image_pixels=self.max_pixels)).images[0]
-        patch_array_PX, grid = image_patches(image, self.processor.image)
+        patch_array_PX, grid = image_patches(shrunk(image, self.max_pixels), self.processor.image)
         like = self.model.norm.weight
         patch_PX = torch.from_numpy(patch_array_PX).to(like.device, self.model.activation_dtype)
         vision, resampler = self.model.vision, self.model.resampler
@@ -311,7 +310,6 @@ def image_search_tool(index: ImageIndex, embedder: Embedder, *, count: int = 3) 
         ImageIndexError: another model made the index.
     """
     index.check(embedder)
-    limits = Limits(max_image_pixels=index.max_pixels, max_result_images=count)
 
     def run(arguments: dict[str, Any], context: ToolContext) -> ToolResult:
         number, there = arguments["img_idx"], len(context.images)
@@ -321,10 +319,10 @@ def image_search_tool(index: ImageIndex, embedder: Embedder, *, count: int = 3) 
         for place, hit in enumerate(index.search(embedder(context.images[int(number)]), count), start=1):
             parts.append(f"{place}. {hit.caption} (likeness {hit.likeness:.2f})\n")
             try:
-                parts.append(load_image(index.folder / hit.file))
+                parts.append(shrunk(load_image(index.folder / hit.file), index.max_pixels))
             except MediaError:
                 parts.append("[the picture is gone]\n")
-        return bounded(ToolResult(tuple(parts)), limits)
+        return ToolResult(tuple(parts))
 
     return Tool(SEARCH["name"], SEARCH["description"], SEARCH["parameters"], run)
 

@@ -292,13 +292,14 @@ def bounded(result: ToolResult, limits: Limits) -> ToolResult:
             left_out += 1
         else:
             images += 1
-            parts.append(_shrunk(part, limits.max_image_pixels))
+            parts.append(shrunk(part, limits.max_image_pixels))
     if left_out:
         parts.append(f"[{left_out} more pictures left out]")
     return ToolResult(tuple(parts), result.error)
 
 
-def _shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
+def shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
+    """`image` in RGB, with at most `max_pixels` (width times height)."""
     image = image if image.mode == "RGB" else image.convert("RGB")
     if image.width * image.height <= max_pixels:
         return image

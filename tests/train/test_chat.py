@@ -176,6 +176,14 @@ def test_what_is_saved_can_be_trained_on(processor, picture, tmp_path):
         assert opened.size == (112, 56)
 
 
+def test_what_is_saved_begins_a_line(processor, tmp_path):
+    file = tmp_path / "chat.jsonl"
+    file.write_text('{"id": "mine"}')  # as an editor may leave it, without an end of its last line
+    talk = Talk(processor, ["Hi", f"/save {file}", f"/save {file}"], "a\u2028b")  # no end of a line in JSON Lines
+    assert talk.honoured and f"saved as line 3 of {file}" in talk.shown
+    assert [json.loads(line)["id"] for line in file.read_text().split("\n")[:-1]] == ["mine", "chat-2", "chat-3"]
+
+
 @pytest.fixture
 def usual_interrupt():
     """Ctrl-C as in a program that has just begun, whatever an earlier test left behind."""

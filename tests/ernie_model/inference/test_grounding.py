@@ -14,7 +14,6 @@ from ernie_model.inference.grounding import (
     Box,
     Grounding,
     Point,
-    crop_box,
     draw,
     last_json,
     parse_grounding,
@@ -131,34 +130,6 @@ def test_there_and_back(numbers, original, resized):
     grid = to_grid(pixels, original)
     for place, (pixel, back) in enumerate(zip(pixels, rescale(grid, GRID, original), strict=True)):
         assert abs(pixel - back) * 1000 / original[place % 2] <= 0.5 + 1e-9
-
-
-def test_a_crop_is_what_the_box_touches():
-    assert crop_box(Box(100, 200, 300, 400), (640, 480)) == (64, 96, 192, 192)
-    assert crop_box(Box(0, 0, 1000, 1000), (333, 77)) == (0, 0, 333, 77)
-    assert crop_box(Box(101, 1, 102, 999), (10, 10)) == (1, 0, 2, 10)
-    assert crop_box(Box(100, 200, 300, 400), (640, 480), margin=0.5) == (0, 48, 256, 240)
-
-
-@given(on_grid, sizes)
-def test_crops_lie_inside_and_cover_the_box(numbers, size):
-    x1, y1, x2, y2 = numbers
-    if not (x1 < x2 and y1 < y2):
-        return
-    box = Box(x1, y1, x2, y2)
-    try:
-        left, top, right, bottom = crop_box(box, size)
-    except ValueError:
-        return
-    assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
-    assert left * 1000 <= x1 * size[0] < (left + 1) * 1000 and (right - 1) * 1000 < x2 * size[0] <= right * 1000
-    assert top * 1000 <= y1 * size[1] < (top + 1) * 1000 and (bottom - 1) * 1000 < y2 * size[1] <= bottom * 1000
-
-
-def test_a_crop_that_is_a_thread_is_refused():
-    with pytest.raises(ValueError, match="100 times"):
-        crop_box(Box(0, 0, 1000, 1), (2020, 1000))
-    assert crop_box(Box(0, 0, 1000, 1), (100, 1000)) == (0, 0, 100, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- on the picture
