@@ -21,11 +21,13 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from ernie_model.rope import Grid
+if TYPE_CHECKING:  # it imports torch, which the process of a tool has no use for
+    from ernie_model.rope import Grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -215,7 +217,7 @@ def resized_size(image: Image.Image | ImageSize, settings: PixelSettings, name: 
         raise MediaError(name, str(error)) from error
 
 
-def image_patches(image: Image.Image, settings: PixelSettings, name: str = "image") -> tuple[np.ndarray, Grid]:
+def image_patches(image: Image.Image, settings: PixelSettings, name: str = "image") -> tuple[np.ndarray, "Grid"]:
     """Patches of one RGB picture.
 
     Returns:
@@ -249,7 +251,7 @@ def _cut(pixel_HW3: np.ndarray, patch: int, merge: int) -> np.ndarray:
     return split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns * merge * merge, 3, patch * patch)
 
 
-def pictures(patch_PX: np.ndarray, grid: Grid, settings: PixelSettings) -> list[Image.Image]:
+def pictures(patch_PX: np.ndarray, grid: "Grid", settings: PixelSettings) -> list[Image.Image]:
     """The frames that patches were cut from, as the model sees them: the inverse of `picture_patches`, pixel by pixel.
 
     Args:

@@ -42,14 +42,13 @@ from ernie_model.config import ErnieConfig
 from ernie_model.images import (
     CLIP_MEAN,
     CLIP_STD,
-    Grid,
     ImageSettings,
     ImageSize,
     image_patches,
     load_image,
     resized_size,
 )
-from ernie_model.rope import num_media_tokens, position_ids
+from ernie_model.rope import Grid, num_media_tokens, position_ids
 from ernie_model.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, MEDIA_TOKENS, Tokenizer, TokenizerError
 from ernie_model.video import ClipChoice, Frames, FrameSampling, VideoSettings, file_name, font_file, video_patches
 

@@ -32,7 +32,8 @@ from av.error import FFmpegError
 from av.video.stream import VideoStream
 from PIL import Image, ImageDraw, ImageFont
 
-from ernie_model.images import Grid, MediaError, PixelSettings, load_image, picture_patches, resized_size
+from ernie_model.images import MediaError, PixelSettings, load_image, picture_patches, resized_size
+from ernie_model.rope import Grid
 
 FALLBACK_FPS = 24.0  # of frames that come without any timing, as in transformers
 BUILT_IN_FONT = "Aileron-Regular.ttf"

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data.batch import PackedBatch
 from ernie_model.chat import SpanKind
-from ernie_model.images import Grid, pictures
+from ernie_model.images import pictures
 from ernie_model.processor import Encoded, Processor, Span, token_types
-from ernie_model.rope import num_media_tokens
+from ernie_model.rope import Grid, num_media_tokens
 from ernie_model.tokenizer import Tokenizer
 
 

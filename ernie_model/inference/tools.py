@@ -34,6 +34,8 @@ from jsonschema.exceptions import best_match
 from jsonschema.validators import validator_for
 from PIL import Image
 
+from ernie_model.images import load_image
+
 GRID = 1000
 """Boxes are in thousandths of the picture's width and height."""
 TOKEN_SIDE = 28
@@ -299,8 +301,8 @@ def bounded(result: ToolResult, limits: Limits) -> ToolResult:
 
 
 def shrunk(image: Image.Image, max_pixels: int) -> Image.Image:
-    """`image` in RGB, with at most `max_pixels` (width times height)."""
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    """`image` as the model would be shown it, with at most `max_pixels` (width times height)."""
+    image = load_image(image, "the picture")
     if image.width * image.height <= max_pixels:
         return image
     scale = math.sqrt(max_pixels / (image.width * image.height))
