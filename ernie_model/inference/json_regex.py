@@ -467,7 +467,7 @@ def _bounds(schema: Mapping[str, Any], at: str) -> tuple[Bound | None, Bound | N
     lows = [(schema[key], key.startswith("ex")) for key in ("minimum", "exclusiveMinimum") if key in schema]
     highs = [(schema[key], key.startswith("ex")) for key in ("maximum", "exclusiveMaximum") if key in schema]
     for value, _ in (*lows, *highs):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise _refusal(at, f"has a bound of {value}", "Leave it out.")
     return max(lows, default=None), min(highs, key=lambda b: (b[0], not b[1]), default=None)
 

@@ -202,6 +202,7 @@ def test_answers_satisfy_any_schema(schema, seed):
         (json.loads('{"type": "integer", "minimum": 1e999}'), "# has a bound of inf"),
         (json.loads('{"type": "number", "exclusiveMaximum": NaN}'), "# has a bound of nan"),
         ({"type": "integer", "minimum": 10**20}, "at most 16 digits"),
+        ({"type": "integer", "minimum": 10**400}, "at most 16 digits"),
     ],
     ids=lambda value: json.dumps(value)[:50],
 )  # fmt: skip
