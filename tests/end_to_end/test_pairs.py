@@ -8,7 +8,7 @@ import torch
 
 from ernie_model.checkpoint import save_model
 from ernie_model.model import ErnieModel
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 from train import make_pairs
 
 
