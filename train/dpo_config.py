@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from train.config import ObjectiveKind, TrainingConfig, check, check_kind
+from train.config import ObjectiveKind, PeftConfig, PeftKind, TrainingConfig, check, check_kind
 
 
 class PreferenceLoss(Enum):
@@ -89,14 +89,23 @@ class FDivergence(Enum):
 
 class ReferenceKind(Enum):
     auto = "auto"
-    """none where the loss needs no reference, adapters_off with adapters, otherwise copy."""
+    """none where the loss needs no reference; adapters_off with an adapter that starts anew; otherwise copy."""
     copy = "copy"
-    """A second model with the weights that training starts from."""
+    """A second model, with the weights that training starts from or those of `checkpoint`."""
     adapters_off = "adapters_off"
     """The same model without the adapter that trains."""
     cache = "cache"
-    """Log-probabilities of every record, computed once before the first update and kept on disk."""
+    """Log-probabilities of every record, computed before the first update and kept on disk."""
     none = "none"
+
+
+class ReferenceUpdate(Enum):
+    frozen = "frozen"
+    """The reference stays what it is."""
+    ema = "ema"
+    """Every so many updates, reference = (1 - mix) * reference + mix * policy."""
+    sync = "sync"
+    """Every so many updates, the reference becomes the policy."""
 
 
 @dataclass
@@ -274,9 +283,90 @@ def _loss(key: str, name: str) -> PreferenceLoss:
 
 @dataclass
 class ReferenceConfig:
-    """The frozen policy that log-probabilities are compared with (train/reference.py)."""
+    """The policy that log-probabilities are compared with (train/reference.py)."""
 
     kind: ReferenceKind = ReferenceKind.auto
+    checkpoint: str | None = None
+    """Local folder or hub id of the reference's weights; null: those that training starts from."""
+    update: ReferenceUpdate = ReferenceUpdate.frozen
+    every: int | None = None
+    """Updates of the policy between two of the reference, for ema and sync."""
+    mix: float | None = None
+    """The policy's share in an update of the reference, for ema."""
+    cache_folder: str | None = None
+    """Where kind=cache keeps log-probabilities; runs may share it. null: reference/ in the run folder."""
+
+    def __post_init__(self):
+        kind, moving = self.kind.value, self.update is not ReferenceUpdate.frozen
+        check(
+            self.checkpoint is None or self.kind in (ReferenceKind.auto, ReferenceKind.copy),
+            f"reference.checkpoint={self.checkpoint} would not be read: reference.kind is {kind}. Use "
+            "reference.kind=copy, or leave the checkpoint out.",
+        )
+        check(
+            not moving or self.kind in (ReferenceKind.auto, ReferenceKind.copy),
+            f"reference.update={self.update.value} changes the weights of the reference, and reference.kind={kind} has "
+            "none of its own. Use reference.kind=copy, or reference.update=frozen.",
+        )
+        check(
+            self.cache_folder is None or self.kind is ReferenceKind.cache,
+            f"reference.cache_folder={self.cache_folder} would not be used: reference.kind is {kind}. Use "
+            "reference.kind=cache, or leave the folder out.",
+        )
+        check(
+            moving == (self.every is not None),
+            f"reference.every is {self.every} and reference.update {self.update.value}; "
+            + ("say after how many updates, for example 100." if moving else "a frozen reference has no use for it."),
+        )
+        check(self.every is None or self.every >= 1, f"reference.every is {self.every}; it must be 1 or more.")
+        ema = self.update is ReferenceUpdate.ema
+        check(
+            ema == (self.mix is not None),
+            f"reference.mix is {self.mix} and reference.update {self.update.value}; "
+            + ("say which share of the policy is mixed in, for example 0.01." if ema else "only ema has a use for it."),
+        )
+        check(
+            self.mix is None or 0 < self.mix < 1,
+            f"reference.mix is {self.mix}; it must lie between 0 and 1. reference.update=sync takes the policy whole.",
+        )
+
+
+def reference_kind(config: ReferenceConfig, peft: PeftConfig, *, needed: bool) -> ReferenceKind:
+    """What `auto` stands for, or the kind that was asked for.
+
+    Args:
+        needed: the loss compares with a reference.
+
+    Raises:
+        UserError: the adapters are such that this kind would be another policy than the one that training starts from;
+            the loss needs a reference, and there is to be none.
+    """
+    lora, kind = peft.kind is PeftKind.lora, config.kind
+    check(
+        not lora or config.update is not ReferenceUpdate.ema,
+        "reference.update=ema averages weights, and the average of two adapters B A is not the product of the averages "
+        "of B and A. With peft=lora use reference.update=sync, or frozen.",
+    )
+    check(
+        not needed or kind is not ReferenceKind.none,
+        "reference.kind is none, but the loss compares with a reference. Use reference.kind=auto, or a loss that needs "
+        "none.",
+    )
+    if kind is ReferenceKind.auto:
+        if not needed:
+            return ReferenceKind.none
+        own = config.checkpoint is not None or config.update is not ReferenceUpdate.frozen
+        off = lora and peft.init_from is None and not own
+        return ReferenceKind.adapters_off if off else ReferenceKind.copy
+    if kind is ReferenceKind.adapters_off:
+        check(lora, "reference.kind=adapters_off needs an adapter to turn off: peft=lora. Or use reference.kind=copy.")
+        check(
+            peft.init_from is None,
+            f"reference.kind=adapters_off would be the model without peft.init_from={peft.init_from}, and training "
+            "starts with it. To train a new adapter on top, give the old one as peft.frozen={start: FOLDER}; to go on "
+            "with the old one, use reference.kind=copy or cache.",
+        )
+    return kind
 
 
 @dataclass

@@ -9,6 +9,8 @@ Adapters live inside the model: after `adapt`, training, evaluation and generati
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,6 +262,18 @@ class Adapters:
 
     def base_module(self, module: str) -> nn.Module:
         return self.layers[module].get_base_layer() if module in self.layers else self.model.get_submodule(module)
+
+    @contextmanager
+    def without_trained(self) -> Iterator[None]:
+        """Inside, the adapter that trains does nothing; those of `peft.frozen` go on acting."""
+        # Not peft's set_adapter, which would also say which of them train.
+        for layer in self.layers.values():
+            layer._active_adapter = [*self.config.frozen]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer._active_adapter = [*self.config.frozen, self.config.name]
 
     def put(self, name: str, stored: Stored, where: str) -> None:
         """Copy an adapter from a folder into the layers of the adapter `name`.

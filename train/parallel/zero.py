@@ -105,3 +105,17 @@ class Zero:
             del zero.scaled_global_norm, zero._get_norm_groups
             zero.check_grad_overflow = False
             self._norm = None
+
+
+def fetch_parts(policy: Policy, layout: Layout, config: dict[str, Any]) -> None:
+    """Let a policy that nobody trains fetch its weights module by module, as ZeRO-3's engine lets the one that trains.
+
+    Args:
+        config: the engine's.
+    """
+    if layout.expert > 1:
+        tag_experts(policy)
+        announce(policy, layout.zero)
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    deepspeed.initialize(model=policy, config=config | {"zero_optimization": zero}, dist_init_required=False)
+    deepspeed.zero.register_external_parameter(policy, policy.model.head_VD)
