@@ -1,7 +1,7 @@
 """Decoded pixels on disk, so that they need not be decoded again, in this run or another.
 
     data.cache_folder/3f/3f9c...e1      named by a hash of all that goes in: the content of the images and videos, the
-                                        size each is to have, the processor's settings, VERSION
+                                        size each is to have, how some are corrupted, the processor's settings, VERSION
 
 Tokens are not kept: they are made when a record is measured, which costs less than reading them. A file holds a
 checksum and one tensor. It appears by one rename, so ranks may share a folder; a damaged one is removed and made again.
@@ -19,7 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from data.batch import Role
 from data.conversation import PartKind
+from data.corrupt import Corruption
 from data.encode import Example
 from data.errors import DataError
 from data.fit import Fitted
@@ -35,9 +37,10 @@ CHECKSUM_BYTES = 16
 class PixelCache:
     """Safe for threads and processes. Removes nothing but what is damaged: the folder is the user's to clear."""
 
-    def __init__(self, folder: Path, processor: Processor):
+    def __init__(self, folder: Path, processor: Processor, corruption: Corruption | None = None):
         self.folder = folder
         self._settings = repr((VERSION, processor.image, processor.video)).encode()
+        self._corruption = corruption
 
     def get(self, fitted: Fitted, media: MediaFolder, make: Callable[[], Example]) -> Example:
         """The example of `fitted`, its pixels read, or made and written. Raises what `make` raises."""
@@ -56,13 +59,14 @@ class PixelCache:
     def _path(self, fitted: Fitted, media: MediaFolder) -> Path:
         digest = hashlib.blake2b(self._settings, digest_size=20)
         digest.update(json.dumps([fitted.example.grids, fitted.max_image_pixels]).encode())
-        for message in fitted.conversation.messages:
-            for part in message.parts:
-                if part.kind is PartKind.TEXT or part.media is None:
-                    continue
-                file = media.file(part.kind, part.media)
-                content = file if isinstance(file, bytes) else file.read_bytes()
-                digest.update(f"{part.kind} {part.sampling} {len(content)} ".encode() + content)
+        if Role.CORRUPTED in fitted.example.roles:
+            digest.update(repr((self._corruption, fitted.example.id)).encode())
+        for part in fitted.item.parts:
+            if part.kind is PartKind.TEXT or part.media is None:
+                continue
+            file = media.file(part.kind, part.media)
+            content = file if isinstance(file, bytes) else file.read_bytes()
+            digest.update(f"{part.kind} {part.sampling} {len(content)} ".encode() + content)
         name = digest.hexdigest()
         return self.folder / name[:2] / name
 

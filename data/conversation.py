@@ -7,6 +7,7 @@
 
     Conversation          a sequence of messages; one that ends before the assistant's turn is a prompt (RL)
     Pair                  a prompt and two answers, the first of them preferred (DPO)
+    Judged                a conversation whose answer is labelled wanted or not, and another's answer (KTO)
 
 Everything is frozen, so that a conversation may be shared by threads and caches. Media stay *references* (a path, or
 the bytes of an encoded file) until `data/media.py` opens them.
@@ -159,6 +160,11 @@ class Conversation:
             raise DataError("messages is empty; a conversation needs at least one message.")
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """Of all messages, in order."""
+        return _parts(self.messages)
+
+    @property
     def is_prompt(self) -> bool:
         """The assistant's turn is still to be written."""
         return self.messages[-1].role != "assistant"
@@ -194,6 +200,9 @@ class Pair:
     chosen: tuple[Message, ...]
     """What follows the prompt: an assistant message, or several turns with tool results between them."""
     rejected: tuple[Message, ...]
+    chosen_score: float | None = None
+    """How good the answer was found to be, by whoever compared them."""
+    rejected_score: float | None = None
 
     def __post_init__(self):
         if not self.prompt.is_prompt:
@@ -207,6 +216,20 @@ class Pair:
         return self.prompt.id
 
     @property
+    def name(self) -> str:
+        """What an error message calls this pair."""
+        return self.prompt.name
+
+    @property
+    def source(self) -> Source | None:
+        return self.prompt.source
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The prompt's, the chosen answer's, the rejected one's."""
+        return _parts(self.prompt.messages + self.chosen + self.rejected)
+
+    @property
     def conversations(self) -> tuple[Conversation, Conversation]:
         """The prompt with the chosen answer, and with the rejected one."""
         messages = self.prompt.messages
@@ -214,6 +237,130 @@ class Pair:
             dataclasses.replace(self.prompt, messages=messages + self.chosen),
             dataclasses.replace(self.prompt, messages=messages + self.rejected),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """An answer that is labelled wanted or not: all that follows the last user message, calls and results too."""
+
+    conversation: Conversation
+    """Ends with an assistant message; its label is a bool."""
+    other: tuple[Message, ...] = ()
+    """Another record's answer, to show how likely the model finds one that does not belong to the prompt."""
+
+    @property
+    def prompt(self) -> Conversation:
+        """What stands before the answer."""
+        messages = self.conversation.messages[: -len(self.answer)]
+        return dataclasses.replace(self.conversation, messages=messages)
+
+    @property
+    def answer(self) -> tuple[Message, ...]:
+        return last_answer(self.conversation)
+
+    @property
+    def id(self) -> str:
+        return self.conversation.id
+
+    @property
+    def name(self) -> str:
+        return self.conversation.name
+
+    @property
+    def source(self) -> Source | None:
+        return self.conversation.source
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return _parts(self.conversation.messages + self.other)
+
+
+Item = Conversation | Pair | Judged
+"""What an example is made of."""
+
+
+class Learns(Enum):
+    """What is learned from a record, and so what it must hold."""
+
+    CONVERSATIONS = "conversations"
+    """To write the assistant's messages."""
+    PAIRS = "pairs"
+    """To prefer the chosen answer to the rejected one."""
+    LABELLED = "labelled"
+    """To prefer answers that are labelled as wanted to those that are not."""
+
+
+def _parts(messages: Sequence[Message]) -> tuple[Part, ...]:
+    return tuple(part for message in messages for part in message.parts)
+
+
+def last_answer(conversation: Conversation) -> tuple[Message, ...]:
+    """What follows the last message that is not the assistant's or a tool's."""
+    messages = conversation.messages
+    asked = [index for index, message in enumerate(messages) if message.role not in ("assistant", "tool")]
+    start = asked[-1] + 1 if asked else 0
+    return messages[start:]
+
+
+def thinks(answer: Sequence[Message]) -> bool:
+    """Does it begin with a thought? Then its generation prompt is another (ernie_model/chat.py)."""
+    return bool((answer[0].reasoning or "").strip("\n"))
+
+
+def item_to_learn(item: Conversation | Pair, learns: Learns) -> Conversation | Pair:
+    """The record, if it is of the kind that is learned from. Raises DataError that names what it is, and the way out.
+
+    A labelled conversation stays one; data/prepare.py gives it another record's answer.
+    """
+    if learns is Learns.PAIRS:
+        return pair_to_learn(item)
+    return labelled_to_learn(item) if learns is Learns.LABELLED else conversation_to_learn(item)
+
+
+def pair_to_learn(item: Conversation | Pair) -> Pair:
+    """Raises DataError for a single answer, and for a pair that lacks one."""
+    if isinstance(item, Conversation):
+        what = "ends with the question" if item.is_prompt else "has one answer"
+        way_out = "Give the record a `chosen` and a `rejected` answer"
+        if not item.is_prompt:
+            way_out += ", or fine-tune on it (`ernie sft`)"
+        if item.label is not None:
+            way_out = (
+                "objective.preference_loss_type=kto learns from labels; or give it a `chosen` and a `rejected` answer"
+            )
+        raise DataError(f"{item.name} {what}, and a preference is learned from two. {way_out}.")
+    for side, answer in (("chosen", item.chosen), ("rejected", item.rejected)):
+        if is_empty(answer):
+            raise DataError(f"{item.name}: {side} is empty. Write the answer, or remove the record.")
+    return item
+
+
+def labelled_to_learn(item: Conversation | Pair) -> Conversation:
+    """Raises DataError for a pair, and for a conversation without an answer or a label."""
+    if isinstance(item, Pair):
+        raise DataError(
+            f"{item.name} is a pair, a chosen and a rejected answer to one prompt, and this loss learns from single "
+            "answers with a `label`. Choose a loss of pairs, e.g. objective.preference_loss_type=sigmoid."
+        )
+    if item.is_prompt:
+        raise DataError(f"{item.name} ends before the assistant's answer, so there is nothing that its label judges.")
+    if item.label is None:
+        raise DataError(f"{item.name} has no `label`. Add one: true if its last answer is wanted, false if not.")
+    answer = last_answer(item)
+    if len(answer) == len(item.messages):
+        raise DataError(f"{item.name} has no user message before its answer. Add the question.")
+    if answer[0].role != "assistant":
+        raise DataError(f"{item.name}: what follows the last user message begins with a tool's, not the assistant's.")
+    if is_empty(answer):
+        raise DataError(f"{item.name}: its last answer is empty. Write the answer, or remove the record.")
+    return item
+
+
+def is_empty(answer: Sequence[Message]) -> bool:
+    """Has the assistant written nothing at all?"""
+    return not any(
+        message.text or message.tool_calls or message.reasoning for message in answer if message.role == "assistant"
+    )
 
 
 def conversation_to_learn(item: Conversation | Pair) -> Conversation:

@@ -1,4 +1,4 @@
-"""Datasets: conversations by number, and the folder their media lie in.
+"""Datasets: conversations (or pairs) by number, and the folder their media lie in.
 
     SetSpec(task="digits")                  -> Splits(train, heldout)     made in memory
     SetSpec(path="train.jsonl")             -> Splits(train, heldout)     read from disk, one record at a time
@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data import formats
-from data.conversation import Conversation, conversation_to_learn
+from data.conversation import Conversation, Learns, Pair, item_to_learn
 from data.errors import DataError, Stage, refusing
 from data.formats import Format, messages
 from data.media import MediaFolder
@@ -57,7 +57,7 @@ class Dataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Conversation: ...
+    def __getitem__(self, index: int) -> Conversation | Pair: ...
 
 
 @dataclass(frozen=True)
@@ -67,30 +67,30 @@ class Splits:
 
 
 class ListDataset:
-    """Conversations held in memory."""
+    """Conversations, or pairs, held in memory."""
 
-    def __init__(self, name: str, conversations: Sequence[Conversation], media: MediaFolder | None = None):
-        if not conversations:
+    def __init__(self, name: str, items: Sequence[Conversation | Pair], media: MediaFolder | None = None):
+        if not items:
             raise DataError(f"{name} holds no conversation.")
         self.name = name
         self.media = media or MediaFolder(None)
-        self._conversations = conversations
+        self._items = items
 
     @property
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for conversation in self._conversations:
-            digest.update(json.dumps(messages.write(conversation), sort_keys=True).encode())
+        for item in self._items:
+            digest.update(json.dumps(messages.write(item), sort_keys=True).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._conversations)
+        return len(self._items)
 
-    def __getitem__(self, index: int) -> Conversation:
-        return self._conversations[index]
+    def __getitem__(self, index: int) -> Conversation | Pair:
+        return self._items[index]
 
-    def __iter__(self) -> Iterator[Conversation]:
-        return iter(self._conversations)
+    def __iter__(self) -> Iterator[Conversation | Pair]:
+        return iter(self._items)
 
 
 class RecordDataset:
@@ -105,7 +105,7 @@ class RecordDataset:
         name: str,
         records: Records,
         media: MediaFolder,
-        read: Callable[[Record], Conversation],
+        read: Callable[[Record], Conversation | Pair],
         indices: Sequence[int] | np.ndarray | None = None,
         twins: Mapping[int, int] | None = None,
     ):
@@ -123,7 +123,7 @@ class RecordDataset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Conversation:
+    def __getitem__(self, index: int) -> Conversation | Pair:
         """Raises RefusedError for a record that cannot be read, or is not in its format."""
         number = int(self._indices[index])
         with refusing(Stage.READ, dataset=self.name, file=str(self._records.path)):
@@ -136,7 +136,7 @@ class RecordDataset:
                 )
         return understood(record, self._read, self.name)
 
-    def __iter__(self) -> Iterator[Conversation]:
+    def __iter__(self) -> Iterator[Conversation | Pair]:
         return (self[index] for index in range(len(self)))
 
 
@@ -152,7 +152,7 @@ class StreamDataset:
         name: str,
         stream: RecordStream,
         media: MediaFolder,
-        read: Callable[[Record], Conversation],
+        read: Callable[[Record], Conversation | Pair],
         *,
         block_size: int,
     ):
@@ -174,7 +174,7 @@ class StreamDataset:
         """Records in a block; 0 behind the end."""
         return len(self._block(block))
 
-    def __getitem__(self, number: int) -> Conversation:
+    def __getitem__(self, number: int) -> Conversation | Pair:
         """Raises RefusedError as `RecordDataset` does, IndexError behind the end."""
         block, offset = divmod(number, self.block_size)
         row = self._block(block)[offset]
@@ -199,7 +199,7 @@ class StreamDataset:
             return rows
 
 
-def understood(record: Record, read: Callable[[Record], Conversation], dataset: str) -> Conversation:
+def understood(record: Record, read: Callable[[Record], Conversation | Pair], dataset: str) -> Conversation | Pair:
     """Raises RefusedError for a record that is not in its format."""
     source = record.source
     given = record.value.get("id")
@@ -208,9 +208,11 @@ def understood(record: Record, read: Callable[[Record], Conversation], dataset: 
         return read(record)
 
 
-def to_conversation(record: Record, *, format: Format, columns: Mapping[str, str] | None) -> Conversation:
-    """What supervised fine-tuning learns from a record. Raises DataError for a pair of answers."""
-    return conversation_to_learn(format.read(record, columns))
+def to_item(
+    record: Record, *, format: Format, columns: Mapping[str, str] | None, learns: Learns
+) -> Conversation | Pair:
+    """What is learned from a record. Raises DataError for one of another kind."""
+    return item_to_learn(format.read(record, columns), learns)
 
 
 # ------------------------------------------------------------------------------------------------- from a description
@@ -236,7 +238,15 @@ class SetSpec:
     fetch: bool = False
 
 
-def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int = 0, block_size: int = 1024) -> Splits:
+def open_set(
+    name: str,
+    spec: SetSpec,
+    *,
+    eval_fraction: float = 0.0,
+    seed: int = 0,
+    block_size: int = 1024,
+    learns: Learns = Learns.CONVERSATIONS,
+) -> Splits:
     """One dataset, and its held-out part.
 
     Held out is a share of the records chosen by the seed (at least one when `eval_fraction` is above 0); a task brings
@@ -244,12 +254,17 @@ def open_set(name: str, spec: SetSpec, *, eval_fraction: float = 0.0, seed: int 
     for a missing or empty file, and for settings that contradict each other or do not fit the first record.
     """
     if spec.task is not None:
+        if learns is not Learns.CONVERSATIONS:
+            raise DataError(
+                f"the task {spec.task} of {name} has one right answer to each question, and {learns.value} are learned "
+                "from here. Give a file of them (data=files data.path=...)."
+            )
         return open_task(name, spec.task, seed, spec.limit)
     with _keys_of(spec):
-        return _open_path(name, spec, eval_fraction, seed, block_size)
+        return _open_path(name, spec, eval_fraction, seed, block_size, learns)
 
 
-def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_size: int) -> Splits:
+def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_size: int, learns: Learns) -> Splits:
     assert spec.path is not None
     media = _media_folder(spec)
     if spec.streaming:
@@ -265,9 +280,9 @@ def _open_path(name: str, spec: SetSpec, eval_fraction: float, seed: int, block_
             )
         stream = open_stream(spec.path, split=spec.split, subset=spec.subset)
         first = next((row for row in itertools.islice(stream.read_from(0), TRIES) if isinstance(row, Record)), None)
-        return Splits(StreamDataset(name, stream, media, _reader(spec, first), block_size=block_size), None)
+        return Splits(StreamDataset(name, stream, media, _reader(spec, first, learns), block_size=block_size), None)
     records = open_records(spec.path, split=spec.split, subset=spec.subset)
-    read = _reader(spec, _first(records))
+    read = _reader(spec, _first(records), learns)
     twins = find_twins(records)
     if not eval_fraction:
         first = np.arange(len(records))[: spec.limit]
@@ -359,7 +374,7 @@ def _first(records: Records) -> Record | None:
     return None
 
 
-def _reader(spec: SetSpec, first: Record | None) -> Callable[[Record], Conversation]:
+def _reader(spec: SetSpec, first: Record | None, learns: Learns) -> Callable[[Record], Conversation | Pair]:
     """How the records are read, by the named format or by the shape of the first one that is readable."""
     if spec.format is not None:
         format = formats.by_name(spec.format)
@@ -368,7 +383,7 @@ def _reader(spec: SetSpec, first: Record | None) -> Callable[[Record], Conversat
     else:
         # Nothing to go by. Every record will be refused where it cannot be read; the name only matters for the others.
         format = formats.by_name("messages")
-    return partial(to_conversation, format=format, columns=spec.columns)
+    return partial(to_item, format=format, columns=spec.columns, learns=learns)
 
 
 def _media_folder(spec: SetSpec) -> MediaFolder:

@@ -25,7 +25,7 @@ from data.errors import DataError, Refusal, RefusedError, Stage
 from data.fit import Fitted, Rules
 from data.mixture import Mixture
 from data.order import Key
-from data.prepare import decode, measure
+from data.prepare import check_possible, decode, measure
 from data.quarantine import Quarantine
 from data.workers import StuckError, Workers
 from ernie_model.processor import Processor
@@ -62,6 +62,7 @@ class Encoder:
         self.dataset = Mixture.of(dataset)
         if self.dataset.num_records == 0:
             raise DataError(f"{self.dataset.name} holds no record.")
+        check_possible(self.dataset, rules)
         self.rules = rules
         if quarantine is None:
             quarantine = Quarantine(num_records=self.dataset.num_records or 0)
@@ -69,7 +70,7 @@ class Encoder:
         self.processor = processor
         self.workers = workers
         self._workers = Workers(workers or 1, slow_s=slow_s, dead_s=dead_s)
-        self._disk = None if cache_folder is None else PixelCache(cache_folder, processor)
+        self._disk = None if cache_folder is None else PixelCache(cache_folder, processor, rules.corruption)
         self._sizes = [_Sizes(one.dataset) for one in self.dataset.sets]
         self._refused: list[set[int]] = [set() for _ in self.dataset.sets]
         """Numbers of the records that cannot be used; of a stream, since the last that can."""
@@ -205,10 +206,10 @@ class Encoder:
             raise DataError(f"none of {most} records of {one.name} can be used. The last of them: {refusal.reason}")
 
     def _refusal(self, key: Key, stage: Stage, reason: str) -> Refusal:
-        conversation = self.dataset[key]
-        source = conversation.source
+        record = self.dataset[key]
+        source = record.source
         place = (None, None) if source is None else (source.file, source.line)
-        return Refusal(conversation.id, self.dataset.sets[key.set].name, *place, stage, reason)
+        return Refusal(record.id, self.dataset.sets[key.set].name, *place, stage, reason)
 
     def _name(self, key: Key) -> str:
         try:

@@ -9,15 +9,20 @@
 A turn is a user message with all that follows it up to the next one: answers, tool calls and their results stay
 together, and turns whose tool results answer a call of an earlier turn go with it. Nothing is ever cut inside a
 message, a picture or an answer. What is done depends on the record and the settings alone, so that all ranks agree.
+
+Of a pair, and of a labelled answer, the turns of the prompt are dropped, for all its answers at once.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from data.conversation import Conversation, Message, PartKind
-from data.encode import Example, encode
+from data.batch import Role
+from data.conversation import Conversation, Item, Judged, Learns, Message, Pair, PartKind
+from data.corrupt import Corruption
+from data.encode import Example, encode, encode_labelled, encode_pair
 from data.errors import DataError, TooLongError
 from data.media import MediaFolder
 from ernie_model.processor import Processor
@@ -41,16 +46,35 @@ class Rules:
     max_patches: int | None = None
     thinking: bool | None = None
     every_turn: bool = True
+    """Of whole conversations; before the answers of pairs and labelled records, turns are history (data/encode.py)."""
     too_long: TooLong = TooLong.QUARANTINE
     min_image_pixels: int = 16 * 28 * 28
     """Area that `shrink_images` leaves to a picture at least; 28 x 28 pixels are one token."""
+    learns: Learns = Learns.CONVERSATIONS
+    corruption: Corruption | None = None
+    """Of pairs: show prompt and chosen answer once more, with pictures that were made hard to read."""
+    mismatched: bool = False
+    """Of labelled answers: show another record's answer to the same prompt too."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a row depends on besides its records, by the settings that say it; checked on resume."""
+        kept: Mapping[str, Any] = {} if self.corruption is None else vars(self.corruption)
+        return {
+            "data.max_tokens": self.max_tokens,
+            "data.max_patches": self.max_patches,
+            "data.too_long": self.too_long.value,
+            "what is learned from a record": self.learns.value,
+            "corrupted pictures": {k: getattr(v, "value", v) for k, v in kept.items()} or None,
+            "another record's answer": self.mismatched,
+        }
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A conversation that fits in a row."""
+    """A record that fits in a row."""
 
-    conversation: Conversation
+    item: Item
     """Without the turns that were dropped."""
     max_image_pixels: int | None
     """Area that its pictures may have; None leaves the processor's own limit."""
@@ -63,40 +87,40 @@ class Fitted:
     @property
     def is_whole(self) -> bool:
         """There is no picture, so the example lacks nothing."""
-        return not has_images(self.conversation)
+        return not has_images(self.item) and Role.CORRUPTED not in self.example.roles
 
 
-def fit(conversation: Conversation, processor: Processor, media: MediaFolder, rules: Rules) -> Fitted:
-    """Measure a conversation from its text and the headers of its pictures, and make it fit if `rules` say how.
+def fit(item: Item, processor: Processor, media: MediaFolder, rules: Rules) -> Fitted:
+    """Measure a record from its text and the headers of its pictures, and make it fit if `rules` say how.
 
     Raises what `encode` raises; TooLongError when all that is allowed was not enough.
     """
     try:
-        return measured(conversation, processor, media, rules)
+        return measured(item, processor, media, rules)
     except TooLongError as error:
         if rules.too_long is TooLong.DROP_TURNS:
-            fitted = _with_fewer_turns(conversation, processor, media, rules, error)
-        elif rules.too_long is TooLong.SHRINK_IMAGES and has_images(conversation):
-            fitted = _with_smaller_images(conversation, processor, media, rules, error)
+            fitted = _with_fewer_turns(item, processor, media, rules, error)
+        elif rules.too_long is TooLong.SHRINK_IMAGES and has_images(item):
+            fitted = _with_smaller_images(item, processor, media, rules, error)
         else:
             raise
     return dataclasses.replace(fitted, is_changed=True)
 
 
 def measured(
-    conversation: Conversation,
+    item: Item,
     processor: Processor,
     media: MediaFolder,
     rules: Rules,
     max_image_pixels: int | None = None,
 ) -> Fitted:
     """As it stands. Raises what `encode` raises."""
-    example = encoded(conversation, processor, media, rules, max_image_pixels, pixels=False)
-    return Fitted(conversation, max_image_pixels, example)
+    example = encoded(item, processor, media, rules, max_image_pixels, pixels=False)
+    return Fitted(item, max_image_pixels, example)
 
 
 def encoded(
-    conversation: Conversation,
+    item: Item,
     processor: Processor,
     media: MediaFolder,
     rules: Rules,
@@ -104,27 +128,29 @@ def encoded(
     *,
     pixels: bool,
 ) -> Example:
-    return encode(
-        conversation,
-        processor,
+    shared: dict[str, Any] = dict(
         media=media,
         max_tokens=rules.max_tokens,
         max_patches=rules.max_patches,
         thinking=rules.thinking,
-        every_turn=rules.every_turn,
         max_image_pixels=max_image_pixels,
         pixels=pixels,
     )
+    if isinstance(item, Pair):
+        return encode_pair(item, processor, corruption=rules.corruption, **shared)
+    if isinstance(item, Judged):
+        return encode_labelled(item, processor, **shared)
+    return encode(item, processor, every_turn=rules.every_turn, **shared)
 
 
-def has_images(conversation: Conversation) -> bool:
-    return any(part.kind is PartKind.IMAGE for message in conversation.messages for part in message.parts)
+def has_images(item: Item) -> bool:
+    return any(part.kind is PartKind.IMAGE for part in item.parts)
 
 
 def _with_fewer_turns(
-    conversation: Conversation, processor: Processor, media: MediaFolder, rules: Rules, error: TooLongError
+    item: Item, processor: Processor, media: MediaFolder, rules: Rules, error: TooLongError
 ) -> Fitted:
-    for shorter in shorter_ones(conversation):
+    for shorter in shorter_ones(item):
         try:
             return measured(shorter, processor, media, rules)
         except TooLongError:
@@ -134,8 +160,17 @@ def _with_fewer_turns(
     raise TooLongError(f"{error} (Its last turn alone is too long.)") from error
 
 
-def shorter_ones(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation without its oldest turn, without its two oldest, ..., down to its last."""
+def shorter_ones(item: Item) -> Iterator[Item]:
+    """The record without its oldest turn, without its two oldest, ..., down to its last."""
+    if isinstance(item, Pair):
+        yield from (dataclasses.replace(item, prompt=prompt) for prompt in _shorter(item.prompt))
+    elif isinstance(item, Judged):
+        yield from (dataclasses.replace(item, conversation=shorter) for shorter in _shorter(item.conversation))
+    else:
+        yield from _shorter(item)
+
+
+def _shorter(conversation: Conversation) -> Iterator[Conversation]:
     system, turns = split_turns(conversation.messages)
     for first in range(1, len(turns)):
         kept = [message for turn in turns[first:] for message in turn]
@@ -164,13 +199,13 @@ def split_turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[M
 
 
 def _with_smaller_images(
-    conversation: Conversation, processor: Processor, media: MediaFolder, rules: Rules, error: TooLongError
+    item: Item, processor: Processor, media: MediaFolder, rules: Rules, error: TooLongError
 ) -> Fitted:
     """With the largest limit, in steps of one token's area, under which it fits."""
     area = processor.image.factor**2
     low, high = -(-rules.min_image_pixels // area), processor.image.max_pixels // area
     try:
-        best = measured(conversation, processor, media, rules, low * area)
+        best = measured(item, processor, media, rules, low * area)
     except TooLongError as still:
         raise TooLongError(
             f"{error} (With its pictures shrunk to data.min_image_pixels={rules.min_image_pixels}: {still})"
@@ -178,7 +213,7 @@ def _with_smaller_images(
     while low < high:
         middle = (low + high + 1) // 2
         try:
-            best, low = measured(conversation, processor, media, rules, middle * area), middle
+            best, low = measured(item, processor, media, rules, middle * area), middle
         except TooLongError:
             high = middle - 1
     return best

@@ -82,10 +82,8 @@ class PackedStream:
         self._identity = {
             "data.seed": seed,
             "data.shuffle": shuffle,
-            "data.max_tokens": encoder.max_tokens,
-            "data.max_patches": encoder.max_patches,
             "data.lookahead": lookahead,
-            "data.too_long": encoder.rules.too_long.value,
+            **encoder.rules.identity,
             "data (content of the records)": encoder.dataset.fingerprint,
         }
 

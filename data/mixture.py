@@ -21,7 +21,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-from data.conversation import Conversation, PartKind
+from data.conversation import Conversation, Item, Learns, Pair, PartKind
 from data.dataset import TRIES, Dataset, SetSpec, StreamDataset, open_set
 from data.errors import DataError
 from data.media import MediaFolder
@@ -131,7 +131,7 @@ class Mixture:
             raise DataError(f"{self.name} is a stream, which has no length. Set data.streaming=false.")
         return count
 
-    def __getitem__(self, key: Key) -> Conversation:
+    def __getitem__(self, key: Key) -> Conversation | Pair:
         return self.sets[key.set].dataset[key.number]
 
     def media(self, key: Key) -> MediaFolder:
@@ -202,8 +202,8 @@ def first_modality(one: MixtureSet) -> Modality:
     )
 
 
-def modality_of(conversation: Conversation) -> Modality:
-    kinds = {part.kind for message in conversation.messages for part in message.parts}
+def modality_of(item: Item) -> Modality:
+    kinds = {part.kind for part in item.parts}
     if PartKind.VIDEO in kinds:
         return Modality.VIDEO
     return Modality.IMAGE if PartKind.IMAGE in kinds else Modality.TEXT
@@ -231,6 +231,7 @@ def open_mixture(
     eval_fraction: float = 0.0,
     seed: int = 0,
     block_size: int = 1024,
+    learns: Learns = Learns.CONVERSATIONS,
 ) -> Parts:
     """Open every set by name.
 
@@ -250,13 +251,14 @@ def open_mixture(
                 "measured on what was trained. Use data.eval_fraction to hold out a part of it."
             )
     splits = {
-        name: open_set(name, share.spec, eval_fraction=eval_fraction, seed=seed, block_size=block_size)
+        name: open_set(name, share.spec, eval_fraction=eval_fraction, seed=seed, block_size=block_size, learns=learns)
         for name, share in shares.items()
     }
     sets = [MixtureSet(name, splits[name].train, share.weight, share.modality) for name, share in shares.items()]
     train = Mixture(sets, mix=mix, stop=stop, modality_ratio=modality_ratio)
     if eval_set is not None:
-        held = [MixtureSet("held out", open_set("held out", replace(eval_set, streaming=False)).train)]
+        opened = open_set("held out", replace(eval_set, streaming=False), learns=learns)
+        held = [MixtureSet("held out", opened.train)]
     else:
         held = [MixtureSet(name, split.heldout) for name, split in splits.items() if split.heldout is not None]
     return Parts(train, Mixture(held, mix=Mix.CONCAT) if held else None)

@@ -17,7 +17,8 @@ from the turn being written: without reasoning, history is `⏎Assistant: text<e
 3. An earlier turn without reasoning is history: *not* prompted. A loss on it is conditioned on a prefix that no
    inference produces. To train it exactly, encode the conversation up to and including that turn; to train all turns
    in one pass, pass `every_turn=True`, which shows each turn behind its generation prompt (the price: the history then
-   has empty think blocks that inference would not show).
+   has empty think blocks that inference would not show). An answer of several turns that were written in a row
+   (calls, results) is `written_from` its first: only what stands before it is history.
 
 In a prompted turn `thinking` decides the prompt: None follows the data (reasoning present or not); True ends the prompt
 with `<think>`, and an answer without reasoning is then written as an empty thought; False ends it with the empty block,
@@ -139,6 +140,7 @@ def render(
     thinking: bool | None = None,
     add_generation_prompt: bool = False,
     every_turn: bool = False,
+    written_from: int | None = None,
     chat_format: ChatFormat | None = None,
 ) -> list[Piece]:
     """The pieces of a conversation, in order.
@@ -150,6 +152,7 @@ def render(
         thinking: None follows the data, and means False for the generation prompt.
         add_generation_prompt: end where the assistant begins to write; those pieces have message = len(messages).
         every_turn: show every assistant turn behind its generation prompt, not only the last.
+        written_from: show those from this message on so; what stands before it is history.
 
     Raises:
         ChatError: a message that the format cannot express.
@@ -158,6 +161,7 @@ def render(
     writer.open(tools)
     for index, message in enumerate(messages):
         being_written = every_turn or (index == len(messages) - 1 and not add_generation_prompt)
+        being_written |= written_from is not None and index >= written_from
         writer.write(index, message, being_written)
     if add_generation_prompt:
         writer.index = len(messages)

@@ -100,6 +100,14 @@ class ImageSize:
     """What errors call the picture."""
 
 
+@dataclass(frozen=True)
+class KnownGrid:
+    """Stands for an image or a video that has been cut already: it takes as many tokens, and has no pixels."""
+
+    grid: Grid
+    filename: str = ""
+
+
 # ----------------------------------------------------------------------------------------------------------- decoding
 
 

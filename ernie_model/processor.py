@@ -44,6 +44,7 @@ from ernie_model.images import (
     CLIP_STD,
     ImageSettings,
     ImageSize,
+    KnownGrid,
     image_patches,
     load_image,
     resized_size,
@@ -122,20 +123,21 @@ class Processor:
         thinking: bool | None = None,
         add_generation_prompt: bool = False,
         every_turn: bool = False,
+        written_from: int | None = None,
     ) -> Encoded:
         """Tokens, positions, patches and spans of one conversation.
 
         Args:
             messages: OpenAI-style dictionaries; a content is a text or a list of `{"type": "text", "text": str}`,
-                `{"type": "image", "image": PIL image, path, bytes or ImageSize}`,
-                `{"type": "video", "video": path, bytes or Frames, "sampling"?: fields of `ClipChoice`}`.
-            tools, thinking, add_generation_prompt, every_turn: see `chat.render`.
+                `{"type": "image", "image": PIL image, path, bytes, ImageSize or KnownGrid}`,
+                `{"type": "video", "video": path, bytes, Frames or KnownGrid, "sampling"?: fields of `ClipChoice`}`.
+            tools, thinking, add_generation_prompt, every_turn, written_from: see `chat.render`.
 
         Raises:
             ChatError: messages that the chat format cannot express.
             MediaError: an image or video that cannot be honoured; it names the file.
         """
-        return self._encode(self._render(messages, tools, thinking, add_generation_prompt, every_turn))
+        return self._encode(self._render(messages, tools, thinking, add_generation_prompt, every_turn, written_from))
 
     def encode_continuation(
         self,
@@ -236,6 +238,7 @@ class Processor:
         thinking: bool | None,
         add_generation_prompt: bool,
         every_turn: bool,
+        written_from: int | None = None,
     ) -> list[Piece]:
         return render(
             messages,
@@ -243,6 +246,7 @@ class Processor:
             thinking=thinking,
             add_generation_prompt=add_generation_prompt,
             every_turn=every_turn,
+            written_from=written_from,
             chat_format=self.chat,
         )
 
@@ -255,6 +259,9 @@ class Processor:
                 f"message {piece.message} holds an {piece.kind.value}, but this is a text model. Use a "
                 "vision-language checkpoint, or leave media out."
             )
+        if isinstance(piece.media, KnownGrid):
+            settings = self.image if piece.kind is PieceKind.IMAGE else self.video
+            return np.empty((0, 3 * settings.patch_size**2), np.float32), piece.media.grid
         unnamed = f"{piece.kind.value} {number} of the conversation (message {piece.message})"
         if piece.kind is PieceKind.IMAGE:
             name = str(piece.media) if isinstance(piece.media, str | Path) else None

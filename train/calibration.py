@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data.conversation import conversation_to_learn
 from data.dataset import SetSpec, StreamDataset, open_set
 from data.encode import Example, encode
 from ernie_model.context import Packed
@@ -58,7 +59,8 @@ def calibration_examples(config: QuantizeConfig, processor: Processor) -> list[E
     assert not isinstance(conversations, StreamDataset)  # spec does not ask for one
     total = len(conversations)
     chosen = [place * total // min(config.examples, total) for place in range(min(config.examples, total))]
-    return [encode(conversations[index], processor, media=conversations.media) for index in chosen]
+    media = conversations.media
+    return [encode(conversation_to_learn(conversations[index]), processor, media=media) for index in chosen]
 
 
 @torch.no_grad()

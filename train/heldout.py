@@ -305,8 +305,7 @@ def in_rows(examples: Sequence[Example], max_tokens: int, max_new_tokens: int) -
 
 def first_image(heldout: Encoder, key: Key) -> Image.Image | None:
     dataset = heldout.dataset
-    for message in dataset[key].messages:
-        for part in message.parts:
-            if part.kind is PartKind.IMAGE and part.media is not None:
-                return dataset.media(key).open_image(part.media)
+    for part in dataset[key].parts:
+        if part.kind is PartKind.IMAGE and part.media is not None:
+            return dataset.media(key).open_image(part.media)
     return None

@@ -1,4 +1,4 @@
-"""Where the batches of supervised fine-tuning come from: a mixture of datasets, encoded and packed.
+"""Where the batches of training come from: a mixture of datasets, encoded and packed.
 
     config.data ──► Parts(train, heldout) ──► Encoder ──► PackedStream ──► next_step(): this rank's micro-batches
                                                  '──► Quarantine: run.folder/quarantine.jsonl
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import fit, mixture
+from data.conversation import Learns
 from data.dataset import SetSpec
 from data.encoder import Encoder
 from data.fit import Rules
@@ -43,11 +44,11 @@ class Data(NamedTuple):
         return tuple(one.name for one in self.train.encoder.dataset.sets)
 
 
-def open_parts(config: DataConfig) -> Parts:
+def open_parts(config: DataConfig, learns: Learns = Learns.CONVERSATIONS) -> Parts:
     """Raises DataError: files missing or empty, settings that contradict each other."""
     if isinstance(config, TaskData):
         spec = SetSpec(task=config.task, limit=config.limit)
-        return open_mixture({config.task: Share(spec=spec)}, seed=config.seed)
+        return open_mixture({config.task: Share(spec=spec)}, seed=config.seed, learns=learns)
     assert isinstance(config, FilesData)
     ratio = {mixture.Modality(name): parts for name, parts in config.modality_ratio.items()}
     return open_mixture(
@@ -68,6 +69,7 @@ def open_parts(config: DataConfig) -> Parts:
         eval_fraction=config.eval_fraction,
         seed=config.seed,
         block_size=config.shuffle_block,
+        learns=learns,
     )
 
 
@@ -142,15 +144,18 @@ def build_data(
     world: int,
     folder: Path | None = None,
     max_heldout: int = 0,
+    rules: Rules | None = None,
 ) -> Data:
     """Open both parts and measure the first record of each set, so that settings which fit no record fail at once.
 
-    `folder` is where quarantine.jsonl lies; None keeps refused records in memory.
+    `folder` is where quarantine.jsonl lies; None keeps refused records in memory. `rules` are `rules_of(config)` where
+    not given: an algorithm that learns from pairs changes them (`dataclasses.replace`).
 
     Raises:
         DataError, MediaError: what is wrong with which file or record.
     """
-    parts = open_parts(config)
+    rules = rules or rules_of(config)
+    parts = open_parts(config, rules.learns)
     heldout = parts.heldout
     if heldout is not None and max_heldout:
         heldout = SomeOf(heldout, max_heldout)
@@ -161,7 +166,7 @@ def build_data(
         return Encoder(
             part,
             processor,
-            rules_of(config),
+            rules,
             quarantine=quarantine,
             cache_bytes=int(config.cache_gib * 2**30),
             cache_folder=None if config.cache_folder is None else Path(config.cache_folder),

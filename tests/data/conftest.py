@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.conversation import Conversation, Message, Part
 from data.dataset import ListDataset
-from ernie_model.images import ImageSize
+from ernie_model.images import ImageSize, KnownGrid
 from ernie_model.processor import Processor
 from tests.tiny import tiny_processor
 
@@ -30,7 +30,13 @@ class LetterProcessor:
         """With pixels."""
 
     def encode(
-        self, messages: Sequence[dict[str, Any]], *, tools: Any = None, thinking: Any = None, every_turn: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Any = None,
+        thinking: Any = None,
+        every_turn: bool = False,
+        written_from: int | None = None,
     ) -> Any:
         tokens: list[int] = []
         spans: list[Any] = []
@@ -45,7 +51,9 @@ class LetterProcessor:
                     stop=len(tokens) + len(text),
                     message=message,
                     generated=generated,
-                    prompted=every_turn or message == len(messages) - 1,
+                    prompted=every_turn
+                    or message == len(messages) - 1
+                    or (written_from is not None and message >= written_from),
                 )
             )
             tokens.extend(map(ord, text))
@@ -61,7 +69,7 @@ class LetterProcessor:
                     grids.append((1, 4, 4))
                     if isinstance(part["image"], ImageSize):
                         measuring = True
-                    else:
+                    elif not isinstance(part["image"], KnownGrid):
                         patches.append(torch.full((16, 3), float(len(patches) + 1)))
             if message["role"] == "assistant":
                 write("$", index, True)

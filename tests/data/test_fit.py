@@ -62,7 +62,7 @@ def test_a_conversation_that_fits_is_left_alone(talk, processor):
     conversation = talk("a", "hi", "yo")
     for policy in TooLong:
         fitted = fit(conversation, processor, NOWHERE, Rules(max_tokens=7, too_long=policy))
-        assert fitted.conversation is conversation and not fitted.is_changed and fitted.is_whole
+        assert fitted.item is conversation and not fitted.is_changed and fitted.is_whole
 
 
 def test_as_few_turns_as_possible_are_dropped(talk, processor):
@@ -70,9 +70,7 @@ def test_as_few_turns_as_possible_are_dropped(talk, processor):
 
     def kept(max_tokens):
         return texts(
-            fit(
-                conversation, processor, NOWHERE, Rules(max_tokens=max_tokens, too_long=TooLong.DROP_TURNS)
-            ).conversation
+            fit(conversation, processor, NOWHERE, Rules(max_tokens=max_tokens, too_long=TooLong.DROP_TURNS)).item
         )
 
     assert kept(24) == kept(14) == "cc dd ee ff"
