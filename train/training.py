@@ -147,7 +147,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         Quarantine.start_anew(run.folder)
     accelerator.wait_for_everyone()
     heldout = config.evaluate.max_examples
-    place = dict(rank=layout.data_rank, world=layout.data_world)
+    place: dict[str, Any] = dict(rank=layout.data_rank, world=layout.data_world)
     data = build_data(config.data, processor, **place, folder=run.folder, max_heldout=heldout)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
