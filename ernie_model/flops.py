@@ -4,10 +4,10 @@
     training_flops(forward, {Part.ATTENTION, ...})                                ->  one number
 
 A product of an (a, b) and a (b, c) matrix is 2·a·b·c operations; element-wise work is left out. Counted is what the
-*architecture* asks for: K experts per token (not E), causal attention inside segments (not T²), the head on the rows
-that are learned, the vision tower on its patches. Activation checkpointing, padding inside kernels and the second
-router that a mixed row also multiplies are costs of an implementation and don't count, so the share of the peak (MFU)
-falls when they grow.
+*architecture* asks for: K experts per token (not E), causal attention inside segments and to their stems (not T²), the
+head on the rows that are learned, the vision tower on its patches. Activation checkpointing, padding inside kernels
+and the second router that a mixed row also multiplies are costs of an implementation and don't count, so the share of
+the peak (MFU) falls when they grow.
 """
 
 from collections import defaultdict
@@ -25,12 +25,18 @@ Flops = Mapping[Part | str, float]
 
 
 def forward_flops(
-    config: ErnieConfig, *, lengths: Sequence[int], grids: Sequence[Grid] = (), learned: int | None = None
+    config: ErnieConfig,
+    *,
+    lengths: Sequence[int],
+    stems: Sequence[int] = (),
+    grids: Sequence[Grid] = (),
+    learned: int | None = None,
 ) -> dict[Part | str, float]:
     """Operations of one forward pass over a packed row, by part of the model.
 
     Args:
         lengths: tokens of each segment.
+        stems: of each segment, the one it sees as a whole, or -1; empty: none does.
         grids: (frames, rows, columns) in patches of each image and video.
         learned: rows that pass through the head; None means all.
     """
@@ -45,6 +51,7 @@ def forward_flops(
     macs: dict[Part | str, float] = defaultdict(float)
     macs[Part.ATTENTION] = c.num_hidden_layers * tokens * c.hidden_size * 2 * (queries + keys)
     seen = sum(length * (length + 1) // 2 for length in lengths)  # (query, key) pairs under the causal mask
+    seen += sum(length * lengths[stem] for length, stem in zip(lengths, stems, strict=bool(stems)) if stem >= 0)
     macs[SCORES] = c.num_hidden_layers * seen * 2 * queries
     macs[Part.DENSE] = dense * tokens * 3 * c.hidden_size * c.intermediate_size
     macs[Part.SHARED] = sparse * tokens * 3 * c.hidden_size * c.num_shared_experts * c.text_expert_width

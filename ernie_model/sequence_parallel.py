@@ -88,10 +88,11 @@ class SharedRow:
 
     Args:
         lengths: tokens of each segment of the whole row, in order.
+        stems: see `Packed`.
     """
 
-    def __init__(self, lengths: Sequence[int], group: dist.ProcessGroup):
-        self.packed = Packed(lengths)
+    def __init__(self, lengths: Sequence[int], group: dist.ProcessGroup, *, stems: Sequence[int] = ()):
+        self.packed = Packed(lengths, stems=stems)
         self.group = group
         self.ranks, self.part = dist.get_world_size(group), dist.get_rank(group)
         self.cuts = cuts_of(self.packed.num_tokens, self.ranks)
@@ -102,7 +103,7 @@ class SharedRow:
         return [stop - start for start, stop in itertools.pairwise(self.cuts)]
 
     def attend(self, q_CNH: Tensor, k_CGH: Tensor, v_CGH: Tensor) -> Tensor:
-        """Softmax attention inside each segment of the whole row; (C, N, H) of this rank's tokens."""
+        """Softmax attention inside each segment of the whole row and to its stem; (C, N, H) of this rank's tokens."""
         ranks, tokens_P = self.ranks, self.tokens_P
         here_P = [q_CNH.shape[0]] * ranks
         copies = max(ranks // k_CGH.shape[1], 1)

@@ -66,7 +66,9 @@ class Work(Beside):
 
     def of(self, batch: PackedBatch) -> float:
         learned = int(batch.weight_T.count_nonzero())
-        forward = forward_flops(self.config, lengths=batch.lengths, grids=batch.grids, learned=learned)
+        forward = forward_flops(
+            self.config, lengths=batch.lengths, stems=batch.stems, grids=batch.grids, learned=learned
+        )
         return training_flops(forward, self.trained, adapted=self.adapted)
 
     def sums(self) -> Tensor:

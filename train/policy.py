@@ -29,7 +29,7 @@ from train.logprobs import token_logprobs
 
 class PolicyOutput(NamedTuple):
     logprob_T: Tensor
-    """float32, log p(target_T[t] | its segment up to t); 0 where weight_T is 0."""
+    """float32, log p(target_T[t] | its stem, its segment up to t); 0 where weight_T is 0."""
     correct_T: Tensor
     """bool, the target is the most likely token; False where weight_T is 0."""
     router: RouterStats | None
@@ -57,7 +57,9 @@ class Policy(nn.Module):
 
     def context(self, batch: PackedBatch) -> Packed | SharedRow:
         group = self.sequence_group
-        return Packed(batch.lengths) if group is None else SharedRow(batch.lengths, group)
+        if group is None:
+            return Packed(batch.lengths, stems=batch.stems)
+        return SharedRow(batch.lengths, group, stems=batch.stems)
 
     def first_token(self, batch: PackedBatch) -> int:
         """Of those of the row that this rank computes."""

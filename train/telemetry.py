@@ -248,7 +248,7 @@ class Probe(NamedTuple):
         if batch.patch_PX is not None:
             tensors["patch_PX"] = batch.patch_PX
         # One entry: safetensors writes several in an order that differs between processes, and equal runs equal files.
-        shape = {"shape": json.dumps({"lengths": batch.lengths, "grids": batch.grids})}
+        shape = {"shape": json.dumps({"lengths": batch.lengths, "stems": batch.stems, "grids": batch.grids})}
         atomic_write(path, save({key: value.contiguous() for key, value in tensors.items()}, shape))
 
     @staticmethod
@@ -262,6 +262,7 @@ class Probe(NamedTuple):
             target_T=torch.zeros_like(tensors["token_T"]),
             weight_T=torch.zeros(tensors["token_T"].shape),
             lengths=tuple(shape["lengths"]),
+            stems=tuple(shape.get("stems", ())),  # a run that began before rows had them
             grids=tuple(tuple(grid) for grid in shape["grids"]),
         )
         return Probe(batch, choice_LTK)
@@ -279,7 +280,7 @@ def choices(model: ErnieModel, batch: PackedBatch, *, join: bool = False) -> Ten
             model(
                 batch.token_T,
                 batch.position_3T,
-                Packed(batch.lengths),
+                Packed(batch.lengths, stems=batch.stems),
                 patch_PX=batch.patch_PX,
                 grids=batch.grids,
                 join=join,

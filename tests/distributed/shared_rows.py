@@ -3,6 +3,7 @@
 python -m tests.distributed.shared_rows OUT      with RANK, WORLD_SIZE, MASTER_ADDR, ... as a launcher sets them
 """
 
+import dataclasses
 import sys
 from typing import NamedTuple
 
@@ -63,6 +64,16 @@ def segment(seed: int, before: int, grid: Grid | None = None, after: int = 6, co
     )
 
 
+def answers(seed: int, before: int, grid: Grid | None = None) -> Example:
+    """`segment`, and once more with other last words; what they have in common is there once."""
+    one = segment(seed, before, grid, 8)
+    token_T = torch.cat([one.token_T[:-5], one.token_T[-5:].flip(0)])
+    other = dataclasses.replace(one, token_T=token_T, target_T=torch.cat([token_T[1:], token_T.new_zeros(1)]))
+    weight_T = one.weight_T.where(torch.arange(len(token_T)) >= len(token_T) - 6, 0.0)
+    pair = (dataclasses.replace(x, weight_T=weight_T) for x in (one, other))
+    return small.branches(*pair, prompt=len(token_T) - 5, items=len(one.grids))
+
+
 class Case(NamedTuple):
     segments: list[Example]
     config: ErnieConfig = CONFIG
@@ -84,6 +95,10 @@ CASES = {
     "recomputed": Case([segment(0, 2, WIDE), segment(1, 3, VIDEO), segment(2, 4)], recompute=True),
     "noise on embeddings": Case([segment(0, 2, WIDE), segment(1, 9), segment(2, 5)], noise=5.0),
     "a loss whose slope is not known": Case([segment(0, 2, WIDE), segment(1, 9)], linear=False),
+    "answers that share a prompt over the cut": Case([answers(0, 2, WIDE)], linear=False),
+    "pairs beside a conversation, recomputed": Case(
+        [answers(0, 9), segment(1, 3, IMAGE), answers(2, 1, VIDEO)], linear=False, recompute=True
+    ),
 }  # fmt: skip
 
 

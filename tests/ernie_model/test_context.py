@@ -81,12 +81,14 @@ def test_tiles_do_not_show(rows, size, monkeypatch):
 @settings(max_examples=25, deadline=None)
 def test_every_row_has_one_place_and_padding_stays_small(lengths):
     plan = _plan_buckets(lengths, round_up=True)
-    places = sum(segments * length for segments, length in plan.buckets)
-    if plan.place_T is None:
+    places = sum(bucket.segments * bucket.queries for bucket in plan.buckets)
+    assert plan.keys is plan.queries
+    if plan.queries is None:
         assert places == sum(lengths)
         return
-    assert plan.row_P is not None and plan.row_P.shape == (places,)
-    assert plan.row_P[plan.place_T].tolist() == list(range(sum(lengths)))  # there and back
+    row_P, place_T, more = plan.queries
+    assert row_P.shape == (places,) and not more
+    assert row_P[place_T].tolist() == list(range(sum(lengths)))  # there and back
     assert places <= sum(-(-n // 8) * 8 for n in lengths) * 9 / 8 + 8
 
 

@@ -86,3 +86,26 @@ def accelerator() -> Accelerator:
 
 def updates(parts: Policy, optimizer: torch.optim.Optimizer, accelerator: Accelerator | None = None) -> Plain:
     return Plain(parts, optimizer, accelerator or Accelerator(cpu=True))
+
+
+def branches(*wholes: Example, prompt: int, items: int = 0) -> Example:
+    """One record of conversations that begin alike: their first `prompt` tokens, with `items` images and videos, once,
+    less the last of them; then what follows in each, with the last token of the prompt (data/batch.py)."""
+    first, cut = wholes[0], prompt - 1
+    patches = [grid[0] * grid[1] * grid[2] for grid in first.grids[:items]]
+    parts = [(first, slice(0, cut), slice(0, items), slice(0, sum(patches)))]
+    parts += [(whole, slice(cut, None), slice(items, None), slice(sum(patches), None)) for whole in wholes]
+    for whole in wholes:
+        assert torch.equal(whole.token_T[:prompt], first.token_T[:prompt]) and not whole.weight_T[:cut].any()
+    pixels = [whole.patch_PX[patch] for whole, _, _, patch in parts if whole.patch_PX is not None]
+    return Example(
+        id=first.id,
+        token_T=torch.cat([whole.token_T[token] for whole, token, _, _ in parts]),
+        target_T=torch.cat([whole.target_T[token] for whole, token, _, _ in parts]),
+        weight_T=torch.cat([whole.weight_T[token] for whole, token, _, _ in parts]),
+        position_3T=torch.cat([whole.position_3T[:, token] for whole, token, _, _ in parts], dim=1),
+        grids=tuple(grid for whole, _, item, _ in parts for grid in whole.grids[item]),
+        patch_PX=torch.cat(pixels) if pixels else None,
+        lengths=(cut, *(whole.num_tokens - cut for whole in wholes)),
+        stems=(-1, *[0] * len(wholes)),
+    )
