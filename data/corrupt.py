@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from data.errors import DataError
-from ernie_model.images import Grid, PixelSettings, picture_patches, pictures
+from ernie_model.images import PixelSettings, picture_patches, pictures
 from ernie_model.processor import Processor
+from ernie_model.rope import Grid
 
 
 class Corrupt(Enum):

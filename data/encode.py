@@ -32,8 +32,9 @@ from data.conversation import Conversation, Judged, Media, Message, Pair, PartKi
 from data.corrupt import Corruption, corrupted
 from data.errors import DataError, TooLongError
 from data.media import MediaFolder, media_name
-from ernie_model.images import Grid, ImageSize, KnownGrid, MediaError
+from ernie_model.images import ImageSize, KnownGrid, MediaError
 from ernie_model.processor import Encoded, Processor, Span
+from ernie_model.rope import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ class ImageSize:
 class KnownGrid:
     """Stands for an image or a video that has been cut already: it takes as many tokens, and has no pixels."""
 
-    grid: Grid
+    grid: "Grid"
     filename: str = ""
 
 
