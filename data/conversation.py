@@ -230,6 +230,10 @@ class Pair:
         return _parts(self.prompt.messages + self.chosen + self.rejected)
 
     @property
+    def scores(self) -> tuple[float | None, float | None]:
+        return self.chosen_score, self.rejected_score
+
+    @property
     def conversations(self) -> tuple[Conversation, Conversation]:
         """The prompt with the chosen answer, and with the rejected one."""
         messages = self.prompt.messages

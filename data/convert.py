@@ -120,7 +120,9 @@ def with_media(item: Conversation | Pair, change: Callable[[str | bytes], str | 
     if isinstance(item, Conversation):
         return dataclasses.replace(item, messages=of_messages(item.messages))
     prompt = dataclasses.replace(item.prompt, messages=of_messages(item.prompt.messages))
-    return Pair(prompt=prompt, chosen=of_messages(item.chosen), rejected=of_messages(item.rejected))
+    return dataclasses.replace(
+        item, prompt=prompt, chosen=of_messages(item.chosen), rejected=of_messages(item.rejected)
+    )
 
 
 def _wanted(item: Conversation | Pair) -> Conversation | None:

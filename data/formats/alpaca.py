@@ -13,7 +13,7 @@ from typing import Any
 
 from data.conversation import Conversation, Message, Pair
 from data.errors import DataError
-from data.formats.fields import MEDIA_COLUMNS, conversation, names_source, openai_tools, present, shown, typed
+from data.formats.fields import MEDIA_COLUMNS, conversation, names_source, openai_tools, pair, present, shown, typed
 from data.formats.markers import MediaColumns
 from data.formats.turns import text_message, with_system
 from data.records import Record
@@ -47,17 +47,17 @@ def read(record: Record) -> Conversation | Pair:
     if added is not None and value[added] != "":
         question.append(typed(value[added], str, added))
     messages.append(text_message("user", "\n".join(question), asked, media))
-    pair = present(value, "chosen", "rejected")
-    answers = ("chosen", "rejected") if pair else (_only(value, OUTPUTS),)
+    compares = present(value, "chosen", "rejected")
+    answers = ("chosen", "rejected") if compares else (_only(value, OUTPUTS),)
     said = [text_message("assistant", typed(value[key], str, key), key, media) for key in answers]
     media.close()
     messages = list(with_system(value.get("system"), messages))
     used = (asked, *([] if added is None else [added]), "history", "system", *answers, *MEDIA_COLUMNS)
     tools = openai_tools(value.get("tools"))
-    if not pair:
+    if not compares:
         return conversation(record, [*messages, said[0]], used, tools=tools)
     prompt = conversation(record, messages, used, tools=tools)
-    return Pair(prompt=prompt, chosen=(said[0],), rejected=(said[1],))
+    return pair(record, prompt, (said[0],), (said[1],))
 
 
 def _only(value: Mapping[str, Any], keys: tuple[str, ...]) -> str:

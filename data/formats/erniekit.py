@@ -6,7 +6,9 @@
                "tools": [...]}                             OpenAI's form (turns.py), for thoughts and function calls
     media     {"text_info": [...], "image_info": [...]}    erniekit_media.py
 
-A pair's higher `sort` is the chosen answer; an answer of several turns takes turns with the user's. What these forms
+The answer with the highest `sort` is chosen, that with the lowest rejected, and others between them are left out (an
+answer's rank says nothing of how it compares with its neighbour's). `sort` other than 1 and 0 is kept as the answers'
+scores. An answer of several turns takes turns with the user's. What these forms
 have no words for is written beside them, under `ernie` (erniekit_notes.py); ERNIEKit does not read that, and so
 trains on the same text, but not with the same weights. What would change the text is refused.
 """
@@ -77,25 +79,33 @@ def _read(record: Record) -> Conversation | Pair:
         return conversation(record, messages, used)
     if len(asked) == len(said):
         raise DataError("the record has a `response`, but tgt already answers every text of src.")
-    chosen, rejected = _answers(value)
-    return Pair(prompt=conversation(record, messages, (*used, "response", "sort")), chosen=chosen, rejected=rejected)
-
-
-def _answers(value: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    responses = typed(value["response"], list, "response")
-    sort = value.get("sort")
-    if not isinstance(sort, list) or len(responses) != 2 or len(sort) != 2 or sort[0] == sort[1]:
+    prompt = conversation(record, messages, (*used, "response", "sort"))
+    responses, sort = typed(value["response"], list, "response"), value.get("sort")
+    ranked = isinstance(sort, list) and len(sort) == len(responses) and all(map(_is_number, sort))
+    if not ranked or len(set(sort)) < 2:
         raise DataError(
-            f"response has {len(responses)} answers and sort is {shown(sort)}; a pair has two of each, and the higher "
-            "number of sort is the chosen one."
+            f"response has {len(responses)} answers and sort is {shown(sort)}; there must be two answers or more, with "
+            "a number each, and the highest and the lowest must differ: they are the chosen and the rejected one."
         )
-    answers = []
-    for index, texts in enumerate(responses):
-        key = f"response[{index}]"
-        turns = _texts(texts, key)
-        roles = [("assistant", "user")[number % 2] for number in range(len(turns))]
-        answers.append(tuple(text_message(*turn, key, MediaColumns({})) for turn in zip(roles, turns, strict=True)))
-    return (answers[0], answers[1]) if sort[0] > sort[1] else (answers[1], answers[0])
+    best, worst = sort.index(max(sort)), sort.index(min(sort))
+    scores = (None, None) if (sort[best], sort[worst]) == (1, 0) else (float(sort[best]), float(sort[worst]))
+    return Pair(
+        prompt=prompt,
+        chosen=_answer(responses[best], f"response[{best}]"),
+        rejected=_answer(responses[worst], f"response[{worst}]"),
+        chosen_score=scores[0],
+        rejected_score=scores[1],
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
+def _answer(texts: Any, key: str) -> tuple[Message, ...]:
+    turns = _texts(texts, key)
+    roles = [("assistant", "user")[number % 2] for number in range(len(turns))]
+    return tuple(text_message(*turn, key, MediaColumns({})) for turn in zip(roles, turns, strict=True))
 
 
 def _texts(value: Any, key: str) -> list[str]:
@@ -142,7 +152,9 @@ def _write_pair(pair: Pair) -> dict[str, Any]:
     answers = [
         [join_thought(message.reasoning, message.text) for message in turns] for turns in (pair.chosen, pair.rejected)
     ]
-    return system | {"src": texts[::2], "tgt": texts[1::2], "response": answers, "sort": [1, 0]}
+    chosen, rejected = pair.scores
+    sort = [1, 0] if chosen is None or rejected is None or chosen <= rejected else [chosen, rejected]
+    return system | {"src": texts[::2], "tgt": texts[1::2], "response": answers, "sort": sort}
 
 
 def _without_system(messages: Sequence[Message]) -> tuple[Sequence[Message], dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from data.conversation import Conversation, Message, Pair, Part, PartKind, VideoSampling
 from data.errors import DataError
-from data.formats.fields import refuse_unknown, typed
+from data.formats.fields import read_score, refuse_unknown, typed
 from data.formats.turns import write_sampling
 
 NOTES = "ernie"
@@ -35,6 +35,8 @@ def add_notes(value: dict[str, Any], item: Conversation | Pair, read: Conversati
         notes["messages"] = differing
     if _prompt(item).label is not None:
         notes["label"] = _prompt(item).label
+    if isinstance(item, Pair) and isinstance(read, Pair) and item.scores != read.scores:
+        notes["scores"] = list(item.scores)
     if _prompt(item).tools != _prompt(read).tools:
         raise DataError("its tools would be read back as other ones.")
     return value | {NOTES: notes} if notes else value
@@ -44,7 +46,7 @@ def apply_notes(item: Conversation | Pair, notes: Any) -> Conversation | Pair:
     if notes is None:
         return item
     notes = typed(notes, dict, NOTES)
-    refuse_unknown(notes, ("label", "messages"), NOTES)
+    refuse_unknown(notes, ("label", "messages", "scores"), NOTES)
     messages = list(_messages(item))
     for number, note in typed(notes.get("messages") or {}, dict, f"{NOTES}.messages").items():
         key = f"{NOTES}.messages.{number}"
@@ -56,10 +58,18 @@ def apply_notes(item: Conversation | Pair, notes: Any) -> Conversation | Pair:
     if isinstance(item, Conversation):
         return dataclasses.replace(item, messages=tuple(messages), label=label)
     prompt, chosen = len(item.prompt.messages), len(item.chosen)
+    scores = item.scores
+    if notes.get("scores") is not None:
+        given = typed(notes["scores"], list, f"{NOTES}.scores")
+        if len(given) != 2:
+            raise DataError(f"{NOTES}.scores has {len(given)} numbers; a pair has two answers.")
+        scores = tuple(read_score(score, f"{NOTES}.scores[{index}]") for index, score in enumerate(given))
     return Pair(
         prompt=dataclasses.replace(item.prompt, messages=tuple(messages[:prompt]), label=label),
         chosen=tuple(messages[prompt : prompt + chosen]),
         rejected=tuple(messages[prompt + chosen :]),
+        chosen_score=scores[0],
+        rejected_score=scores[1],
     )
 
 

@@ -3,11 +3,13 @@
     id        text or number; else the record's file and line
     answer    the right answer, checkable by a program          reward   name of the program that checks it
     label     is the last answer wanted?                        tools    a list of definitions, or JSON that holds one
+    score_chosen, score_rejected    how good the answers of a pair were found to be; other data sets' names: SCORES
     extra     an object; joined by every column that nobody knows, so that converting keeps it
 
 null is the same as absent: tables written as JSON lines have every column in every record.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -149,6 +151,42 @@ def read_label(label: Any) -> bool | None:
         f"label is {shown(label)}; it says whether the last answer is wanted, and must be true or false. Give a column "
         "that means something else another name, e.g. data.columns.category=label."
     )
+
+
+SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+
+
+def pair(record: Record, prompt: Conversation, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Pair:
+    """A pair with the scores that the record gives its answers, which are then none of the prompt's `extra`."""
+    value = record.value
+    given = [keys for keys in SCORES if any(present(value, key) for key in keys)]
+    if len(given) > 1:
+        raise DataError(f"the answers have scores twice, as {given[0][0]} and as {given[1][0]}. Keep one.")
+    scores = [read_score(value.get(key), key) for keys in given for key in keys] or [None, None]
+    extra = {key: content for key, content in prompt.extra.items() if not any(key in keys for keys in given)}
+    return Pair(
+        prompt=dataclasses.replace(prompt, extra=extra),
+        chosen=chosen,
+        rejected=rejected,
+        chosen_score=scores[0],
+        rejected_score=scores[1],
+    )
+
+
+def read_score(value: Any, key: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e30 < value < 1e30:
+        raise DataError(
+            f"{key} is {shown(value)}; it says how good an answer is, and must be a number. Give a column that means "
+            f"something else another name, e.g. data.columns.note={key}."
+        )
+    return float(value)
 
 
 def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:

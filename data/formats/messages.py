@@ -13,7 +13,8 @@
         "tool_calls": [...], "train": true, "weight": 1.0}],              the last four optional
      "answer": "Stop", "reward": "exact"}                                 optional: checkable by a program
 
-    {"prompt": [...], "chosen": [...], "rejected": [...]}                 a pair: lists of such messages
+    {"prompt": [...], "chosen": [...], "rejected": [...],                 a pair: lists of such messages
+     "score_chosen": 8.5, "score_rejected": 3.0}                          optional
     {"prompt": "2+2?", "completion": "4"}                                 TRL's form; or lists of such messages
 
 Understood too: media in columns with `<image>` markers (markers.py), LLaMA-Factory's parts (`{"type": "text", "value":
@@ -26,7 +27,17 @@ from typing import Any
 
 from data.conversation import Conversation, Message, Pair
 from data.errors import DataError
-from data.formats.fields import MEDIA_COLUMNS, conversation, list_of, names_source, present, typed, write_shared
+from data.formats.fields import (
+    MEDIA_COLUMNS,
+    SCORES,
+    conversation,
+    list_of,
+    names_source,
+    pair,
+    present,
+    typed,
+    write_shared,
+)
 from data.formats.markers import MediaColumns
 from data.formats.turns import read_messages, read_text_or_messages, with_system, write_message
 from data.records import Record
@@ -63,7 +74,7 @@ def read(record: Record) -> Conversation | Pair:
     media.close()
     if len(answers) == 1:
         return conversation(record, (*prompt, *answers[0]), used)
-    return Pair(prompt=conversation(record, prompt, used), chosen=answers[0], rejected=answers[1])
+    return pair(record, conversation(record, prompt, used), answers[0], answers[1])
 
 
 def write(item: Conversation | Pair) -> dict[str, Any]:
@@ -75,6 +86,7 @@ def write(item: Conversation | Pair) -> dict[str, Any]:
     if isinstance(item, Pair):
         value["prompt"] = _write(prompt.messages)
         value["chosen"], value["rejected"] = _write(item.chosen), _write(item.rejected)
+        value |= {key: score for key, score in zip(SCORES[0], item.scores, strict=True) if score is not None}
     else:
         value["messages"] = _write(item.messages)
     value |= write_shared(prompt)

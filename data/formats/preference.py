@@ -7,6 +7,8 @@
     {"chosen_messages": [...], "rejected_messages": [...]}                            LLaMA-Factory 1
     {"prompt": "...", "completion": "...", "label": true}                             KTO: one answer, wanted or not
 
+A pair may carry scores of its answers: `score_chosen` and `score_rejected` (fields.py has other names).
+
 The first five are pairs, the last is a conversation with a label. Messages are those of turns.py.
 """
 
@@ -16,7 +18,7 @@ from typing import Any
 
 from data.conversation import Conversation, Message, Pair
 from data.errors import DataError
-from data.formats.fields import MEDIA_COLUMNS, conversation, list_of, names_source, present
+from data.formats.fields import MEDIA_COLUMNS, conversation, list_of, names_source, pair, present
 from data.formats.markers import MediaColumns
 from data.formats.messages import read as read_plain
 from data.formats.turns import read_text_or_messages, with_system
@@ -55,7 +57,7 @@ def read(record: Record) -> Conversation | Pair:
         media.close()
     used = (*keys, "system", *MEDIA_COLUMNS, *([] if asked is None else [asked]))
     prompt = with_system(value.get("system"), prompt)
-    return Pair(prompt=conversation(record, prompt, used), chosen=chosen, rejected=rejected)
+    return pair(record, conversation(record, prompt, used), chosen, rejected)
 
 
 def _is_whole(value: Any) -> bool:
@@ -71,11 +73,14 @@ def _divide(
     def whole(key: str) -> tuple[Message, ...]:
         media = MediaColumns(value)  # each conversation shows all of them
         messages = read_text_or_messages(value[key], key, "assistant", media)
-        media.close()
+        try:
+            media.close()
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
         return messages
 
     chosen, rejected = whole(keys[0]), whole(keys[1])
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    shared = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
     shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     while shared > 0 and (chosen[shared - 1].role == "assistant" or chosen[shared].role != "assistant"):
         shared -= 1

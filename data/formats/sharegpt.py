@@ -23,6 +23,7 @@ from data.formats.fields import (
     list_of,
     names_source,
     openai_tools,
+    pair,
     present,
     read_tool_call,
     refuse_unknown,
@@ -65,7 +66,7 @@ def read(record: Record) -> Conversation | Pair:
     chosen, rejected = (_turns(value[name], name, media) for name in ("chosen", "rejected"))
     media.close()
     prompt = conversation(record, messages, [*used, "chosen", "rejected"], tools=tools)
-    return Pair(prompt=prompt, chosen=chosen, rejected=rejected)
+    return pair(record, prompt, chosen, rejected)
 
 
 def _turns(value: Any, key: str, media: MediaColumns) -> tuple[Message, ...]:

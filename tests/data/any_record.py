@@ -72,7 +72,8 @@ ANSWERS = st.builds(
     st.lists(OTHERS | ASSISTANT, max_size=1),
     st.none() | ASSISTANT,
 )
-PAIRS = st.builds(Pair, prompt=PROMPTS, chosen=ANSWERS, rejected=ANSWERS)
+SCORE = st.none() | st.sampled_from([0.0, 1.0, -2.5, 8.25])
+PAIRS = st.builds(Pair, prompt=PROMPTS, chosen=ANSWERS, rejected=ANSWERS, chosen_score=SCORE, rejected_score=SCORE)
 ITEMS = CONVERSATIONS | PROMPTS | PAIRS
 
 # What ERNIEKit's forms are for: turns with one text each, media before it, one thought, calls and their results.

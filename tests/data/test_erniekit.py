@@ -1,5 +1,7 @@
 """ERNIEKit's four forms, by example: read, and written as they were."""
 
+import dataclasses
+
 import pytest
 
 from data import formats
@@ -138,6 +140,23 @@ def test_a_pair_by_its_sort():
     assert (pair.chosen[0].text, pair.rejected[0].text) == ("Yes.", "No, it is a mammal.")
 
 
+def test_of_several_answers_the_best_and_the_worst():
+    pair = read({**PAIR, "response": [["a"], ["b"], ["c"], ["d"]], "sort": [2, 7, -1, 7]})
+
+    assert (pair.chosen[0].text, pair.rejected[0].text) == ("b", "c")
+    assert pair.scores == (7.0, -1.0)
+    assert read(PAIR).scores == (None, None)
+
+
+def test_scores_are_kept_as_sort_or_as_a_note():
+    cases = (((3.5, 1.0), [3.5, 1.0], False), ((1.0, 0.0), [1.0, 0.0], True), ((1.0, 2.0), [1, 0], True))
+    for scores, sort, noted in cases:
+        pair = dataclasses.replace(read(PAIR), chosen_score=scores[0], rejected_score=scores[1])
+        value = ERNIEKIT.write(pair)
+        assert value["sort"] == sort and ("ernie" in value) == noted
+        assert read(value) == pair
+
+
 def test_answers_of_several_turns():
     pair = read({**PAIR, "response": [["No.", "Sure?", "Yes."], ["Yes."]]})
 
@@ -243,6 +262,8 @@ def test_an_image_behind_the_text_is_refused():
         ({**TEXT, "tgt": ["a", "b", "c"]}, "src has 2 texts and tgt 3"),
         ({**TEXT, "label": [1]}, r"label is \[1\]; it must be 2 times 0 or 1"),
         ({**PAIR, "sort": [1, 1]}, r"response has 2 answers and sort is \[1, 1\]"),
+        ({**PAIR, "sort": [1, "0"]}, r"response has 2 answers and sort is \[1, \"0\"\]"),
+        ({**PAIR, "sort": [2, 1, 0]}, r"response has 2 answers and sort is \[2, 1, 0\]"),
         ({**PAIR, "response": [["a"]]}, "response has 1 answers"),
         ({**PAIR, "tgt": ["a", "b"]}, "tgt already answers every text"),
         ({"text_info": []}, "text_info is empty"),

@@ -8,6 +8,7 @@ from data import formats
 from data.conversation import Conversation, Message, Pair, Part, Source, ToolCall
 from data.dataset import SetSpec, open_set
 from data.errors import DataError
+from data.formats.fields import SCORES
 from data.records import Record, write_jsonl
 
 HERE = Source("train.jsonl", 7)
@@ -97,6 +98,40 @@ def test_pairs_share_all_that_they_can():
     assert (said(pair.prompt.messages), len(pair.chosen)) == (ASKED, 3)
 
 
+@pytest.mark.parametrize("keys", SCORES)
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"prompt": "q", "prompt_id": "7f", "chosen": [USER, YES], "rejected": [USER, NO], "messages": [USER, YES]},
+        {"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "n"}},
+        {"question": "q", "chosen": "y", "rejected": "n"},
+    ],
+)
+def test_scores_of_answers(keys, value):
+    pair = read(**value, **dict(zip(keys, (8.5, 7), strict=True)))
+    assert pair.scores == (8.5, 7.0)
+    assert pair.prompt.extra.keys() == value.keys() & {"prompt_id", "messages"}
+    written = formats.by_name("messages").write(pair)
+    assert (written["score_chosen"], written["score_rejected"]) == (8.5, 7.0)
+    assert read("messages", **written) == pair
+    assert read(**value, **{keys[0]: 1, keys[1]: None}).scores == (1.0, None)
+
+
+def test_pictures_of_the_question_and_of_an_answer():
+    turns = [{"role": "assistant", "content": "look"}, {"role": "tool", "content": "<image>"}, YES]
+    pair = read(prompt="<image>q", chosen=turns, rejected="n", images=["a.png", "b.png"])
+    assert [part.media for part in pair.parts if part.media] == ["a.png", "b.png"]
+    asked = {"role": "user", "content": "<image>q"}
+    pair = read(chosen=[asked, *turns], rejected=[asked, *turns[:2], NO], images=["a.png", "b.png"])
+    assert [message.role for message in pair.prompt.messages] == ["user", "assistant", "tool"]  # all that both have
+    seen = [[part.media for part in whole.parts if part.media] for whole in pair.conversations]
+    assert seen == [["a.png", "b.png"]] * 2
+    crops = [{"role": "tool", "content": [{"type": "image", "image": name}]} for name in ("c.png", "d.png")]
+    pair = read(chosen=[asked, turns[0], crops[0], YES], rejected=[asked, turns[0], crops[1], NO], images=["a.png"])
+    assert [part.media for part in pair.parts if part.media] == ["a.png", "c.png", "d.png"]
+    assert [message.role for message in pair.rejected] == ["assistant", "tool", "assistant"]
+
+
 def test_unwanted_answers_keep_their_label():
     assert read(prompt="q", completion="y", label=False).label is False
     assert read(conversations=[HUMAN, GPT], label=0).label is False
@@ -172,6 +207,20 @@ def test_what_nobody_knows_is_kept():
         ({"prompt": "a", "answer": "b", "solution": "b"}, "both `answer` and `solution`"),
         ({"prompt": [USER, YES], "answer": "b"}, "the prompt ends with an assistant message"),
         ({"chosen": [YES], "rejected": [NO]}, "chosen and rejected are answers alone"),
+        (
+            {"chosen": [USER, YES], "rejected": [{**USER, "content": "<image>q"}, NO], "images": ["a.png"]},
+            "chosen: the text has 0 <image> markers and `images` has 1 images",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": "good"},
+            'score_chosen is "good"; it says how',
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": True}, "score_chosen is true; it says how"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "chosen_score": 1},
+            "have scores twice, as score_chosen and as chosen_score",
+        ),
+        ({"messages": [USER, YES], "label": "good"}, 'label is "good"; it says whether'),
         ({"chosen": [USER, YES], "rejected": [{**USER, "content": "r"}, NO]}, "do not begin with the same prompt"),
         ({"prompt": "other", "chosen": [USER, YES], "rejected": [USER, NO]}, "`prompt` is not the prompt that chosen"),
         (

@@ -18,7 +18,7 @@ from data.encode import encode, encode_labelled, encode_pair
 from data.errors import DataError, TooLongError
 from data.media import MediaFolder
 from data.pack import collate
-from tests.data.tiny import tiny_processor
+from tests.tiny import tiny_processor
 
 PROCESSOR = tiny_processor()
 
