@@ -13,7 +13,6 @@ Shape letters:  T tokens   N pairs
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +22,9 @@ from data.batch import PackedBatch, Role
 from data.errors import DataError
 from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
 from train.objectives import LossSum, Objective
+from train.objectives.kto import Divergence, build_labelled
 from train.objectives.pairs import PairSums, count_pairs, gather_pairs, pair_segments
 from train.objectives.preference import log_ratio, preference_loss, views
-
-Divergences = Callable[[], tuple[Tensor | float, Tensor | float]]
-"""KL of chosen and rejected answers over the update that is at work (train/objectives/kto.py)."""
 
 
 def needs_reference(config: DPOObjectiveConfig) -> bool:
@@ -51,13 +48,15 @@ def needs_mismatched(config: DPOObjectiveConfig) -> bool:
     return PreferenceLoss.kto in config.losses()
 
 
-def build(config: DPOObjectiveConfig, *, divergences: Divergences = lambda: (0.0, 0.0)) -> Objective:
-    """For pairs.
-
-    Args:
-        divergences: what kto_pair measures answers against.
+def build(config: DPOObjectiveConfig, divergence: Divergence | None = None) -> Objective:
     """
-    assert not is_unpaired(config)
+    Args:
+        divergence: what kto and kto_pair measure answers against; it must be beside the objective then. None: the loss
+            is another one.
+    """
+    divergence = divergence or Divergence(config)
+    if is_unpaired(config):
+        return build_labelled(config, divergence)
 
     def count(batch: PackedBatch) -> Tensor:
         check_scores(batch, config)
@@ -65,9 +64,9 @@ def build(config: DPOObjectiveConfig, *, divergences: Divergences = lambda: (0.0
 
     def loss(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
         pairs = gather_pairs(logprob_T, batch)
-        parts = loss_parts(pairs, config, *divergences())
-        total_N = torch.stack(list(parts.values())).sum(0)
-        metrics = {name: value_N.sum() for name, value_N in pair_metrics(pairs, config, *divergences()).items()}
+        kl = divergence.estimate[Role.CHOSEN], divergence.estimate[Role.REJECTED]
+        total_N = torch.stack(list(loss_parts(pairs, config, *kl).values())).sum(0)
+        metrics = {name: value_N.sum() for name, value_N in pair_metrics(pairs, config, *kl).items()}
         return LossSum(total_N.sum().to(logprob_T.dtype), metrics)
 
     return Objective("pair", count, loss)
@@ -111,11 +110,10 @@ def loss_parts(
     return parts
 
 
-@torch.no_grad()
 def pair_metrics(
     pairs: PairSums, config: DPOObjectiveConfig, kl_w: Tensor | float = 0.0, kl_l: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
-    """What is reported of every pair, float64 (N,) each.
+    """What is reported of every pair, float64 (N,) each, detached.
 
     loss                  and loss_NAME of each part, where there are several
     reward_*              beta log p / p_ref; beta log p where there is no reference (simpo, or, orpo: per token)
@@ -154,4 +152,4 @@ def pair_metrics(
     }
     if needs_reference(config) and chosen.ref_logprob_N is not None and chosen.kl_N is not None:
         metrics |= {"kl_chosen": chosen.logprob_N - chosen.ref_logprob_N, "kl_chosen_k3": chosen.kl_N}
-    return metrics
+    return {name: value_N.detach() for name, value_N in metrics.items()}

@@ -1,4 +1,4 @@
-"""Rows of pairs and labelled answers with log-probabilities that are written down, not computed."""
+"""Rows of pairs and labelled answers: of log-probabilities that are written down, and for a small model to compute."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from data.batch import PackedBatch, Role
+from data.encode import Example
+from ernie_model.rope import position_ids
+from tests.train.small import CONFIG, IMAGE
 from train.dpo_config import DPOObjectiveConfig
 
 
@@ -75,3 +78,45 @@ def pair(chosen: Said, rejected: Said, corrupted: Said | None = None) -> dict[Ro
 
 def settings(loss: str = "sigmoid", **keys: Any) -> DPOObjectiveConfig:
     return DPOObjectiveConfig(preference_loss_type=loss, **keys)
+
+
+def record(seed: int, *answers: Role, image: bool = False, pictures: tuple[Role, ...] = ()) -> Example:
+    """Prompt and answers of random tokens for tests/train/small.py's model, of lengths that differ.
+
+    Args:
+        image: the prompt opens with one.
+        pictures: these answers hold an image of their own, which nobody learns to write.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    picture_T = torch.tensor([41, 40, 40, 42])
+    prompt_T = torch.randint(3, 40, (5 + seed % 3,), generator=generator)
+    if image:
+        prompt_T = torch.cat([picture_T, prompt_T])
+    tokens, targets, weights, positions = [prompt_T[:-1]], [prompt_T[1:]], [torch.zeros(len(prompt_T) - 1)], []
+    positions.append(position_ids(prompt_T, [IMAGE] * image, CONFIG)[:, :-1])
+    for number, role in enumerate(answers):
+        answer_T = torch.randint(3, 40, (2 + (seed + 2 * number) % 4,), generator=generator)
+        wanted_T = torch.ones(len(answer_T))
+        if role in pictures:
+            answer_T, wanted_T = torch.cat([answer_T, picture_T]), torch.cat([wanted_T, torch.zeros(4)])
+        whole_T = torch.cat([prompt_T, answer_T])
+        grids = [IMAGE] * (image + (role in pictures))
+        start = 0 if role is Role.CORRUPTED else len(prompt_T) - 1
+        tokens.append(whole_T[start:])
+        targets.append(torch.cat([whole_T[start + 1 :], whole_T.new_zeros(1)]))
+        before_T = torch.zeros(len(prompt_T) - 1 - start)
+        weights.append(torch.cat([before_T, wanted_T, torch.zeros(1)]))
+        positions.append(position_ids(whole_T, grids, CONFIG)[:, start:])
+    items = image + sum((role in pictures) + (image and role is Role.CORRUPTED) for role in answers)
+    return Example(
+        id=f"record {seed}",
+        token_T=torch.cat(tokens),
+        target_T=torch.cat(targets),
+        weight_T=torch.cat(weights),
+        position_3T=torch.cat(positions, dim=1),
+        grids=(IMAGE,) * items,
+        patch_PX=torch.randn(8 * items, 588, generator=generator) if items else None,
+        lengths=tuple(map(len, tokens)),
+        stems=(-1, *(-1 if role is Role.CORRUPTED else 0 for role in answers)),
+        roles=(Role.PROMPT, *answers),
+    )

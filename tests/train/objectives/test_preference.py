@@ -260,4 +260,5 @@ def test_a_row_without_pairs_keeps_ranks_in_step(loss):
     total.backward()
     assert objective.count(batch) == 0 and total == 0 and logprob_T.grad is not None and not logprob_T.grad.any()
     assert list(metrics) == list(learned.metrics) and not any(metrics.values())
+    assert not any(value.requires_grad for value in metrics.values())
     assert needs_reference(settings(loss, **NEEDED.get(loss, {}))) == (loss not in ("simpo", "or", "orpo"))
