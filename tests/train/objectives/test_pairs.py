@@ -66,7 +66,7 @@ def test_metrics_of_a_pair():
 
 def test_rewards_without_a_reference():
     pairs = gather_pairs(*row(pair(evenly(-10.0, None, 5), evenly(-12.0, None, 4))))
-    free, average = (pair_metrics(pairs, settings(**keys)) for keys in ({"reference_free": True}, {"loss": "simpo"}))
+    free, average = pair_metrics(pairs, settings(reference_free=True)), pair_metrics(pairs, settings("simpo"))
     assert free["reward_margin"].item() == pytest.approx(0.2) and average["reward_margin"].item() == pytest.approx(0.1)
     assert "kl_chosen" not in free and "kl_chosen" not in average
 

@@ -142,6 +142,7 @@ def test_mdpo_prefers_the_true_picture_and_holds_the_chosen_answer_up():
     assert metrics["loss_sigmoid"].item() == pytest.approx(0.6209570478, rel=1e-9)
     assert metrics["loss_conditional"].item() == pytest.approx(0.6539469673, rel=1e-9)
     assert metrics["loss_anchor"].item() == pytest.approx(0.6443966601, rel=1e-9)
+    assert batch.ref_logprob_T is not None
     assert build(config).loss(batch.ref_logprob_T, batch).total.item() == pytest.approx(3 * LOG2, rel=1e-12)
     # a pair of words alone has nothing to corrupt
     mixed = build(config).loss(*row(pair(*PAIR), pair(*PAIR, corrupted))).metrics
