@@ -444,10 +444,14 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A number that changes when a value does, and not with the layout. All ranks call it; each reads its share."""
+def fingerprint(tensors: Mapping[str, Tensor], optimizer: Any = None) -> str:
+    """A number that changes when a value does, and not with the layout. All ranks call it; each reads its share.
+
+    Args:
+        optimizer: where some of them train: PyTorch's, or the one of DeepSpeed's engine.
+    """
     rank, world = here()
-    mine = {name: bit_sums(tensor, rank=rank, world=world) for name, tensor in tensors.items()}
+    mine = {name: bit_sums(tensor, optimizer, rank=rank, world=world) for name, tensor in tensors.items()}
     ranks, digest = everyones(mine), xxhash.xxh3_128()
     for name in sorted(tensors):
         sums = [sum(numbers) % 2**64 for numbers in zip(*(found[name] for found in ranks), strict=True)]

@@ -3,7 +3,7 @@
     kind            what it is                                           memory of its own    work of an update
     copy            a second model: the start weights, or others'        its weights          one forward pass more
     adapters_off    the trained model without the adapter that trains    none                 one forward pass more
-    cache           the start weights' numbers, on disk (Cached)         none                 none; all before the first
+    cache           the start weights' numbers, on disk                  none                 none; all before the first
 
 A reference is exact: no dropout, no noise on embeddings. It runs through the kernels that the policy runs through, on
 weights that round to the same numbers, so before the first update a copy (or the model without its new adapter) agrees
@@ -14,33 +14,47 @@ between the two; nothing of a reference requires a gradient, so no graph is kept
 """
 
 import dataclasses
+import json
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
+from rich.console import Console
 from torch import Tensor
 
 from data.batch import PackedBatch
+from data.encoder import Encoder
+from data.loader import eval_batches
+from data.pack import filler
+from ernie_model.atomic import atomic_write
 from ernie_model.model import ErnieModel
 from ernie_model.moe import RouterStats
 from ernie_model.recompute import keep_activations
 from train.build import build_model, human
-from train.checkpoint import Resumable, fingerprint
+from train.checkpoint import Resumable, all_or_none, everyones, fingerprint, here
 from train.config import ModelConfig, ParallelConfig, PeftConfig, PeftKind, UserError
 from train.dpo_config import ReferenceConfig, ReferenceKind, ReferenceUpdate, reference_kind
-from train.loop import Beside
+from train.loop import Beside, any_rank
 from train.parallel.fragments import working
 from train.parallel.layout import Layout
 from train.parallel.partition import partitioner
+from train.parallel.rows import same_batches
 from train.policy import Policy, on_device
+from train.reference_cache import VERSION, Record, Store, alone, data_key, key_of, records_of
 from train.sources import Data
 from train.weights import Weights, trained_weights
 
 PREFIX = "reference."
 """Of the reference's tensors in a checkpoint."""
+FLUSH_ROWS = 64
+"""Rows whose log-probabilities a kill may cost each rank."""
+SAY_S = 10.0
+"""Seconds between lines of progress."""
 
 
 class Reference(Beside):
@@ -217,6 +231,230 @@ class Copy(Forward):
                 mine_N.lerp_(its_N.to(mine_N.dtype), self.config.mix)
 
 
+class Cached(Forward):
+    """The start weights' log-probabilities, from disk. The policy itself has computed them, before its first update.
+
+    With adapters that start anew, those of the model without them, which is the same and does not depend on run.seed.
+
+    Args:
+        folder: `reference.cache_folder`.
+        anew: name of the adapter that trains, if it starts at zero.
+    """
+
+    kind = ReferenceKind.cache
+
+    def __init__(
+        self,
+        policy: Policy,
+        weights: Weights,
+        folder: Path,
+        accelerator: Accelerator,
+        layout: Layout,
+        *,
+        anew: str | None,
+    ):
+        super().__init__(policy, accelerator.device, layout)
+        self.weights, self.folder, self.accelerator, self.anew = weights, folder, accelerator, anew
+        self.console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+        self.model = ""
+        """Key of the model."""
+        self.store = Store(folder)
+        if anew:
+            from train.lora.adapt import Adapters  # peft takes seconds to import
+
+            assert isinstance(weights, Adapters)
+            self.acting = weights.without_trained
+
+    def notes(self) -> list[str]:
+        return [f"the reference is the start weights' log-probabilities, kept in {self.folder}; no second model."]
+
+    def start(self, optimizer: Any, data: Data) -> None:
+        """Compute what is not there, and check a sample of what is.
+
+        Raises:
+            UserError: a stream; numbers that this model does not give; a folder that ranks do not share.
+        """
+        encoders = [one for one in (data.train.encoder, data.heldout) if one is not None]
+        for encoder in encoders:
+            if encoder.dataset.streaming:
+                raise UserError(
+                    "reference.kind=cache goes through all records before the first update, and "
+                    f"{encoder.dataset.name} is streaming: it has no end. Use data.streaming=false, or "
+                    "reference.kind=copy."
+                )
+        self._open(optimizer)
+        was_training = self.policy.training
+        self.policy.eval()
+        with self.acting(), torch.no_grad():
+            for encoder in encoders:
+                self._fill(encoder)
+        self.policy.train(was_training)
+
+    def _open(self, optimizer: Any) -> None:
+        about = self._about(optimizer)
+        self.model = xxhash.xxh3_128_hexdigest(json.dumps(about, sort_keys=True).encode())
+        folder = self.folder / self.model
+
+        def make() -> None:
+            if here()[0] == 0 and not (folder / "model.json").exists():
+                if others := sorted(self.folder.glob("*/model.json"), key=lambda path: path.stat().st_mtime):
+                    newest = json.loads(others[-1].read_text())
+                    differing = [key for key in about if about[key] != newest.get(key)]
+                    self.console.print(
+                        f"reference {self.folder} holds log-probabilities of {len(others)} other models, which are not "
+                        f"used. The newest of them differs from this one in {', '.join(differing)}."
+                    )
+                atomic_write(folder / "model.json", json.dumps(about, indent=1) + "\n")
+
+        all_or_none(folder, 0, make)
+        self.store = Store(folder)
+        self.store.open()
+
+    def _about(self, optimizer: Any) -> dict[str, Any]:
+        """What the numbers depend on beside the record."""
+        model: ErnieModel = self.policy.model
+        own = self.weights.tensors() if self.anew else {}
+        tensors = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if name not in own
+        }
+        scales = {
+            f"{name}.{adapter}": scale
+            for name, module in model.named_modules()
+            for adapter, scale in getattr(module, "scaling", {}).items()
+            if adapter != self.anew
+        }
+        return {
+            "version": VERSION,
+            "weights": fingerprint(tensors, optimizer),
+            "adapters": xxhash.xxh3_128_hexdigest(json.dumps(scales, sort_keys=True).encode()) if scales else None,
+            "architecture": model.config.to_json(),
+            "dtype": str(model.activation_dtype),
+        }
+
+    def _fill(self, encoder: Encoder) -> None:
+        data, layout = data_key(encoder), self.layout
+        complete = all(everyones(self.store.has_all(data)))
+        begun = said = time.monotonic()
+        done, computed, total = 0, 0, len(encoder)
+        batches = eval_batches(encoder, rank=layout.data_rank, world=layout.data_world)
+        for index, batch in enumerate(same_batches(batches, layout, self.device)):
+            records = [] if batch is None else records_of(batch, self.policy.model.config)
+            keys = [] if batch is None else [key_of(batch, record) for record in records]
+            missing = any(key not in self.store for key in keys)
+            if index == 0:
+                self._verify(batch, records, keys)
+                complete = complete and not any_rank(self.accelerator, missing)
+                if not complete:
+                    self.console.print(
+                        f"reference log-probabilities of {total} records of {encoder.dataset.name}, once"
+                    )
+            if complete:
+                break
+            wanted = any_rank(self.accelerator, missing) if layout.joint else missing
+            if wanted:
+                row = batch if missing and batch is not None else filler(0)
+                logprob_T = self.logprobs(row).cpu()
+                for key, record in zip(keys, records, strict=True):
+                    if key not in self.store:
+                        self.store.add(key, logprob_T[record.row_R])
+                        computed += 1
+            done, now = done + len(records), time.monotonic()
+            if index % FLUSH_ROWS == FLUSH_ROWS - 1:
+                self._write()
+            if now - said > SAY_S:
+                left = (now - begun) * (total / max(1, done * layout.data_world) - 1)
+                self.console.print(f"reference {done * layout.data_world} of {total} records, about {left:.0f} s to go")
+                said = now
+        if complete:
+            return
+        self._write()
+        self.store.open()
+        count = sum(everyones(computed)) // layout.sequence
+        all_or_none(self.store.folder, 0, lambda: self._note_all(data, encoder, count))
+        took = f"{count} records computed in {time.monotonic() - begun:.1f} s"
+        self.console.print(f"reference {took}; {len(self.store)} lie in {self.store.folder}")
+
+    def _write(self) -> None:
+        mine = self.layout.sequence_rank == 0  # the others have the same
+        all_or_none(self.store.folder, self.store.waiting_bytes, lambda: self.store.write() if mine else None)
+
+    def _note_all(self, data: str, encoder: Encoder, computed: int) -> None:
+        if here()[0] == 0:
+            about = {"data": encoder.dataset.name, "records": len(encoder), "computed": computed}
+            self.store.note_all(data, about)
+
+    def _verify(self, batch: PackedBatch | None, records: Sequence[Record], keys: Sequence[bytes]) -> None:
+        """Compute one row of every rank again and compare what was found with it.
+
+        The same record in another row takes other roundings: its first one is computed alone too, to see how far. On
+        average over a record's targets, 4 times as far is allowed, and what 16 units in the last place of the
+        activations make of a log-probability.
+        """
+        found = [key in self.store for key in keys]
+        if not any_rank(self.accelerator, any(found)):
+            return
+        row = filler(0) if batch is None else batch
+        one = filler(0) if batch is None else alone(batch, records[0])
+        now_T, alone_T = self.logprobs(row).cpu(), self.logprobs(one).cpu()
+        noise = 0.0
+        if records and (first := records[0]).row_R.numel():
+            noise = (alone_T[first.row_R - first.tokens.start] - now_T[first.row_R]).abs().mean().item()
+        unit = torch.finfo(self.policy.model.activation_dtype).eps
+
+        def compare() -> None:
+            for record, key, known in zip(records, keys, found, strict=True):
+                if not known or not record.row_R.numel():
+                    continue
+                stored_R, now_R = self.store.read(key), now_T[record.row_R]
+                allowed = 4 * noise + 16 * unit * (1 + now_R.abs().mean().item())
+                if not (stored_R - now_R).abs().mean().item() <= allowed:
+                    raise UserError(
+                        f"{self.store.folder} does not fit this model: the log-probability of {record.id} is "
+                        f"{stored_R.sum().item():.6g} there, and the model gives {now_R.sum().item():.6g} (rounding "
+                        f"explains {allowed:.2g} per token). Delete that folder; the same command then makes it anew."
+                    )
+
+        all_or_none(self.store.folder, 0, compare)
+
+    # ------------------------------------------------------------------------------------------------- while training
+
+    def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        return [dataclasses.replace(batch, ref_logprob_T=self._found(batch)) for batch in microbatches]
+
+    def _found(self, batch: PackedBatch) -> Tensor:
+        """(T,) on the host."""
+        logprob_T = torch.zeros(batch.num_tokens)
+        if batch.is_filler:
+            return logprob_T
+        for record in records_of(batch, self.policy.model.config):
+            key = key_of(batch, record)
+            if key not in self.store:
+                self.store.forget_all()
+                raise UserError(
+                    f"{record.id} has no log-probability in {self.store.folder}: it is not as it was when they were "
+                    "computed. The same command, started again, computes what is missing, with the weights that "
+                    "training started from. If records are made anew each time they are read, use reference.kind=copy."
+                )
+            value_R = self.store.read(key)
+            logprob_T = logprob_T.to(value_R.dtype)
+            logprob_T[record.row_R] = value_R
+        return logprob_T
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"model": self.model}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        super().load(saved)
+        if saved["model"] != self.model:
+            raise UserError(
+                "the weights that training started from are not those that this run was begun with: model.checkpoint "
+                "(or model.config and run.seed), or a folder of peft.*, has other contents now. Bring them back, or "
+                "start anew in another run.folder."
+            )
+
+
 class _Both:
     """The weights of a run, and those of a reference that follows them."""
 
@@ -263,7 +501,10 @@ def build_reference(
         return Reference()
     if kind is ReferenceKind.adapters_off:
         return AdaptersOff(policy, weights, device, layout)
-    assert kind is ReferenceKind.copy
+    if kind is ReferenceKind.cache:
+        kept = folder / "reference" if config.cache_folder is None else Path(config.cache_folder)
+        anew = peft.name if peft.kind is PeftKind.lora and peft.init_from is None else None
+        return Cached(policy, weights, kept, accelerator, layout, anew=anew)
     if layout.zero == 3 and config.update is not ReferenceUpdate.frozen:
         raise UserError(
             f"reference.update={config.update.value} needs the policy's weights as they are, and parallel.zero=3 keeps "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,15 +86,16 @@ class Run:
             self.model.set_dtype(torch.float64)
         self.policy = Policy(self.model).train()
 
-    def reference(self, config: ReferenceConfig | None = None, **changes: Any) -> Reference:
+    def reference(self, config: ReferenceConfig | None = None, *, start: bool = True, **changes: Any) -> Reference:
         given: dict[str, Any] = dict(
             needed=True, model=self.model_config, peft=self.peft, parallel=self.parallel, seed=7, policy=self.policy,
-            weights=self.weights, accelerator=small.accelerator(), layout=Layout(), engine={}, folder=None,
+            weights=self.weights, accelerator=small.accelerator(), layout=Layout(), engine={}, folder=Path(),
         )  # fmt: skip
         reference = build_reference(config or ReferenceConfig(), **(given | changes))
         if isinstance(reference, Copy) and self.double:
             reference.policy.model.set_dtype(torch.float64)
-        reference.start(None, SimpleNamespace())  # pyright: ignore[reportArgumentType]
+        if start:
+            reference.start(None, SimpleNamespace())  # pyright: ignore[reportArgumentType]
         return reference
 
     def logprobs(self, batch: PackedBatch) -> torch.Tensor:

@@ -191,13 +191,13 @@ SAMPLES = 1024
 SCATTER = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / golden ratio, odd, as int64: neighbours get unlike factors
 
 
-def bit_sums(tensor: Tensor, *, rank: int, world: int) -> tuple[int, int]:
-    """Of this rank's share of a frozen tensor: the sum of its bits as integers, and one that knows the order.
+def bit_sums(tensor: Tensor, optimizer: Any = None, *, rank: int, world: int) -> tuple[int, int]:
+    """Of this rank's share of a tensor: the sum of its bits as integers, and one that knows the order.
 
     Sums of all ranks add up to those of the whole tensor, modulo 2**64. The second is over evenly spaced values, each
     times a factor that goes by its place.
     """
-    part = part_of(tensor, None, rank=rank, world=world)
+    part = part_of(tensor, optimizer, rank=rank, world=world)
     if part is None:
         return 0, 0
     first = part.start + part.share.indices(part.weight_N.numel())[0]
