@@ -82,7 +82,7 @@ def _read(record: Record) -> Conversation | Pair:
     prompt = conversation(record, messages, (*used, "response", "sort"))
     responses, sort = typed(value["response"], list, "response"), value.get("sort")
     ranked = isinstance(sort, list) and len(sort) == len(responses) and all(map(_is_number, sort))
-    if not ranked or len(set(sort)) < 2:
+    if not isinstance(sort, list) or not ranked or len(set(sort)) < 2:
         raise DataError(
             f"response has {len(responses)} answers and sort is {shown(sort)}; there must be two answers or more, with "
             "a number each, and the highest and the lowest must differ: they are the chosen and the rejected one."

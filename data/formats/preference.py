@@ -44,6 +44,9 @@ def read(record: Record) -> Conversation | Pair:
     value = record.value
     keys = next((keys for keys in ANSWERS if present(value, *keys)), None)
     if keys is None:
+        for one, other in (*ANSWERS, *(keys[::-1] for keys in ANSWERS)):
+            if present(value, one):
+                raise DataError(f"the record has `{one}` and no `{other}`; a pair needs both answers.")
         return read_plain(record)
     asked = next((key for key in ("prompt", "messages") if present(value, key)), None)
     if _is_whole(value[keys[0]]):

@@ -22,7 +22,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from data.conversation import PartKind
+from data.conversation import Learns, PartKind
 from data.dataset import SetSpec, open_set
 from data.fit import Rules
 from data.mixture import Mixture
@@ -49,6 +49,8 @@ class Case:
     """Does the opened picture show that? Of a video: what `MediaFolder.video_size` says of it; of a text: its tokens,
     decoded."""
     fetch: bool = False
+    rules: Rules = Rules(max_tokens=200_000)
+    format: str = "messages"
 
 
 def line(id: str, content: Any, answer: Any = "yes", **more: Any) -> bytes:
@@ -256,33 +258,71 @@ CASES = (
     Case("a stretch behind the end", lambda folder: clip("a.mp4", folder) and with_video("a.mp4", start_s=60)),
 )
 
+YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+PAIR = dict(prompt="What?", chosen="yes", rejected="no")
+
+
+def compare(name: str, max_tokens: int = 200_000, accepted: str = "", **record: Any) -> Case:
+    rules = Rules(max_tokens=max_tokens, learns=Learns.PAIRS)
+    return Case(name, of_record(**record), accepted, rules=rules, format="preference")
+
+
+def judge(name: str, **record: Any) -> Case:
+    rules = Rules(max_tokens=200_000, learns=Learns.LABELLED)
+    return Case(name, of_record(**record), rules=rules, format="preference" if "chosen" in record else "messages")
+
+
+LOOK = [{"role": "assistant", "content": "look"}, {"role": "tool", "content": "<image>"}, YES]
+CASES += (
+    compare("equal answers", **PAIR | {"rejected": "yes"}),
+    compare("an answer is missing", prompt="What?", chosen="yes"),
+    compare("an answer is null", **PAIR | {"rejected": None}),
+    compare("an answer is empty", **PAIR | {"rejected": ""}),
+    compare("no question", chosen=[YES], rejected=[NO]),
+    compare("prompts that differ", chosen=[USER, YES], rejected=[{**USER, "content": "Who?"}, NO]),
+    compare("a third prompt", prompt="Who?", chosen=[USER, YES], rejected=[USER, NO]),
+    compare("an answer without its image", images=[], **PAIR | {"chosen": LOOK}),
+    compare("one image too many for one of them", chosen=[USER, *LOOK], rejected=[USER, NO], images=["a.png"]),
+    compare("an answer longer than a row", max_tokens=64, **PAIR | {"rejected": "no, " * 64}),
+    compare("a thought on one side", **PAIR | {"chosen": "<think>Hm.</think>yes"}),
+    compare("nothing of an answer is trained", **PAIR | {"rejected": [{**NO, "train": False}]}),
+    compare("a score that is no number", score_chosen="high", **PAIR),
+    compare("a single answer", messages=[USER, YES]),
+    compare("a labelled answer", messages=[USER, YES], label=True),
+    compare("a question alone", messages=[USER]),
+    judge("no label", messages=[USER, YES]),
+    judge("a label that is neither true nor false", messages=[USER, YES], label="good"),
+    judge("no answer", messages=[USER], label=True),
+    judge("an answer that is empty", messages=[USER, {**YES, "content": ""}], label=False),
+    judge("no user message", messages=[{**USER, "role": "assistant"}], label=True),
+    judge("a pair", **PAIR),
+)
+
 
 def outcomes(root: Path) -> Iterator[tuple[Case, str | None, str]]:
     """(case, stage, reason) of each case; the stage is None where the record can be trained on."""
     processor = tiny_processor()
-    rules = Rules(max_tokens=200_000)
     for number, case in enumerate(CASES):
         folder = root / str(number)
         folder.mkdir(parents=True)
         (folder / "a.jsonl").write_bytes(case.make(folder) + b"\n")
-        spec = SetSpec(path=str(folder / "a.jsonl"), format="messages", fetch=case.fetch)
-        mixture = Mixture.of(open_set("set", spec).train)
+        spec = SetSpec(path=str(folder / "a.jsonl"), format=case.format, fetch=case.fetch)
+        mixture = Mixture.of(open_set("set", spec, learns=case.rules.learns).train)
         (key,) = mixture.keys()
-        checked = check_record(mixture, key, processor, rules)
+        checked = check_record(mixture, key, processor, case.rules)
         if checked.refusal is None:
             if case.shows is not None:
-                _check(case, mixture, key, processor, rules)
+                _check(case, mixture, key, processor)
             yield case, None, ""
         else:
             yield case, checked.refusal.stage.value, checked.refusal.reason.replace(str(folder), "FOLDER")
 
 
-def _check(case: Case, mixture: Mixture, key: Key, processor: Processor, rules: Rules) -> None:
-    media = mixture.media(key)
-    parts = [part for message in mixture[key].messages for part in message.parts]
+def _check(case: Case, mixture: Mixture, key: Key, processor: Processor) -> None:
+    media, parts = mixture.media(key), mixture[key].parts
     part = next((part for part in parts if part.media is not None), parts[0])
     if part.media is None:
-        token_T = measure(mixture, key, processor, rules).example.token_T
+        token_T = measure(mixture, key, processor, case.rules).example.token_T
         assert processor.tokenizer.require("<|IMAGE_PLACEHOLDER|>") not in token_T.tolist()
         seen: Any = processor.decode(token_T)
     else:
@@ -302,12 +342,12 @@ def tidy(reason: str, root: str) -> str:
 def page() -> str:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder).resolve() / "run"
-        rows = []
+        rows: dict[Learns, list[str]] = {learns: [] for learns in Learns}
         for case, stage, reason in outcomes(root):
             text = f"*trained:* {case.accepted}" if stage is None else tidy(reason, str(root.parent))
             assert (stage is None) == bool(case.accepted), f"{case.name}: {stage} {reason}"
-            rows.append(f"| {case.name} | {stage or ''} | {text} |".replace("<", "&lt;"))
-    return HEAD + "\n".join(rows) + "\n"
+            rows[case.rules.learns].append(f"| {case.name} | {stage or ''} | {text} |".replace("<", "&lt;"))
+    return HEAD + "".join(HEADING[learns] + TABLE + "\n".join(lines) + "\n" for learns, lines in rows.items())
 
 
 HEAD = """# Bad data
@@ -315,10 +355,13 @@ HEAD = """# Bad data
 What becomes of a record that is not as it should be. One that is refused goes to `quarantine.jsonl` with its stage and
 this message; the others go on (docs/data.md). The messages are the code's own: `python -m tests.data.bad_data` writes
 this page, and a test fails when it is out of date. `(...)` stands for what a library adds.
-
-| case | refused at | message |
-|---|---|---|
 """
+HEADING = {
+    Learns.CONVERSATIONS: "",
+    Learns.PAIRS: "\n## Pairs\n\nAll of the above, in the question and in both answers; and in `ernie dpo`:\n",
+    Learns.LABELLED: "\n## Labelled answers\n\nIn `ernie dpo` with a loss that learns from labels:\n",
+}
+TABLE = "\n| case | refused at | message |\n|---|---|---|\n"
 
 
 if __name__ == "__main__":
