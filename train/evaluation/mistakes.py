@@ -2,7 +2,7 @@
 
     OUTPUT/evaluation.json   what was asked of which weights; written first
     OUTPUT/answers.jsonl     one line for each attempt (asking.Answer)
-    OUTPUT/pairs.jsonl       {"prompt", "chosen", "rejected", "answer", "reward", "extra"}
+    OUTPUT/pairs.jsonl       {"prompt", "chosen", "rejected", "score_chosen", "score_rejected", "answer", "reward", ...}
       or labelled.jsonl      {"messages", "label", "answer", "reward", "extra"}
     OUTPUT/TASK_media/       pictures and videos that the records name
     OUTPUT/summary.json      how many questions were answered rightly, wrongly, both; how many records that gave
@@ -164,12 +164,13 @@ def records_of(judged: Judged, config: PairsConfig) -> Iterator[Conversation | P
     couples = [(chosen, rejected) for chosen in right for rejected in wrong]
     for number, (chosen, rejected) in enumerate(couples[: config.per_question], 1):
         written = {"chosen_written": chosen.attempts, "rejected_written": rejected.attempts}
-        scores = {"chosen_score": chosen.score, "rejected_score": rejected.score}
         id = f"{question.task}/{question.id}/{number}"
         yield Pair(
-            prompt=replace(prompt, id=id, extra={**about, **written, **scores}),
+            prompt=replace(prompt, id=id, extra={**about, **written}),
             chosen=chosen.messages,
             rejected=rejected.messages,
+            chosen_score=chosen.score,
+            rejected_score=rejected.score,
         )
 
 

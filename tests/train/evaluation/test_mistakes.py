@@ -78,10 +78,14 @@ def test_the_most_frequent_answers_come_first_and_equal_texts_are_one(make, one_
         "attempts": {"right": 3, "wrong": 5, "between": 0, "unfinished": 0, "unscored": 0, "failed": 0},
         **{"gave": 1, "records": 1, "wanted": 0},
     }
-    assert lines(path)[0]["extra"] | {"chosen_score": 1.0, "rejected_score": 0.0} == {
+    assert lines(path)[0]["extra"] == {
         **{"task": "mine", "question": "q", "attempts": {"right": 3, "wrong": 5}},
-        **{"chosen_written": 2, "rejected_written": 3, "chosen_score": 1.0, "rejected_score": 0.0},
+        **{"chosen_written": 2, "rejected_written": 3},
     }
+    pair = preference.read(open_records(str(path))[0])
+    assert (
+        isinstance(pair, Pair) and pair.scores == (1, 0) and (pair.prompt.answer, pair.prompt.reward) == ("5", "number")
+    )
     # The same answers give other records without being asked again.
     _, path = make([one_sum], (), per_question=3)
     assert texts(path) == [("5", "7"), ("5", "4"), ("5.0", "7")] and not make.engine.prompts
