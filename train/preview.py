@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from data.batch import Role
 from data.loader import StreamReport
 from ernie_model.atomic import atomic_write
 from ernie_model.chat import SpanKind
@@ -28,7 +29,7 @@ from train.compose import (
 from train.config import SFTConfig, TaskData
 from train.preview_page import Page, write_page
 from train.run import forget_earlier_looks, program
-from train.samples import Row, Sample, Witness, samples_of, segments_of
+from train.samples import Row, Sample, Section, Witness, kind_of, samples_of, stretches_of
 from train.sources import build_data
 from train.tracking import make_trackers
 
@@ -50,7 +51,7 @@ def main(cfg: DictConfig) -> None:
     source = config.data.task if isinstance(config.data, TaskData) else config.data.kind.value
     page = Page(
         title=f"What {config.run.name} is shown",
-        subtitle=f"The first conversations of {source} data, as {config.model.name or 'the model'} "
+        subtitle=f"The first {kind_of(samples)} of {source} data, as {config.model.name or 'the model'} "
         "would be trained on them. Hover over tokens and pictures.",
         samples=samples,
         rows=rows,
@@ -88,9 +89,9 @@ def collect(config: SFTConfig, processor: Witness) -> tuple[list[Sample], list[R
                         break
                     if (sample.dataset, sample.id) not in known:  # in small data the next epoch begins in this row
                         known.add((sample.dataset, sample.id))
-                        shown[sample.segment] = len(samples)
+                        shown[sample.record] = len(samples)
                         samples.append(sample)
-                rows.append(Row(step, rank, segments_of(batch, processor, shown)))
+                rows.append(Row(step, rank, stretches_of(batch, processor, shown)))
         step += 1
     report = streams[0].report
     for stream in streams:
@@ -106,7 +107,9 @@ def tell(
     trained = sum(sample.num_trained for sample in samples)
     media = sum(medium.num_tokens for sample in samples for medium in sample.media)
     longest = max(samples, key=lambda sample: len(sample.ids))
-    console.print(f"shown     {len(samples)} conversations, {tokens:,} tokens: {trained:,} trained, {media:,} of media")
+    console.print(
+        f"shown     {len(samples)} {kind_of(samples)}, {tokens:,} tokens: {trained:,} trained, {media:,} of media"
+    )
     console.print(f"longest   {longest.id}: {len(longest.ids):,} tokens")
     fill = sum(row.tokens for row in rows) / (len(rows) * max_tokens)
     patches = max(row.patches for row in rows)
@@ -135,10 +138,19 @@ def track(config: SFTConfig, folder: Path, samples: Sequence[Sample], processor:
 
 
 def taught(sample: Sample) -> str:
-    """The answers that are trained, as text."""
+    """The answers that are trained, as text: of a pair `this, not that`."""
+    wanted, unwanted = (Role.WHOLE, Role.CHOSEN, Role.WANTED), (Role.REJECTED, Role.UNWANTED)
+    said, avoided = (
+        "".join(_written(sample, section) for section in sample.sections if section.role in roles)
+        for roles in (wanted, unwanted)
+    )
+    return ", not ".join([said, avoided] if avoided else [said])
+
+
+def _written(sample: Sample, section: Section) -> str:
     return "".join(
         "".join(sample.texts[span.start : span.stop])
-        for span in sample.authors.spans
+        for span in section.spans
         if span.generated and span.kind is not SpanKind.END and sample.weights[span.start]
     )
 

@@ -1,8 +1,9 @@
 """Samples and packed rows as one HTML page that needs nothing else: no network, no other files.
 
     header     what this is, in numbers; legend; switches for the grid
-    rows       each packed row as a bar, its conversations as stretches of it
-    samples    left: images and videos as the model sees them; right: the tokens, message by message
+    rows       each packed row as a bar, its records as stretches of it
+    samples    left: images and videos as the model sees them; right: the tokens, message by message; of a pair the
+               prompt, and both answers under headings of their own
     settings   everything that made it
 
 Tokens are written into the page in order, without attributes; one JSON list per sample holds what a token shows under
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.batch import Role
 from ernie_model.chat import NO_MESSAGE, SpanKind
-from train.samples import Medium, Row, Sample
+from train.samples import Medium, Row, Sample, Section, kind_of
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -50,6 +52,15 @@ KINDS = {
     SpanKind.ANSWER: "answer",
     SpanKind.TOOL_CALL: "tool call",
     SpanKind.END: "end of turn",
+}
+ROLES = {
+    Role.PROMPT: "prompt",
+    Role.CHOSEN: "chosen",
+    Role.REJECTED: "rejected",
+    Role.CORRUPTED: "chosen, after corrupted pictures",
+    Role.WANTED: "wanted",
+    Role.UNWANTED: "unwanted",
+    Role.MISMATCHED: "another record's answer",
 }
 
 
@@ -102,7 +113,7 @@ def _header(page: Page) -> Iterator[str]:
     media = sum(medium.num_tokens for sample in page.samples for medium in sample.media)
     filled = sum(row.tokens for row in page.rows) / (len(page.rows) * page.max_tokens)
     facts = [
-        (f"{len(page.samples)}", "conversations shown"),
+        (f"{len(page.samples)}", f"{kind_of(page.samples)} shown"),
         (f"{tokens:,}", "tokens"),
         (f"{trained / tokens:.1%}", "of them trained"),
         (f"{media / tokens:.1%}", "image and video"),
@@ -111,7 +122,7 @@ def _header(page: Page) -> Iterator[str]:
     yield f"<header><h1>{_text(page.title)}</h1><p class=sub>{_text(page.subtitle)}</p><dl class=facts>"
     yield "".join(f"<div><dt>{value}</dt><dd>{label}</dd></div>" for value, label in facts)
     yield "</dl></header><nav class=legend><span class=group>"
-    present = {span.kind for sample in page.samples for span in sample.authors.spans}
+    present = {span.kind for sample in page.samples for span in sample.spans}
     for kind, name in KINDS.items():
         if kind in present:
             yield f"<button data-kind={kind.value}><i class=k-{kind.value}>{name}</i></button>"
@@ -125,7 +136,8 @@ def _header(page: Page) -> Iterator[str]:
 
 def _rows(page: Page) -> Iterator[str]:
     yield "<section class=rows><h2>Packed rows</h2><p class=sub>Each bar is one row (micro-batch) of "
-    yield f"{page.max_tokens:,} tokens; each stretch is a conversation, its green part is trained, its violet part is "
+    each = kind_of(page.samples).removesuffix("s")
+    yield f"{page.max_tokens:,} tokens; each stretch is a {each}, its green part is trained, its violet part is "
     yield "image or video. Click on a numbered one to read it.</p>"
     ranks = {row.rank for row in page.rows}
     for row in page.rows:
@@ -135,17 +147,18 @@ def _rows(page: Page) -> Iterator[str]:
         if page.max_patches is not None:
             patches += f" of {page.max_patches:,}"
         yield f"<div class=row><span class=label>{label}</span><div class=bar>"
-        for segment in row.segments:
-            about = f"{segment.id}: {segment.tokens:,} tokens, {segment.trained:,} trained, "
-            about += f"{segment.media_tokens:,} of images and videos, {segment.patches:,} patches"
-            link = "" if segment.sample is None else f" data-sample={segment.sample} tabindex=0 role=button"
-            number = "" if segment.sample is None else f"<b>{segment.sample + 1}</b>"
+        for one in row.stretches:
+            about = f"{one.id}: {one.tokens:,} tokens, {one.trained:,} trained, "
+            about += f"{one.media_tokens:,} of images and videos, {one.patches:,} patches"
+            link = "" if one.sample is None else f" data-sample={one.sample} tabindex=0 role=button"
+            number = "" if one.sample is None else f"<b>{one.sample + 1}</b>"
             yield (
-                f'<div class=seg style="width:{100 * segment.tokens / page.max_tokens:.4f}%" data-tip="{_text(about)}"'
-                f'{link}><u style="width:{100 * segment.media_tokens / segment.tokens:.1f}%"></u>'
-                f'<s style="width:{100 * segment.trained / segment.tokens:.1f}%"></s>{number}</div>'
+                f'<div class=seg style="width:{100 * one.tokens / page.max_tokens:.4f}%" data-tip="{_text(about)}"'
+                f'{link}><u style="width:{100 * one.media_tokens / one.tokens:.1f}%"></u>'
+                f'<s style="width:{100 * one.trained / one.tokens:.1f}%"></s>{number}</div>'
             )
-        yield f"</div><span class=fill>{fill:.1%}</span><span class=cost>{len(row.segments)} conversations, {patches}"
+        yield f"</div><span class=fill>{fill:.1%}</span><span class=cost>{len(row.stretches)} "
+        yield f"{kind_of(page.samples)}, {patches}"
         yield "</span></div>"
     yield "</section>"
 
@@ -160,7 +173,7 @@ def _sample(number: int, sample: Sample, page: Page) -> Iterator[str]:
     ]
     if sample.media:
         facts.append(f"{sum(m.num_tokens for m in sample.media):,} of images and videos")
-    facts.append(f"row {sample.row + 1}, place {sample.segment + 1}")
+    facts.append(f"row {sample.row + 1}, place {sample.record + 1}")
     dataset = f"<span class=dataset>{_text(sample.dataset)}</span>" if sample.dataset else ""
     name = f"<span title='{_text(sample.id)}'>{_text(sample.id.rpartition('/')[2])}</span>"
     yield f"<article id=s{number}><h2><b>{number + 1}</b> {name}{dataset}"
@@ -173,8 +186,23 @@ def _sample(number: int, sample: Sample, page: Page) -> Iterator[str]:
             yield from _medium(index, medium, page.patch_size)
         yield "</div>"
     yield f"<div class=toks data-sample={number}>"
-    yield from _messages(sample)
+    numbered = iter(range(len(sample.media)))
+    for section in sample.sections:
+        if section.role is Role.WHOLE:
+            yield from _messages(sample, section, numbered)
+            continue
+        yield f"<section class='s-{section.role.value}'>{_heading(sample, section)}"
+        yield from _messages(sample, section, numbered)
+        yield "</section>"
     yield "</div></div></article>"
+
+
+def _heading(sample: Sample, section: Section) -> str:
+    trained = sum(weight != 0 for weight in sample.weights[section.start : section.stop])
+    facts = [f"{section.stop - section.start:,} tokens", f"{trained:,} trained"]
+    if section.score is not None:
+        facts.append(f"score {section.score:g}")
+    return f"<h3>{ROLES[section.role]}<small>{' · '.join(facts)}</small></h3>"
 
 
 def _medium(index: int, medium: Medium, patch_size: int) -> Iterator[str]:
@@ -230,11 +258,10 @@ def _picture_url(picture: Image.Image, size: tuple[int, int]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
-def _messages(sample: Sample) -> Iterator[str]:
-    """One block per message; spans are in order and cover all tokens."""
-    numbered = iter(range(len(sample.media)))
-    for message, spans in groupby(sample.authors.spans, key=lambda span: span.message):
-        role = "start" if message == NO_MESSAGE else sample.authors.roles[message]
+def _messages(sample: Sample, section: Section, numbered: Iterator[int]) -> Iterator[str]:
+    """One block per message; spans are in order and cover all tokens. `numbered`: the media that are still to come."""
+    for message, spans in groupby(section.spans, key=lambda span: span.message):
+        role = "start" if message == NO_MESSAGE else section.roles[message]
         tokens: list[str] = []
         for span in spans:
             if span.kind in (SpanKind.IMAGE, SpanKind.VIDEO):
@@ -278,4 +305,5 @@ def _data(sample: Sample) -> dict[str, object]:
         else [int(weight) for weight in sample.weights],
         "vision": [int(flag) for flag in sample.in_vision_pool],
         "texts": sample.texts,
+        "stops": [section.stop for section in sample.sections],
     }

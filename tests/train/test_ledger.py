@@ -72,6 +72,24 @@ def test_losses_of_segments_by_hand():
     assert names(dataclasses.replace(batch, datasets=())) == ["a", "b"]
 
 
+def test_a_pair_is_named_once_with_all_its_answers():
+    """Segments of 2, 2 and 3 tokens are one record, (1 + 2 + 6) / 3 targets; then one of its own, 4 / 1."""
+    weight_T = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    batch = PackedBatch(
+        token_T=torch.zeros(9, dtype=torch.int64),
+        target_T=torch.zeros(9, dtype=torch.int64),
+        weight_T=weight_T,
+        position_3T=torch.zeros(3, 9, dtype=torch.int64),
+        lengths=(2, 2, 3, 2),
+        ids=("a", "a", "a", "b"),
+        records=(0, 0, 0, 1),
+    )
+    evidence = Evidence()
+    evidence.add(batch, -torch.tensor([9.0, 9.0, 1.0, 9.0, 2.0, 6.0, 9.0, 4.0, 9.0]))
+    assert evidence.segments() == [("a", 3.0), ("b", 4.0)]
+    assert names(batch) == ["a", "b"]
+
+
 def test_a_name_without_its_wrappers():
     assert bare("module.model.norm.weight") == bare("model.norm.weight") == bare("norm.weight") == "norm.weight"
 

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
+from data.batch import Role
 from data.tasks import digits
 from train import preview
 from train.preview_page import Page, write_page
-from train.samples import Authors, Medium, Row, Sample, Segment
+from train.samples import Medium, Row, Sample, Section, Stretch
 
 HOSTILE = "</script><script>alert('1')</script>&\"<img src=http://evil.example/x>"
 
@@ -117,16 +118,16 @@ def hostile_page() -> str:
         id=HOSTILE,
         dataset=HOSTILE,
         row=0,
-        segment=0,
+        record=0,
+        sections=(Section(Role.WHOLE, 0, 3, spans, ("user", "assistant")),),
         ids=[1, 2, 3],
         texts=[HOSTILE, "x", HOSTILE],
         positions=[(0, 0, 0), (1, 1, 1), (2, 2, 2)],
         weights=[0.0, 0.0, 0.25],
         in_vision_pool=[False, True, False],
-        authors=Authors(spans, ("user", "assistant"), (HOSTILE,)),
         media=[Medium(HOSTILE, False, (1, 2, 2), (Image.new("RGB", (28, 28)),), 1, 1)],
     )
-    rows = [Row(0, 0, [Segment(HOSTILE, 3, 1, 1, 4, 0)])]
+    rows = [Row(0, 0, [Stretch(HOSTILE, 3, 1, 1, 4, 0)])]
     return write_page(Page(HOSTILE, HOSTILE, [sample], rows, 8, None, 14, HOSTILE))
 
 

@@ -15,9 +15,9 @@ function about(sample, index, count = 1) {
   const place = i => `(${data.positions.slice(3 * i, 3 * i + 3).join(", ")})`;
   const text = i => escape(JSON.stringify(data.texts[i]).slice(1, -1));
   const weight = data.weights[index];
-  const next = last + 1 < data.ids.length
+  const next = !data.stops.includes(last + 1)
     ? `<code>${text(last + 1)}</code> ${data.ids[last + 1]}${data.weights[last + 1] ? ", weight " + data.weights[last + 1] : ", not trained"}`
-    : "none: the last token";
+    : "none: nothing follows";
   const lines = count === 1
     ? [`<b><code>${text(index)}</code></b> id ${data.ids[index]} · token ${index} of ${data.ids.length}`,
        `position (t, h, w) = ${place(index)}`,
