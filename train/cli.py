@@ -15,6 +15,7 @@ import sys
 
 COMMANDS = {
     "sft": ("train.sft", "fine-tune on conversations with text, images and video"),
+    "dpo": ("train.dpo", "make one of two answers to a prompt likelier than the other"),
     "doctor": ("train.doctor", "look at machine, settings, checkpoint and every record before training"),
     "plan": ("train.plan", "what a layout of ranks takes: memory, traffic, time; and which layouts fit"),
     "preview": ("train.preview", "see what a run would be shown: pictures, tokens, packed rows, as a page"),
@@ -34,6 +35,9 @@ examples:
   ernie sft experiment=digits                        learn to read handwriting, on a CPU, in minutes
   ernie sft data=files data.path=chats.jsonl         your own conversations
   ernie doctor data=files data.path=chats.jsonl      what is wrong with it, before training
+  ernie dpo model.checkpoint=runs/sft/export data.path=pairs.jsonl
+                                                     prefer one answer to another
+  ernie doctor dpo data.path=pairs.jsonl             the same look, at pairs
   ernie evaluate checkpoint=runs/digits tasks=[digits]
                                                      how good a model is, on tasks and on your own questions
   ernie sft experiment=digits --cfg job              show the settings and stop

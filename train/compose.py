@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +28,7 @@ from train.config import (
     Schedule,
     SFTConfig,
     TaskData,
+    TrainingConfig,
     UserError,
     check,
     suggestion,
@@ -54,6 +56,7 @@ ENTRIES = {
     "chat": ChatConfig,
     "index": IndexConfig,
 }
+ALGORITHMS = tuple(entry for entry, schema in ENTRIES.items() if issubclass(schema, TrainingConfig))
 DATA_SCHEMAS: dict[str, type[DataConfig]] = {"task": TaskData, "files": FilesData}
 GROUPS = ("model", "data", "objective", "optim", "peft", "parallel", "tracker", "plan", "experiment")
 
@@ -138,6 +141,15 @@ def to_typed(cfg: DictConfig, schema: type[Schema] = SFTConfig) -> Schema:
     except ValueError as error:  # a rule of settings that belong to ernie_model
         raise UserError(str(error)) from error
     assert isinstance(typed, schema)
+    return typed
+
+
+def training_settings(cfg: DictConfig) -> TrainingConfig:
+    """Leave OmegaConf behind, whichever algorithm's settings these are (`program(..., also=...)`)."""
+    entry = HydraConfig.get().job.config_name
+    assert entry is not None
+    typed = to_typed(cfg, ENTRIES[entry])
+    assert isinstance(typed, TrainingConfig)
     return typed
 
 

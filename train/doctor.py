@@ -1,6 +1,7 @@
 """Everything that can go wrong with a run, looked at before it starts. No GPU, nothing trained, nothing downloaded.
 
 ernie doctor experiment=digits              the settings of `ernie sft`, all of them
+ernie doctor dpo data.path=pairs.jsonl      those of `ernie dpo`
 ernie doctor ... doctor.processes=8         every record is read and decoded, by eight processes
 
     machine      versions, device, threads, disk            weights    headers of the checkpoint, tokenizer, chat format
@@ -32,16 +33,16 @@ from train.checks.machine import available_cores, check_machine
 from train.checks.settings import check_settings
 from train.checks.trackers import check_trackers
 from train.checks.weights import check_adapters, check_weights
-from train.compose import register, to_typed
+from train.compose import ALGORITHMS, register, training_settings
 from train.config import (
     PeftKind,
-    SFTConfig,
+    TrainingConfig,
     check_heldout,
     check_steps,
 )
 from train.outline import outline
 from train.run import USER_ERRORS, forget_earlier_looks, program
-from train.sources import open_parts
+from train.sources import open_parts, rules_of
 from train.trained import trained_parts
 
 register()
@@ -49,9 +50,9 @@ register()
 Add = Callable[[Sequence[Finding]], None]
 
 
-@program("sft")
+@program("sft", also=ALGORITHMS)
 def main(cfg: DictConfig) -> None:
-    config = to_typed(cfg, SFTConfig)
+    config = training_settings(cfg)
     console = Console(highlight=False, soft_wrap=True)
     found = Report(console, USER_ERRORS)
     began = time.perf_counter()
@@ -65,7 +66,7 @@ def main(cfg: DictConfig) -> None:
         sys.exit(1)
 
 
-def examine(config: SFTConfig, found: Report) -> None:
+def examine(config: TrainingConfig, found: Report) -> None:
     """All sections, each with what the ones before it have found out."""
     device = torch.device("cuda" if torch.cuda.is_available() and not config.parallel.cpu else "cpu")
     if config.parallel.threads:
@@ -93,10 +94,11 @@ def examine(config: SFTConfig, found: Report) -> None:
         add(check_trackers(config.tracker))
 
 
-def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Add) -> cost.Rows | None:
+def examine_data(config: TrainingConfig, processor: Processor, found: Report, add: Add) -> cost.Rows | None:
     """The rows that an epoch packs into; None when there is nothing to pack."""
     data, folder = config.data, Path(config.run.folder)
-    parts = open_parts(data)
+    rules = rules_of(config)
+    parts = open_parts(data, rules.learns)
     if not config.run.steps:
         check_countable(parts.train)
     known = sum(part.num_records or 0 for part in parts if part is not None)
@@ -109,7 +111,7 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
         statistics = records.check_records(
             part,
             processor,
-            data,
+            rules,
             quarantine,
             name=name,
             processes=config.doctor.processes or available_cores(),
@@ -142,7 +144,12 @@ def examine_data(config: SFTConfig, processor: Processor, found: Report, add: Ad
 
 
 def examine_training(
-    config: SFTConfig, architecture: ErnieConfig, rows: cost.Rows | None, device: torch.device, found: Report, add: Add
+    config: TrainingConfig,
+    architecture: ErnieConfig,
+    rows: cost.Rows | None,
+    device: torch.device,
+    found: Report,
+    add: Add,
 ) -> None:
     adapted = config.peft.kind is not PeftKind.none
     if adapted:

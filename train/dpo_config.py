@@ -87,6 +87,14 @@ class FDivergence(Enum):
     alpha_divergence = "alpha_divergence"
 
 
+class Corrupt(Enum):
+    """See data.corrupt.Corrupt."""
+
+    crop = "crop"
+    noise = "noise"
+    blank = "blank"
+
+
 class ReferenceKind(Enum):
     auto = "auto"
     """none where the loss needs no reference; adapters_off with an adapter that starts anew; otherwise copy."""
@@ -153,6 +161,10 @@ class DPOObjectiveConfig:
     discopop_tau: float = 0.05
     mdpo_conditional: float = 0.0
     """Weight of mDPO's loss that prefers the chosen answer with its pictures over the same with corrupted ones."""
+    mdpo_corrupt: Corrupt = Corrupt.crop
+    """How pictures are corrupted for it (data/corrupt.py)."""
+    mdpo_keep: list[float] = field(default_factory=lambda: [0.0, 0.2])
+    """Smallest and largest share of a picture's area that a crop keeps."""
     mdpo_anchor: float = 0.0
     """Weight of mDPO's loss that holds the chosen answer above the reference."""
     mdpo_delta: float = 0.0
@@ -187,6 +199,10 @@ class DPOObjectiveConfig:
         check(
             self.ld_alpha is None or 0 <= self.ld_alpha <= 1,
             f"objective.ld_alpha is {self.ld_alpha}; it must lie in 0..1, or be null.",
+        )
+        check(
+            len(self.mdpo_keep) == 2 and 0 <= self.mdpo_keep[0] <= self.mdpo_keep[1] <= 1,
+            f"objective.mdpo_keep is {self.mdpo_keep}; it must be two shares of an area, [smallest, largest], in 0..1.",
         )
         self._check_read(losses)
         if PreferenceLoss.exo_pair in losses:

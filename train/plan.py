@@ -23,8 +23,8 @@ from rich.console import Console
 from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
 from train.build import human
-from train.compose import plain, register, to_typed
-from train.config import HeldIn, ParallelConfig, PeftKind, SFTConfig
+from train.compose import ALGORITHMS, plain, register, training_settings
+from train.config import HeldIn, ParallelConfig, PeftKind, TrainingConfig
 from train.outline import architecture_of, outline
 from train.planning import tables
 from train.planning.estimate import Estimate, Subject, check_layout, estimate
@@ -38,9 +38,9 @@ WIDTH = 120
 """Of tables that go to a file."""
 
 
-@program("sft")
+@program("sft", also=ALGORITHMS)
 def main(cfg: DictConfig) -> None:
-    config = to_typed(cfg, SFTConfig)
+    config = training_settings(cfg)
     console = Console(highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console.width = WIDTH
@@ -85,7 +85,7 @@ def main(cfg: DictConfig) -> None:
     console.print(f"{'written':<12} {folder / 'plan.json'}", markup=False)
 
 
-def held_subjects(config: SFTConfig, architecture: ErnieConfig) -> dict[HeldIn, Subject]:
+def held_subjects(config: TrainingConfig, architecture: ErnieConfig) -> dict[HeldIn, Subject]:
     """The model as it is held in either dtype; beside adapters only they are trained, and are always float32."""
     subjects = {}
     for held_in in HeldIn if config.peft.kind is PeftKind.none else [HeldIn.float32]:
@@ -94,7 +94,7 @@ def held_subjects(config: SFTConfig, architecture: ErnieConfig) -> dict[HeldIn, 
     return subjects
 
 
-def planned_tokens(config: SFTConfig, one: Estimate) -> float | None:
+def planned_tokens(config: TrainingConfig, one: Estimate) -> float | None:
     """In the whole run, as far as it is known."""
     if config.plan.tokens:
         return config.plan.tokens

@@ -2,6 +2,7 @@
 
 ernie preview experiment=digits                        runs/digits/preview.html
 ernie preview data=files data.path=chats.jsonl ...     the settings of `ernie sft`, all of them
+ernie preview dpo data.path=pairs.jsonl ...            those of `ernie dpo`
 ernie preview ... preview.examples=30 preview.ranks=8  more of it; rows dealt to eight processes
 
 The page has the pictures as the model sees them, every token with who wrote it and whether it is trained, and the
@@ -22,23 +23,24 @@ from ernie_model.chat import SpanKind
 from train import contact_sheet
 from train.build import build_processor, read_config
 from train.compose import (
+    ALGORITHMS,
     plain,
     register,
-    to_typed,
+    training_settings,
 )
-from train.config import SFTConfig, TaskData
+from train.config import TaskData, TrainingConfig
 from train.preview_page import Page, write_page
 from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Section, Witness, kind_of, samples_of, stretches_of
-from train.sources import build_data
+from train.sources import build_data, rules_of
 from train.tracking import make_trackers
 
 register()
 
 
-@program("sft")
+@program("sft", also=ALGORITHMS)
 def main(cfg: DictConfig) -> None:
-    config = to_typed(cfg, SFTConfig)
+    config = training_settings(cfg)
     console = Console(highlight=False, soft_wrap=True)
     began = time.perf_counter()
     architecture = read_config(config.model)
@@ -67,11 +69,11 @@ def main(cfg: DictConfig) -> None:
     console.print(f"page      {folder / 'preview.html'}   ({time.perf_counter() - began:.1f} s)")
 
 
-def collect(config: SFTConfig, processor: Witness) -> tuple[list[Sample], list[Row], StreamReport]:
+def collect(config: TrainingConfig, processor: Witness) -> tuple[list[Sample], list[Row], StreamReport]:
     """Rows as training packs and deals them, until there are enough of them and of the conversations in them."""
-    wanted, ranks = config.preview, config.preview.ranks
+    wanted, ranks, rules = config.preview, config.preview.ranks, rules_of(config)
     streams = [
-        build_data(config.data, processor, rank=rank, world=ranks, folder=Path(config.run.folder)).train
+        build_data(config.data, processor, rules=rules, rank=rank, world=ranks, folder=Path(config.run.folder)).train
         for rank in range(ranks)
     ]
     samples: list[Sample] = []
@@ -117,7 +119,7 @@ def tell(
     console.print(f"rows      {len(rows)}, {fill:.1%} filled, at most {patches:,} patches in one{skipped}")
 
 
-def track(config: SFTConfig, folder: Path, samples: Sequence[Sample], processor: Witness) -> bool:
+def track(config: TrainingConfig, folder: Path, samples: Sequence[Sample], processor: Witness) -> bool:
     """One picture of every sample with what it teaches, as a sheet in the run folder and in the trackers."""
     items = [
         contact_sheet.SheetItem(sample.media[0].frames[0], expected="", answer=taught(sample), correct=True)

@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -73,8 +73,10 @@ REPORTED_PACKAGES = ("ernie-train", "torch", "accelerate", "safetensors", "token
 # ------------------------------------------------------------------------------------------------- the program's edges
 
 
-def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def program(entry: str, *, also: Sequence[str] = ()) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Makes a function of the composed settings a program: configs/ENTRY.yaml, the command line, errors, exit codes.
+
+    `also`: other entries whose settings it takes, when its first argument names one (`ernie doctor dpo ...`).
 
     Hydra would print its own errors, and a line of its own above ours. HYDRA_FULL_ERROR makes it let its errors by,
     and ours travel past it; then both are told in the same form. ERNIE_DEBUG=1 or run.debug=true shows the traceback.
@@ -94,6 +96,10 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
         @functools.wraps(job)
         def wrapped() -> None:
             os.environ["HYDRA_FULL_ERROR"] = "1"
+            chosen = entry
+            if (first := sys.argv[1:2]) and first[0] in also:
+                chosen = first[0]
+                sys.argv[1:2] = ["--config-name", chosen]
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
             try:
                 try:
@@ -107,7 +113,7 @@ def program(entry: str) -> Callable[[Callable[[DictConfig], None]], Callable[[],
             except (*USER_ERRORS, *HYDRA_ERRORS) as error:
                 if debugging():
                     raise
-                message = explain(error, entry) if isinstance(error, HYDRA_ERRORS) else str(error)
+                message = explain(error, chosen) if isinstance(error, HYDRA_ERRORS) else str(error)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 sys.exit(1)
             finally:

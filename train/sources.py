@@ -7,11 +7,13 @@ The work is in data/; this file turns settings into those parts.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from data import fit, mixture
 from data.conversation import Learns
+from data.corrupt import Corrupt, Corruption
 from data.dataset import SetSpec
 from data.encoder import Encoder
 from data.fit import Rules
@@ -27,7 +29,10 @@ from train.config import (
     FilesData,
     SetConfig,
     TaskData,
+    TrainingConfig,
 )
+from train.dpo_config import DPOConfig
+from train.objectives import dpo
 
 OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root", "limit")
 """Settings of a set that its errors may name."""
@@ -109,14 +114,26 @@ def _share(name: str, one: SetConfig, config: FilesData) -> Share:
     return Share(spec=spec, weight=one.weight, modality=modality)
 
 
-def rules_of(config: DataConfig) -> Rules:
-    """How conversations become examples under these settings."""
-    return Rules(
-        max_tokens=config.max_tokens,
-        max_patches=config.max_patches,
-        too_long=fit.TooLong(config.too_long.value),
-        min_image_pixels=config.min_image_pixels,
+def rules_of(config: TrainingConfig) -> Rules:
+    """How records become examples under these settings."""
+    data = config.data
+    rules = Rules(
+        max_tokens=data.max_tokens,
+        max_patches=data.max_patches,
+        too_long=fit.TooLong(data.too_long.value),
+        min_image_pixels=data.min_image_pixels,
     )
+    if not isinstance(config, DPOConfig):
+        return rules
+    objective = config.objective
+    if dpo.is_unpaired(objective):
+        return replace(rules, learns=Learns.LABELLED, mismatched=dpo.needs_mismatched(objective))
+    corruption = None
+    if dpo.needs_corrupted(objective):
+        corruption = Corruption(
+            kind=Corrupt(objective.mdpo_corrupt.value), keep_min=objective.mdpo_keep[0], keep_max=objective.mdpo_keep[1]
+        )
+    return replace(rules, learns=Learns.PAIRS, corruption=corruption)
 
 
 class SomeOf(Mixture):
@@ -144,17 +161,15 @@ def build_data(
     world: int,
     folder: Path | None = None,
     max_heldout: int = 0,
-    rules: Rules | None = None,
+    rules: Rules,
 ) -> Data:
     """Open both parts and measure the first record of each set, so that settings which fit no record fail at once.
 
-    `folder` is where quarantine.jsonl lies; None keeps refused records in memory. `rules` are `rules_of(config)` where
-    not given: an algorithm that learns from pairs changes them (`dataclasses.replace`).
+    `folder` is where quarantine.jsonl lies; None keeps refused records in memory. `rules` are `rules_of` the run.
 
     Raises:
         DataError, MediaError: what is wrong with which file or record.
     """
-    rules = rules or rules_of(config)
     parts = open_parts(config, rules.learns)
     heldout = parts.heldout
     if heldout is not None and max_heldout:

@@ -54,7 +54,7 @@ class SegmentLosses(Beside):
         self.device = device
         self.image_id, self.video_id = config.image_token_id, config.video_token_id
         self.datasets = {name: len(MODALITIES) + i for i, name in enumerate(datasets)} if len(datasets) > 1 else {}
-        self.keys = [f"loss_{name}" for name in (*MODALITIES, *_plain(f"set_{name}" for name in self.datasets))]
+        self.keys = [f"loss_{name}" for name in (*MODALITIES, *plain_names(f"set_{name}" for name in self.datasets))]
         self._members: list[tuple[Tensor, Tensor]] = []
         self._sums_2G = torch.zeros(2, len(self.keys), dtype=torch.float64, device=device)
 
@@ -93,7 +93,7 @@ class SegmentLosses(Beside):
         return {key: loss / weight for key, loss, weight in zip(self.keys, *sums.tolist(), strict=True) if weight}
 
 
-def _plain(names: Any) -> list[str]:
+def plain_names(names: Any) -> list[str]:
     """Names that every tracker takes as a part of a key; those that become equal are numbered."""
     out: list[str] = []
     for name in names:

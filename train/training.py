@@ -25,6 +25,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train import checkpoint, report
 from train.build import build_model
+from train.checkpoint import Resumable
 from train.compose import plain
 from train.config import (
     PeftKind,
@@ -58,7 +59,7 @@ from train.run import (
     write_start,
 )
 from train.score import Score
-from train.sources import Data, ahead, build_data
+from train.sources import Data, ahead, build_data, rules_of
 from train.telemetry import RoutingRecord
 from train.tracking import Tracker
 from train.trained import freeze
@@ -82,6 +83,8 @@ class Setup:
     policy: Policy
     data: Data
     state: TrainState
+    notes: list[str]
+    """Printed before the first step; an algorithm may add to them."""
 
 
 class Algorithm(Generic[ConfigT]):
@@ -99,9 +102,31 @@ class Algorithm(Generic[ConfigT]):
         """What goes on beside the objective. The weights are those that training starts from."""
         raise NotImplementedError
 
+    def start(self, setup: Setup, optimizer: Any) -> None:
+        """Whatever takes a forward pass of the start weights: the engine is made, and no checkpoint loaded yet.
+
+        Args:
+            optimizer: PyTorch's, or the one of DeepSpeed's engine.
+        """
+
+    def resumable(self, weights: Resumable) -> Resumable:
+        """The tensors of a checkpoint, from those of the trained weights."""
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else a checkpoint must hold, JSON-able. All ranks ask together."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After the tensors. All ranks together."""
+
     def measure(self, setup: Setup) -> Score:
         """On `setup.data.heldout`, which there is. All ranks call it and get the same."""
         raise NotImplementedError
+
+    def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
+        """What somebody who watches the run should be told about an update."""
+        return ()
 
     def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
         """After the last update, on all ranks: what people look at."""
@@ -148,7 +173,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     accelerator.wait_for_everyone()
     heldout = config.evaluate.max_examples
     place: dict[str, Any] = dict(rank=layout.data_rank, world=layout.data_world)
-    data = build_data(config.data, processor, **place, folder=run.folder, max_heldout=heldout)
+    data = build_data(config.data, processor, rules=rules_of(config), **place, folder=run.folder, max_heldout=heldout)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     check_heldout(config, data.heldout is not None)
@@ -173,7 +198,9 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         policy=policy,
         data=data,
         state=state,
+        notes=notes,
     )
+    own = algorithm.begin(setup)
     often = (config.evaluate.every, config.tracker.images_every)
     routing = RoutingRecord(
         model, run.folder if on_main else None, every=often, last=steps, step=state.step, joint=layout.joint
@@ -181,7 +208,6 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
     if table := weights.table():
         console.print(table)
-    own = algorithm.begin(setup)
     updates = build_updates(policy, optimizer, accelerator, layout, engine)
     beside = [
         Traffic(model, layout, accelerator.device),  # first: what the others compute beforehand travels too
@@ -190,8 +216,11 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         Reach(updates, state.reached, accelerator.device),
         routing,
     ]
-    if run.resume_from is not None:
-        checkpoint.load(run.resume_from, weights=weights, optimizer=updates.optimizer)
+    algorithm.start(setup, updates.optimizer)
+    resumable = algorithm.resumable(weights)
+    if run.resume_from is not None and saved is not None:
+        checkpoint.load(run.resume_from, weights=resumable, optimizer=updates.optimizer)
+        algorithm.load_state_dict(saved.get("algorithm", {}))
     source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
     at_end.callback(source.close)
     shared = SharedSource(source, layout, accelerator.device)
@@ -212,6 +241,8 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
+        for warning in algorithm.warnings(step, metrics):
+            progress.note(f"step {step}: {warning}")
 
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:
@@ -250,12 +281,13 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         done = checkpoint.save(
             run.checkpoints,
             state.step,
-            weights=weights,
+            weights=resumable,
             optimizer=updates.optimizer,
             state={
                 "settings": settings,
                 "loop": dataclasses.asdict(state),
                 "source": source.state_dict(),
+                "algorithm": algorithm.state_dict(),
                 "trackers": {tracker.name: tracker.mark() for tracker in trackers},
             },
             keep=config.run.keep,

@@ -16,7 +16,7 @@ from tests.test_configs import load
 from train import doctor
 from train.build import build_processor, read_config
 from train.checks import cost, records
-from train.sources import build_data
+from train.sources import build_data, rules_of
 
 QUESTION = {"role": "user", "content": "Which digit?"}
 ANSWER = {"role": "assistant", "content": "7"}
@@ -157,7 +157,9 @@ def test_a_healthy_run_and_its_packing(tmp_path, monkeypatch, capsys):
     assert numbers["records"] == 54 and numbers["refused"] == 0
     config = load(*settings)
     architecture = read_config(config.model)
-    stream = build_data(config.data, build_processor(config.model, architecture), rank=0, world=1).train
+    stream = build_data(
+        config.data, build_processor(config.model, architecture), rules=rules_of(config), rank=0, world=1
+    ).train
     assert numbers["updates_per_epoch"] == numbers["rows_per_epoch"] == stream.count_steps(1.0) > 1
     stream.close()
     with torch.device("meta"):

@@ -32,7 +32,6 @@ from ernie_model.processor import Processor
 from train.checks.findings import Finding, ok, problem, warning
 from train.config import DataConfig
 from train.memory import keep_freed_memory
-from train.sources import rules_of
 
 CHUNK = 16
 """Records handed to a process at a time."""
@@ -84,7 +83,7 @@ class Statistics:
 def check_records(
     mixture: Mixture,
     processor: Processor,
-    config: DataConfig,
+    rules: Rules,
     quarantine: Quarantine,
     *,
     name: str,
@@ -95,7 +94,6 @@ def check_records(
     """Look at every record (of a stream, at the first `stream_records`). Refused ones go into the quarantine."""
     found = Statistics(name, is_whole=not mixture.streaming)
     keys = list(all_keys(mixture, stream_records))
-    rules = rules_of(config)
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True, disable=not progress) as bar, ExitStack() as at_end:
         results: Iterator[Checked]

@@ -1,0 +1,124 @@
+"""Preference alignment: of two answers to one prompt, one becomes likelier than the other. The run: train/training.py.
+
+ernie dpo model.checkpoint=runs/sft/export data.path=pairs.jsonl     all weights, against a frozen copy
+ernie dpo ... peft=lora                                              adapters, against the model without them
+ernie dpo ... reference.kind=cache                                   log-probabilities computed beforehand
+ernie dpo ... objective.preference_loss_type=simpo                   other losses: docs/dpo.md
+accelerate launch -m train.dpo ...                                   the same program on several devices
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from data.batch import PackedBatch, Role
+from train.checkpoint import Resumable
+from train.compose import register, to_typed
+from train.dpo_config import DPOConfig
+from train.heldout_pairs import (
+    LabelledScore,
+    PairScore,
+    labelled_score,
+    labelled_sums,
+    pair_score,
+    pair_sums,
+    sum_heldout,
+)
+from train.loop import Beside
+from train.objectives import Objective, dpo, kto
+from train.objectives.pairs import gather_pairs
+from train.pair_groups import Displacement, PairGroups
+from train.reference import Reference, build_reference
+from train.run import program
+from train.score import Score
+from train.training import Algorithm, Setup, run
+
+register()
+
+
+@program("dpo")
+def main(cfg: DictConfig) -> None:
+    run(DPO(to_typed(cfg, DPOConfig)))
+
+
+class DPO(Algorithm[DPOConfig]):
+    """With kto and apo_zero_unpaired, of labelled answers in place of pairs."""
+
+    reference: Reference
+
+    def __init__(self, config: DPOConfig):
+        super().__init__(config)
+        self.unpaired = dpo.is_unpaired(config.objective)
+        self.score = LabelledScore if self.unpaired else PairScore
+        self.divergence = kto.Divergence(config.objective)
+        self.displacement = Displacement()
+
+    def objective(self, rows_per_update: int) -> Objective:
+        return dpo.build(self.config.objective, self.divergence)
+
+    def measured(self, logprob_T: Tensor, batch: PackedBatch) -> tuple[dict[str, Tensor], Sequence[int]]:
+        """See `pair_groups.Measured`."""
+        logprob_T, config, kl = logprob_T.detach(), self.config.objective, self.divergence.estimate
+        if self.unpaired:
+            answers = kto.gather_labelled(logprob_T, batch)
+            return kto.labelled_metrics(answers, config, kl[Role.MISMATCHED]), answers.segments
+        pairs = gather_pairs(logprob_T, batch)
+        return dpo.pair_metrics(pairs, config, kl[Role.CHOSEN], kl[Role.REJECTED]), pairs.segments
+
+    def begin(self, setup: Setup) -> Sequence[Beside]:
+        config, accelerator = self.config, setup.accelerator
+        self.reference = build_reference(
+            config.reference,
+            needed=dpo.needs_reference(config.objective),
+            model=config.model,
+            peft=config.peft,
+            parallel=config.parallel,
+            seed=config.run.seed,
+            policy=setup.policy,
+            weights=setup.weights,
+            accelerator=accelerator,
+            layout=setup.layout,
+            engine=setup.engine,
+            folder=setup.folder,
+        )
+        setup.notes.extend(self.reference.notes())
+        shown = ("loss", "reward_accuracy") if self.unpaired else ("loss", "reward_accuracy", "reward_margin")
+        return [
+            self.reference,
+            self.divergence.attach(setup.policy, accelerator, setup.layout),
+            PairGroups(self.measured, shown, setup.model.config, setup.data.names, accelerator.device),
+        ]
+
+    def start(self, setup: Setup, optimizer: Any) -> None:
+        self.reference.start(optimizer, setup.data)
+
+    def resumable(self, weights: Resumable) -> Resumable:
+        return self.reference.resumable(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference.load(state["reference"])
+
+    def measure(self, setup: Setup) -> Score:
+        assert setup.data.heldout is not None
+        sums = sum_heldout(
+            setup.policy,
+            setup.data.heldout,
+            setup.accelerator,
+            setup.layout,
+            sums_of=partial(labelled_sums if self.unpaired else pair_sums, self.measured),
+            streams=self.reference.streams,
+        )
+        return labelled_score(sums) if self.unpaired else pair_score(sums)
+
+    def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
+        return self.displacement(metrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a preference run shows of parts of its data, and what it warns of.
+
+    reward_accuracy_text  reward_accuracy_image  reward_accuracy_video      by what is in prompt or answers
+    reward_margin_image  loss_image  ...                                    (a pair with both counts as video)
+    reward_accuracy_set_NAME  ...                                           of each dataset, where there are several
+
+Means over the pairs of an update; groups without a pair in it are left out. Labelled answers are counted one by one.
+
+Shape letters:  N pairs or labelled answers   G groups   M metrics
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from data.batch import PackedBatch
+from ernie_model.config import ErnieConfig
+from train.loop import Beside
+from train.policy import PolicyOutput
+from train.telemetry import MODALITIES, plain_names
+
+Measured = Callable[[Tensor, PackedBatch], tuple[dict[str, Tensor], Sequence[int]]]
+"""(logprob_T, batch) -> metrics, (N,) each, and of each of the N one of its segments."""
+
+
+class PairGroups(Beside):
+    """Goes last among what adds to the rows or takes from them.
+
+    Args:
+        shown: which metrics.
+        datasets: every name that `PackedBatch.datasets` may hold; one name alone would repeat the whole.
+    """
+
+    def __init__(
+        self,
+        measured: Measured,
+        shown: Sequence[str],
+        config: ErnieConfig,
+        datasets: Sequence[str],
+        device: torch.device,
+    ):
+        self.measured, self.shown, self.device = measured, shown, device
+        self.image_id, self.video_id = config.image_token_id, config.video_token_id
+        self.datasets = {name: len(MODALITIES) + i for i, name in enumerate(datasets)} if len(datasets) > 1 else {}
+        self.groups = [*MODALITIES, *plain_names(f"set_{name}" for name in self.datasets)]
+        self.streams(())
+
+    def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        # Not in `before`: what another part takes out of the rows is not here any more.
+        self._members = [self.members(batch) for batch in microbatches]
+        self._sums_MG = torch.zeros(len(self.shown) + 1, len(self.groups), dtype=torch.float64, device=self.device)
+        return microbatches
+
+    def members(self, batch: PackedBatch) -> Tensor:
+        """float64 (S, G): 1 where the record that a segment comes from belongs to a group."""
+        records = batch.records or range(batch.num_segments)
+        modality = dict.fromkeys(records, 0)
+        for record, token_T in zip(records, batch.token_T.split(batch.lengths), strict=True):
+            for rank, id in ((1, self.image_id), (2, self.video_id)):
+                if id is not None and bool((token_T == id).any()):
+                    modality[record] = max(modality[record], rank)
+        member_SG = torch.zeros(batch.num_segments, len(self.groups), dtype=torch.float64)
+        for segment, record in enumerate(records):
+            member_SG[segment, modality[record]] = 1
+            if self.datasets and (name := batch.datasets[segment]):  # a filler row comes from no dataset
+                member_SG[segment, self.datasets[name]] = 1
+        return member_SG
+
+    @torch.no_grad()
+    def terms(self, batch: PackedBatch, output: PolicyOutput) -> float:
+        """Adds this micro-batch's sums; there is nothing to minimise."""
+        member_SG = self._members.pop(0).to(self.device, non_blocking=True)
+        metrics, segments = self.measured(output.logprob_T, batch)
+        if segments:
+            value_MN = torch.stack([metrics[name] for name in self.shown] + [torch.ones_like(metrics["loss"])])
+            self._sums_MG += value_MN.double() @ member_SG[list(segments)]
+        return 0.0
+
+    def sums(self) -> Tensor:
+        return self._sums_MG
+
+    def report(self, sums: Tensor) -> dict[str, float]:
+        *values, counts = sums.tolist()
+        return {
+            f"{name}_{group}": value / count
+            for name, row in zip(self.shown, values, strict=True)
+            for group, value, count in zip(self.groups, row, counts, strict=True)
+            if count
+        }
+
+
+WINDOW = 20
+"""Updates whose means are compared with those of as many before them."""
+
+
+class Displacement:
+    """Says once when the margin grows while the chosen answers lose probability: the classic failure of DPO, in which
+    probability goes to answers that are neither (likelihood displacement, Razin et al. 2024, arXiv 2410.08847)."""
+
+    def __init__(self):
+        self.recent: deque[tuple[float, float]] = deque(maxlen=2 * WINDOW)
+        self.told = False
+
+    def __call__(self, metrics: dict[str, float]) -> list[str]:
+        if "reward_chosen" not in metrics or self.told:
+            return []
+        self.recent.append((metrics["reward_chosen"], metrics["reward_margin"]))
+        if len(self.recent) < 2 * WINDOW:
+            return []
+        before, now = list(self.recent)[:WINDOW], list(self.recent)[WINDOW:]
+        (chosen_before, margin_before), (chosen, margin) = (
+            [sum(column) / WINDOW for column in zip(*part, strict=True)] for part in (before, now)
+        )
+        if not (chosen < chosen_before and chosen < 0 and margin > margin_before):
+            return []
+        self.told = True
+        return [
+            f"the margin grows ({margin_before:.3g} to {margin:.3g}) while the chosen answers become less likely than "
+            f"they were to the reference (reward {chosen_before:.3g} to {chosen:.3g}): probability goes to answers "
+            "that nobody chose. objective.sft_loss_ratio=0.1, objective.preference_loss_type=dpop or a smaller "
+            "optim.lr holds them up."
+        ]
