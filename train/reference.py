@@ -163,6 +163,8 @@ class Copy(Forward):
         self.updates = 0
         """Of the policy, those that were left out not counted."""
         self._fingerprint: str | None = None
+        self._kept: list[Any] = []
+        """Parameters that ZeRO-3 keeps whole beside their parts."""
 
     @property
     def follows(self) -> bool:
@@ -184,7 +186,7 @@ class Copy(Forward):
         if self.layout.zero == 3:
             from train.parallel.zero import fetch_parts  # DeepSpeed takes seconds to import
 
-            fetch_parts(self.policy, self.layout, self.engine)
+            self._kept = fetch_parts(self.policy, self.layout, self.engine)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers."""
@@ -204,6 +206,7 @@ class Copy(Forward):
         super().load(saved)
         if self.follows:
             self.updates = saved["updates"]
+            self._forget_whole()
         elif saved["weights"] != self.state()["weights"]:
             what = (
                 "reference.checkpoint" if self.config.checkpoint else "model.checkpoint (or model.config and run.seed)"
@@ -229,6 +232,12 @@ class Copy(Forward):
                 mine_N.copy_(its_N)
             else:
                 mine_N.lerp_(its_N.to(mine_N.dtype), self.config.mix)
+        self._forget_whole()
+
+    def _forget_whole(self) -> None:
+        """Parts have changed: what ZeRO-3 keeps whole of them is gathered anew when it is needed."""
+        if self._kept:
+            self._kept[0].partition(self._kept)
 
 
 class Cached(Forward):
@@ -255,7 +264,7 @@ class Cached(Forward):
     ):
         super().__init__(policy, accelerator.device, layout)
         self.weights, self.folder, self.accelerator, self.anew = weights, folder, accelerator, anew
-        self.console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=layout.rank > 0, highlight=False, soft_wrap=True)
         self.model = ""
         """Key of the model."""
         self.store = Store(folder)
@@ -505,11 +514,6 @@ def build_reference(
         kept = folder / "reference" if config.cache_folder is None else Path(config.cache_folder)
         anew = peft.name if peft.kind is PeftKind.lora and peft.init_from is None else None
         return Cached(policy, weights, kept, accelerator, layout, anew=anew)
-    if layout.zero == 3 and config.update is not ReferenceUpdate.frozen:
-        raise UserError(
-            f"reference.update={config.update.value} needs the policy's weights as they are, and parallel.zero=3 keeps "
-            "them in parts. Use parallel.zero=2, or reference.update=frozen."
-        )
     copy = build_copy(config, model=model, peft=peft, parallel=parallel, seed=seed, layout=layout, engine=engine)
     check_same_tokens(copy, policy.model, config)
     group = policy.sequence_group

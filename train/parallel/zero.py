@@ -107,15 +107,21 @@ class Zero:
             self._norm = None
 
 
-def fetch_parts(policy: Policy, layout: Layout, config: dict[str, Any]) -> None:
+def fetch_parts(policy: Policy, layout: Layout, config: dict[str, Any]) -> list[Any]:
     """Let a policy that nobody trains fetch its weights module by module, as ZeRO-3's engine lets the one that trains.
 
     Args:
         config: the engine's.
+
+    Returns:
+        The small parameters that are kept whole, beside their parts.
     """
     if layout.expert > 1:
         tag_experts(policy)
         announce(policy, layout.zero)
     zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
-    deepspeed.initialize(model=policy, config=config | {"zero_optimization": zero}, dist_init_required=False)
+    settings = config | {"zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=policy, config=settings, dist_init_required=False)
     deepspeed.zero.register_external_parameter(policy, policy.model.head_VD)
+    fetcher: Any = engine.optimizer
+    return fetcher.persistent_parameters
