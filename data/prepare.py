@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from data.batch import Role
 from data.conversation import Conversation, Item, Judged, Learns, Message, Pair, PartKind, last_answer, thinks
 from data.dataset import TRIES, StreamDataset
 from data.encode import Example
@@ -38,8 +39,10 @@ class Checked(NamedTuple):
     patches: int = 0
     images: int = 0
     videos: int = 0
-    label: bool | None = None
-    """Of a labelled answer."""
+    answers: tuple[tuple[Role, int], ...] = ()
+    """Of a pair and of a labelled answer: what each is, and its tokens that are learned."""
+    score_gap: float | None = None
+    """Score of the chosen answer less that of the rejected one, where both have one."""
 
 
 def measure(mixture: Mixture, key: Key, processor: Processor, rules: Rules) -> Fitted:
@@ -82,8 +85,23 @@ def check_record(mixture: Mixture, key: Key, processor: Processor, rules: Rules,
         patches=example.num_patches,
         images=parts.count(PartKind.IMAGE),
         videos=parts.count(PartKind.VIDEO),
-        label=fitted.item.conversation.label if isinstance(fitted.item, Judged) else None,
+        answers=_answers(example),
+        score_gap=_score_gap(fitted.item),
     )
+
+
+def _answers(example: Example) -> tuple[tuple[Role, int], ...]:
+    kinds = (Role.CHOSEN, Role.REJECTED, Role.WANTED, Role.UNWANTED)
+    if not example.lengths:
+        return ()
+    learned = [int((weight_T != 0).sum()) for weight_T in example.weight_T.split(example.lengths)]
+    return tuple((role, count) for role, count in zip(example.roles, learned, strict=True) if role in kinds)
+
+
+def _score_gap(item: Item) -> float | None:
+    if not isinstance(item, Pair) or item.chosen_score is None or item.rejected_score is None:
+        return None
+    return item.chosen_score - item.rejected_score
 
 
 def check_possible(mixture: Mixture, rules: Rules) -> None:

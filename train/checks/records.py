@@ -3,7 +3,7 @@
     keys ──► pool of processes ──► Checked: sizes, or why it is refused
               check_record               │
                                          ├──► quarantine.jsonl, as the run would write it
-                                         └──► Statistics: lengths, trained share, images, packing
+                                         └──► Statistics: lengths, trained share, images, answers, packing
 
 Pictures are decoded in full, so that a file that was cut short is found now. What is kept of a record is a few numbers.
 """
@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.batch import Role
 from data.dataset import StreamDataset
 from data.errors import Refusal
 from data.fit import Rules
 from data.mixture import Mixture
 from data.order import Key
 from data.pack import Packer, Sized
-from data.prepare import Checked, check_record
+from data.prepare import Checked, check_possible, check_record
 from data.quarantine import Quarantine
 from ernie_model.processor import Processor
 from train.checks.findings import Finding, ok, problem, warning
@@ -53,9 +54,25 @@ class Statistics:
     ids: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int, int, int]] = field(default_factory=list)
     """tokens, trained tokens, patches, images and videos"""
+    answers: dict[Role, list[int]] = field(default_factory=dict)
+    """Learned tokens of each answer of pairs, and of labelled ones."""
+    score_gaps: list[float] = field(default_factory=list)
+    """Of the pairs whose answers have scores: the chosen one's less the rejected one's."""
     refusals: list[Refusal] = field(default_factory=list)
     is_whole: bool = True
     """False for a stream, of which only the beginning was looked at."""
+
+    def add(self, key: Key, one: Checked) -> None:
+        if one.refusal is not None:
+            self.refusals.append(one.refusal)
+            return
+        self.keys.append(key)
+        self.ids.append(one.id)
+        self.sizes.append((one.tokens, one.trained, one.patches, one.images + one.videos))
+        for role, learned in one.answers:
+            self.answers.setdefault(role, []).append(learned)
+        if one.score_gap is not None:
+            self.score_gaps.append(one.score_gap)
 
     def column(self, index: int) -> np.ndarray:
         return np.array(self.sizes, dtype=np.int64).reshape(-1, 4)[:, index]
@@ -95,6 +112,7 @@ def check_records(
     found = Statistics(name, is_whole=not mixture.streaming)
     keys = list(all_keys(mixture, stream_records))
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    check_possible(mixture, rules)
     with Progress(*columns, transient=True, disable=not progress) as bar, ExitStack() as at_end:
         results: Iterator[Checked]
         if processes == 1 or len(keys) < WORTH_PROCESSES:
@@ -107,11 +125,7 @@ def check_records(
         for key, one in zip(bar.track(keys, description=name), results, strict=True):
             if one.refusal is not None:
                 quarantine.add(one.refusal)
-                found.refusals.append(one.refusal)
-                continue
-            found.keys.append(key)
-            found.ids.append(one.id)
-            found.sizes.append((one.tokens, one.trained, one.patches, one.images + one.videos))
+            found.add(key, one)
     return found
 
 
@@ -162,6 +176,7 @@ def judge(found: Statistics, quarantine: Quarantine, config: DataConfig) -> list
                 "Reports could not tell these records apart; give each its own id, or none."
             )
         )
+    findings += judge_answers(found)
     if found.ids:
         share = found.trained.sum() / found.tokens.sum()
         if share < POOR_SHARE:
@@ -171,6 +186,25 @@ def judge(found: Statistics, quarantine: Quarantine, config: DataConfig) -> list
                     "Smaller images (data.too_long=shrink_images), or more questions per image, use it better."
                 )
             )
+    return findings
+
+
+def judge_answers(found: Statistics) -> list[Finding]:
+    """Of labelled answers, whether there are both kinds; of pairs, whether their scores say what their order says."""
+    findings = []
+    counts = {role: len(found.answers.get(role, ())) for role in (Role.WANTED, Role.UNWANTED)}
+    if any(counts.values()):
+        text = f"{counts[Role.WANTED]:,} answers are wanted and {counts[Role.UNWANTED]:,} are not"
+        way_out = "without both kinds there is nothing to tell apart. Is the label read right (data.columns)?"
+        findings.append(ok(text) if all(counts.values()) else warning(f"{text}: {way_out}"))
+    backwards = sum(gap <= 0 for gap in found.score_gaps)
+    if backwards:
+        findings.append(
+            warning(
+                f"in {backwards:,} of {len(found.score_gaps):,} pairs with scores, the chosen answer has no higher one "
+                "than the rejected. Are they the right way round?"
+            )
+        )
     return findings
 
 
@@ -242,6 +276,8 @@ def describe(found: Statistics) -> Iterator[str]:
     yield from histogram("tokens per record", found.tokens)
     share = 100 * found.trained / found.tokens
     yield from histogram("trained tokens per record, %", share, edges=(0, 1, 2, 5, 10, 20, 50, 100))
+    for role, learned in found.answers.items():
+        yield from histogram(f"trained tokens of {role.value} answers", np.array(learned))
     if found.media.any():
         yield from histogram("images and videos per record", found.media)
         yield from histogram("patches per record", found.patches)
