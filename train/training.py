@@ -38,7 +38,7 @@ from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
 from train.loop import Beside, Hooks, Plan, TrainState, fit
 from train.objectives import Objective
 from train.optim import build_optimizer, learning_rate
-from train.parallel.layout import Layout, build_accelerator, build_layout
+from train.parallel.layout import Layout, build_accelerator, build_layout, leave
 from train.parallel.partition import partitioner
 from train.parallel.rows import SharedSource, check_shareable
 from train.parallel.settings import deepspeed_config
@@ -339,4 +339,4 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
             report.left_out(console, source.report, data.quarantine)
         algorithm.finish(setup, console, trackers)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    leave()

@@ -17,7 +17,7 @@ from tests.train import small
 from train.build import build_model
 from train.config import TARGETS, HeldIn, ModelConfig, PeftConfig, PeftKind, Precision
 from train.parallel.fragments import whole_shape, working
-from train.parallel.layout import Layout
+from train.parallel.layout import Layout, leave
 from train.weights import trained_weights
 
 ARCHITECTURE = small.CONFIG.replace(**tiny_tokenizer_ids())
@@ -97,3 +97,4 @@ if __name__ == "__main__":
         )  # fmt: skip
         found[name] = parts(build(case, folder, layout))
     torch.save(found, folder / f"rank-{rank}.pt")
+    leave()

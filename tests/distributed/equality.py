@@ -39,7 +39,7 @@ from train.lora.adapt import adapt
 from train.objectives import LossSum, Objective
 from train.objectives.sft import SFT
 from train.optim import build_optimizer
-from train.parallel.layout import Layout, build_accelerator, build_layout
+from train.parallel.layout import Layout, build_accelerator, build_layout, leave
 from train.parallel.settings import deepspeed_config
 from train.parallel.updates import build_updates
 from train.policy import Policy
@@ -253,6 +253,7 @@ def main(out: str, texts: list[str]) -> None:
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(found))
     dist.barrier()
+    leave()
 
 
 def alone(case: Case) -> Run:

@@ -16,7 +16,7 @@ from ernie_model.expert_parallel import Shard, connect_experts, shard_experts, s
 from tests.distributed.expert_routes import ROWS, adapted, small_policy
 from train.config import ParallelConfig
 from train.parallel.groups import announce, expert_groups, tag_experts
-from train.parallel.layout import build_accelerator, start_deepspeed
+from train.parallel.layout import build_accelerator, leave, start_deepspeed
 from train.policy import Policy, on_device
 
 MIXED = ("image", "both", "text", "long")  # the second expert group has no row for its vision experts
@@ -109,7 +109,7 @@ def main(folder: Path) -> None:
         print(name, flush=True)  # a test that fails shows where the ranks stood
         results[name] = with_engine(case, groups.expert)
     torch.save(results, folder / f"rank-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

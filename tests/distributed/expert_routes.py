@@ -24,6 +24,7 @@ from ernie_model.recompute import recompute
 from tests.train import small
 from train.config import PeftConfig, PeftKind
 from train.lora.adapt import adapt
+from train.parallel.layout import leave
 from train.policy import Policy, on_device
 
 CONFIG = small.CONFIG.replace(num_experts=8)
@@ -263,7 +264,7 @@ def main(folder: Path) -> None:
         results[size, "balanced"] = balanced(group)
         results[size, "waits"] = waits(group)
     torch.save(results, folder / f"rank-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from ernie_model.checkpoint import write_tensors
@@ -21,6 +20,7 @@ from train import run as run_folder
 from train.config import TARGETS, PeftConfig, PeftKind, UserError
 from train.lora import adapt
 from train.lora.files import WEIGHTS
+from train.parallel.layout import leave
 
 PROCESSOR: Any = SimpleNamespace(save=lambda folder: None)
 UPDATES = 2
@@ -94,4 +94,4 @@ if __name__ == "__main__":
             told = checkpoint.everyones(lose_an_expert(run, folder / "lost" / layout))
             if run.rank == 0:
                 (folder / "lost" / f"{layout}.txt").write_text("\n".join(told))
-    dist.destroy_process_group()
+    leave()

@@ -22,7 +22,7 @@ from train.heldout import exact
 from train.loop import all_sum, any_rank, train_step
 from train.lora.adapt import adapt
 from train.objectives.sft import SFT
-from train.parallel.layout import build_accelerator
+from train.parallel.layout import build_accelerator, leave
 from train.parallel.updates import Plain
 from train.policy import Policy, on_device
 from train.router import RouterLosses
@@ -105,4 +105,4 @@ if __name__ == "__main__":
     }
     if accelerator.is_main_process:
         torch.save(results, sys.argv[1])
-    accelerator.end_training()
+    leave()

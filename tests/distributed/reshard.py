@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data.batch import PackedBatch
@@ -34,7 +33,7 @@ from train.config import OptimConfig, ParallelConfig, PeftConfig, PeftKind
 from train.loop import train_step
 from train.objectives.sft import SFT
 from train.optim import build_optimizer
-from train.parallel.layout import build_accelerator, build_layout
+from train.parallel.layout import build_accelerator, build_layout, leave
 from train.parallel.updates import Plain, Updates
 from train.policy import Policy
 from train.trained import freeze
@@ -265,4 +264,4 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
         logging.disable(logging.INFO)
         run(Path(sys.argv[1]), json.loads(sys.argv[2]))
-        dist.destroy_process_group()
+        leave()

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tests.train import small
 from train import checkpoint
 from train.config import UserError
+from train.parallel.layout import leave
 from train.weights import AllWeights
 
 
@@ -106,4 +107,4 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     folder = Path(sys.argv[1])
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(main(folder)))
-    dist.destroy_process_group()
+    leave()

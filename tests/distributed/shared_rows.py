@@ -25,7 +25,7 @@ from train.efficiency import Work
 from train.loop import train_step
 from train.neftune import install
 from train.objectives.sft import SFT
-from train.parallel.layout import Layout, build_accelerator, with_sequence_groups
+from train.parallel.layout import Layout, build_accelerator, leave, with_sequence_groups
 from train.parallel.rows import SharedSource
 from train.parallel.updates import Plain
 from train.policy import Policy, on_device
@@ -231,4 +231,4 @@ if __name__ == "__main__":
     results |= {name: one_step(accelerator, pairs_of_ranks, step) for name, step in STEPS.items()}
     results["error"] = what_a_broken_source_says(pairs_of_ranks)
     torch.save(results, f"{sys.argv[1]}.{accelerator.process_index}")
-    accelerator.end_training()
+    leave()
