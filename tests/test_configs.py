@@ -33,6 +33,7 @@ from train.inference_config import ServeConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for data that users bring
+PAIRS = ("objective=dpo", "optim=dpo", *(f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*dpo*.yaml")))
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
@@ -47,7 +48,7 @@ def test_every_choice_of_every_group_composes(choice):
     theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
     task = ["data.task=counting"] if choice.endswith("=task") else []
     needed = ["data.path=chats.jsonl"] if choice in theirs else task
-    entry = "dpo" if choice.endswith("dpo") else "sft"
+    entry = "dpo" if choice in PAIRS else "sft"
     needed += ["data.path=pairs.jsonl"] if entry == "dpo" else []
     assert isinstance(load(choice, *needed, entry=entry), ENTRIES[entry])
 

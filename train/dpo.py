@@ -30,7 +30,7 @@ from train.heldout_pairs import (
 from train.loop import Beside
 from train.objectives import Objective, dpo, kto
 from train.objectives.pairs import gather_pairs
-from train.pair_groups import Displacement, PairGroups
+from train.pair_groups import Degenerate, Displacement, PairGroups
 from train.reference import Reference, build_reference
 from train.run import program
 from train.score import Score
@@ -48,6 +48,7 @@ class DPO(Algorithm[DPOConfig]):
     """With kto and apo_zero_unpaired, of labelled answers in place of pairs."""
 
     reference: Reference
+    degenerate: Degenerate
 
     def __init__(self, config: DPOConfig):
         super().__init__(config)
@@ -85,10 +86,12 @@ class DPO(Algorithm[DPOConfig]):
             folder=setup.folder,
         )
         setup.notes.extend(self.reference.notes())
+        self.degenerate = Degenerate(accelerator.device)
         shown = ("loss", "reward_accuracy") if self.unpaired else ("loss", "reward_accuracy", "reward_margin")
         return [
             self.reference,
             self.divergence.attach(setup.policy, accelerator, setup.layout),
+            self.degenerate,
             PairGroups(self.measured, shown, setup.model.config, setup.data.names, accelerator.device),
         ]
 
@@ -117,7 +120,7 @@ class DPO(Algorithm[DPOConfig]):
         return labelled_score(sums) if self.unpaired else pair_score(sums)
 
     def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
-        return self.displacement(metrics)
+        return [*self.displacement(metrics), *self.degenerate.warnings(metrics)]
 
 
 if __name__ == "__main__":

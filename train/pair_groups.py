@@ -4,6 +4,9 @@
     reward_margin_image  loss_image  ...                                    (a pair with both counts as video)
     reward_accuracy_set_NAME  ...                                           of each dataset, where there are several
 
+    degenerate                                  share of pairs of which one answer is the beginning of the other: it was
+                                                cut off, or they are too alike
+
 Means over the pairs of an update; groups without a pair in it are left out. Labelled answers are counted one by one.
 
 Shape letters:  N pairs or labelled answers   G groups   M metrics
@@ -15,9 +18,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from data.batch import PackedBatch
+from data.batch import PackedBatch, Role
 from ernie_model.config import ErnieConfig
 from train.loop import Beside
+from train.objectives.pairs import pair_segments
 from train.policy import PolicyOutput
 from train.telemetry import MODALITIES, plain_names
 
@@ -91,6 +95,49 @@ class PairGroups(Beside):
         }
 
 
+class Degenerate(Beside):
+    """Counts pairs of which one answer is the beginning of the other. (Equal ones were refused: data/encode.py.)
+
+    An answer ends with the end of its turn; what stands before that is compared.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.found, self.told = 0, False
+
+    def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        counts = [self.count(batch) for batch in microbatches]
+        self._sums_2 = torch.tensor([sum(column) for column in zip(*counts, strict=True)] or [0, 0])
+        return microbatches
+
+    def count(self, batch: PackedBatch) -> tuple[int, int]:
+        """Degenerate pairs of a row on the host, and all."""
+        token_S, pairs = batch.token_T.split(batch.lengths), pair_segments(batch)
+        found = 0
+        for roles in pairs:
+            short, long = sorted((token_S[roles[Role.CHOSEN]], token_S[roles[Role.REJECTED]]), key=len)
+            found += torch.equal(short[:-1], long[: len(short) - 1])
+        return found, len(pairs)
+
+    def sums(self) -> Tensor:
+        return self._sums_2.to(self.device)
+
+    def report(self, sums: Tensor) -> dict[str, float]:
+        found, pairs = sums.tolist()
+        return {"degenerate": found / pairs} if pairs else {}
+
+    def warnings(self, metrics: dict[str, float]) -> list[str]:
+        """Once, when the first is met."""
+        if self.told or not metrics.get("degenerate"):
+            return []
+        self.told = True
+        return [
+            f"in {metrics['degenerate']:.0%} of this update's pairs one answer is the beginning of the other. Was it "
+            "cut off where it was made? Training then teaches when to stop, not what to say. `degenerate` in "
+            "metrics.jsonl has the share of every update."
+        ]
+
+
 WINDOW = 20
 """Updates whose means are compared with those of as many before them."""
 
@@ -104,7 +151,7 @@ class Displacement:
         self.told = False
 
     def __call__(self, metrics: dict[str, float]) -> list[str]:
-        if "reward_chosen" not in metrics or self.told:
+        if "reward_chosen" not in metrics or "reward_margin" not in metrics or self.told:
             return []
         self.recent.append((metrics["reward_chosen"], metrics["reward_margin"]))
         if len(self.recent) < 2 * WINDOW:

@@ -21,7 +21,8 @@ from rich.text import Text
 
 BAR_CELLS = 12
 KNOWN = frozenset(
-    "loss accuracy tokens_per_s text_tokens_per_s image_tokens_per_s eta_s memory_gb lr grad_norm".split()
+    "loss accuracy reward_accuracy reward_margin tokens_per_s text_tokens_per_s image_tokens_per_s eta_s memory_gb lr "
+    "grad_norm".split()
 )
 
 
@@ -130,7 +131,11 @@ def fields(metrics: Mapping[str, float], compact: bool = False) -> list[str]:
     out = []
     if "loss" in metrics:
         out.append(f"loss {number(metrics['loss'])}")
-    if "accuracy" in metrics:
+    if "reward_accuracy" in metrics:  # of preferences; of tokens says little where some are to become less likely
+        out.append(f"{'ranked' if compact else 'ranked right'} {100 * metrics['reward_accuracy']:.1f}%")
+        if "reward_margin" in metrics:
+            out.append(f"margin {number(metrics['reward_margin'])}")
+    elif "accuracy" in metrics:
         out.append(f"{'acc' if compact else 'accuracy'} {100 * metrics['accuracy']:.1f}%")
     if "eta_s" in metrics:
         out.append(f"left {duration(metrics['eta_s'])}")

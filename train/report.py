@@ -55,7 +55,7 @@ def opening(
     rows += f" = {sums.largest_update_tokens} tokens at most"
     heldout = "none held out" if data.heldout is None else f"{len(data.heldout)} held out"
     count = data.train.encoder.dataset.num_records
-    conversations = "a stream" if count is None else f"{count} conversations"
+    conversations = "a stream" if count is None else f"{count} records"
     total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
     memory = f"about {human(sums.memory.peak, 'B')} on each rank at the highest point of a step, "
     memory += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW"

@@ -9,7 +9,7 @@ from data.batch import Role
 from data.encode import Example
 from data.pack import collate, filler
 from tests.train import small
-from train.pair_groups import WINDOW, Displacement, PairGroups
+from train.pair_groups import WINDOW, Degenerate, Displacement, PairGroups
 from train.policy import PolicyOutput
 
 ROLES = (Role.PROMPT, Role.CHOSEN, Role.REJECTED)
@@ -102,3 +102,33 @@ def test_displacement_is_told_once_with_numbers_and_ways_out():
     (line,) = told(-0.5, 1.0)
     assert "the margin grows (0 to 1)" in line and "(reward 0 to -0.5)" in line
     assert "objective.sft_loss_ratio" in line
+
+
+def answers(chosen: list[int], rejected: list[int], end: int = 2) -> Example:
+    """A pair with the prompt (5, 6), of which 6 is repeated."""
+    parts = [[5], [6, *chosen, end], [6, *rejected, end]]
+    token_T = torch.tensor([token for part in parts for token in part])
+    zero_T = torch.zeros(len(token_T))
+    return Example(
+        id="pair",
+        token_T=token_T,
+        target_T=token_T,
+        weight_T=zero_T,
+        position_3T=zero_T.long().expand(3, -1),
+        lengths=tuple(map(len, parts)),
+        stems=(-1, 0, 0),
+        roles=ROLES,
+    )
+
+
+def test_an_answer_that_is_the_beginning_of_the_other_is_counted_and_told_once():
+    row = collate([answers([7, 8, 9], [7, 8]), answers([7], [7, 8]), answers([7, 8], [7, 9]), answers([9], [7, 9])])
+    degenerate = Degenerate(torch.device("cpu"))
+    assert degenerate.count(row) == (2, 4) and degenerate.count(filler(0)) == (0, 0)
+    degenerate.streams([row, filler(0), collate([answers([3], [4])])])
+    metrics = degenerate.report(degenerate.sums())
+    assert metrics == {"degenerate": 2 / 5}
+    assert degenerate.warnings({"degenerate": 0.0}) == []
+    (line,) = degenerate.warnings(metrics)
+    assert line.startswith("in 40% of this update's pairs one answer is the beginning of the other")
+    assert degenerate.warnings(metrics) == []
