@@ -53,6 +53,8 @@ class Rules:
     learns: Learns = Learns.CONVERSATIONS
     corruption: Corruption | None = None
     """Of pairs: show prompt and chosen answer once more, with pictures that were made hard to read."""
+    scored: bool = False
+    """Of pairs: both answers need scores, and the chosen one the higher."""
     mismatched: bool = False
     """Of labelled answers: show another record's answer to the same prompt too."""
 
@@ -66,6 +68,7 @@ class Rules:
             "data.too_long": self.too_long.value,
             "what is learned from a record": self.learns.value,
             "corrupted pictures": {k: getattr(v, "value", v) for k, v in kept.items()} or None,
+            "pairs without scores left out": self.scored,
             "another record's answer": self.mismatched,
         }
 
@@ -137,10 +140,23 @@ def encoded(
         pixels=pixels,
     )
     if isinstance(item, Pair):
+        if rules.scored:
+            check_scores(item)
         return encode_pair(item, processor, corruption=rules.corruption, **shared)
     if isinstance(item, Judged):
         return encode_labelled(item, processor, **shared)
     return encode(item, processor, every_turn=rules.every_turn, **shared)
+
+
+def check_scores(pair: Pair) -> None:
+    """Raises DataError unless both answers have scores, and the chosen one the higher."""
+    chosen, rejected = pair.scores
+    if chosen is None or rejected is None or not chosen > rejected:
+        raise DataError(
+            f"{pair.name}: the score of chosen is {chosen} and that of rejected {rejected}, and objective.offset_alpha "
+            "asks for a margin by how much better chosen is. Give both answers scores (score_chosen, score_rejected), "
+            "chosen the higher one; or set objective.offset_alpha=0."
+        )
 
 
 def has_images(item: Item) -> bool:

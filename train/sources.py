@@ -133,7 +133,7 @@ def rules_of(config: TrainingConfig) -> Rules:
         corruption = Corruption(
             kind=Corrupt(objective.mdpo_corrupt.value), keep_min=objective.mdpo_keep[0], keep_max=objective.mdpo_keep[1]
         )
-    return replace(rules, learns=Learns.PAIRS, corruption=corruption)
+    return replace(rules, learns=Learns.PAIRS, corruption=corruption, scored=objective.offset_alpha > 0)
 
 
 class SomeOf(Mixture):

@@ -262,8 +262,8 @@ YES, NO = ({"role": "assistant", "content": text} for text in ("yes", "no"))
 PAIR = dict(prompt="What?", chosen="yes", rejected="no")
 
 
-def compare(name: str, max_tokens: int = 200_000, accepted: str = "", **record: Any) -> Case:
-    rules = Rules(max_tokens=max_tokens, learns=Learns.PAIRS)
+def compare(name: str, max_tokens: int = 200_000, accepted: str = "", scored: bool = False, **record: Any) -> Case:
+    rules = Rules(max_tokens=max_tokens, learns=Learns.PAIRS, scored=scored)
     return Case(name, of_record(**record), accepted, rules=rules, format="preference")
 
 
@@ -287,6 +287,8 @@ CASES += (
     compare("a thought on one side", **PAIR | {"chosen": "<think>Hm.</think>yes"}),
     compare("nothing of an answer is trained", **PAIR | {"rejected": [{**NO, "train": False}]}),
     compare("a score that is no number", score_chosen="high", **PAIR),
+    compare("no score, where a loss asks for it", scored=True, **PAIR),
+    compare("a score that says otherwise", scored=True, score_chosen=1, score_rejected=2, **PAIR),
     compare("a single answer", messages=[USER, YES]),
     compare("a labelled answer", messages=[USER, YES], label=True),
     compare("a question alone", messages=[USER]),

@@ -12,18 +12,15 @@ without corrupted pictures has no conditional loss, and counts as a pair all the
 Shape letters:  T tokens   N pairs
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import PackedBatch, Role
-from data.errors import DataError
 from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
 from train.objectives import LossSum, Objective
 from train.objectives.kto import Divergence, build_labelled
-from train.objectives.pairs import PairSums, count_pairs, gather_pairs, pair_segments
+from train.objectives.pairs import PairSums, count_pairs, gather_pairs
 from train.objectives.preference import log_ratio, preference_loss, views
 
 
@@ -58,10 +55,6 @@ def build(config: DPOObjectiveConfig, divergence: Divergence | None = None) -> O
     if is_unpaired(config):
         return build_labelled(config, divergence)
 
-    def count(batch: PackedBatch) -> Tensor:
-        check_scores(batch, config)
-        return count_pairs(batch)
-
     def loss(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
         pairs = gather_pairs(logprob_T, batch)
         kl = divergence.estimate[Role.CHOSEN], divergence.estimate[Role.REJECTED]
@@ -69,27 +62,7 @@ def build(config: DPOObjectiveConfig, divergence: Divergence | None = None) -> O
         metrics = {name: value_N.sum() for name, value_N in pair_metrics(pairs, config, *kl).items()}
         return LossSum(total_N.sum().to(logprob_T.dtype), metrics)
 
-    return Objective("pair", count, loss)
-
-
-def check_scores(batch: PackedBatch, config: DPOObjectiveConfig) -> None:
-    """
-    Raises:
-        DataError: the loss asks for a margin by scores, and a pair has none, or the wrong way round.
-    """
-    if not config.offset_alpha:
-        return
-    for roles in pair_segments(batch):
-        chosen, rejected = (
-            batch.scores[roles[role]] if batch.scores else math.nan for role in (Role.CHOSEN, Role.REJECTED)
-        )
-        if not chosen >= rejected:  # nan too
-            raise DataError(
-                f"{batch.ids[roles[Role.CHOSEN]]}: objective.offset_alpha is {config.offset_alpha}, which takes the "
-                f"logarithm of how much better the chosen answer is, but its score is {chosen} and that of the "
-                f"rejected one {rejected}. Give every pair scores, the chosen answer's the higher, or set "
-                "objective.offset_alpha=0."
-            )
+    return Objective("pair", count_pairs, loss)
 
 
 def loss_parts(
