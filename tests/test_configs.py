@@ -265,7 +265,9 @@ def test_the_shipped_architectures_hold_no_unknown_key(choice):
     assert read_architecture(config.model, None).to_json()["model_type"] == config.model.config["model_type"]
 
 
-@pytest.mark.parametrize("setting", ["engine.max_running=0", "agent.max_turns=0", "sampling.max_new_tokens=many"])
+@pytest.mark.parametrize(
+    "setting", ["engine.max_running=0", "agent.max_turns=0", "limits.queue=-1", "sampling.max_new_tokens=many"]
+)
 def test_settings_of_a_model_at_work_are_told_as_the_others(setting):
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from ernie_model.inference.engine import EngineSettings
 from ernie_model.inference.tools import Limits
 from train.config import PositionRule, Precision, TrackerConfig, check, check_limit, check_seed, typed_entry
+from train.serving.media import MediaLimits
 
 
 @dataclass
@@ -291,51 +292,6 @@ class CompareConfig:
 
 
 @dataclass
-class LimitsConfig:
-    """What `ernie serve` allows one client, and all of them together."""
-
-    concurrency: int = 64
-    """Requests read, prepared and answered at once."""
-    queue: int = 256
-    """Requests that wait for that, their bodies unread; more are refused (429)."""
-    body_mib: int = 64
-    images: int = 16
-    """Images of one request."""
-    videos: int = 2
-    """Videos of one request."""
-    megapixels: float = 64.0
-    """Of all images of one request together, before any resizing; a megapixel takes 3 MB."""
-    image_mib: int = 64
-    """One encoded image."""
-    video_mib: int = 256
-    """One encoded video."""
-    video_s: float = 300.0
-    """Length of one video."""
-    fetch_s: float = 30.0
-    """Time to fetch one address."""
-    new_tokens: int = 32768
-    """Of one answer."""
-    attempts: int = 16
-    """Answers to one request (`n`)."""
-    time_s: float = 600.0
-    """From a request's first byte to the last one of its answer."""
-    lag_s: float = 30.0
-    """A client that takes nothing of its answer for so long is cancelled."""
-    lag_tokens: int = 16384
-    """So is one for whom so many pieces of a stream wait."""
-    workers: int = 2
-    """Threads that decode images and tokenise."""
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            least = 0 if name in ("queue", "images", "videos") else 1
-            if isinstance(value, float):
-                check(0 < value < float("inf"), f"limits.{name} is {value}; it must be positive and finite.")
-            else:
-                check(value >= least, f"limits.{name} is {value}; it must be at least {least}.")
-
-
-@dataclass
 class ServeConfig(ModelAtWork):
     """`ernie serve`: see train/serve.py."""
 
@@ -357,7 +313,7 @@ class ServeConfig(ModelAtWork):
     """After SIGTERM, what runs has so long to finish."""
     ui: bool = False
     """A page to chat with, at /ui."""
-    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
     def __post_init__(self):
         check(0 <= self.port < 65536, f"port is {self.port}; it must lie in 0..65535.")

@@ -22,11 +22,11 @@ from ernie_model.inference.async_engine import AsyncEngine
 from ernie_model.inference.moderation import Moderation
 from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
-from ernie_model.inference.server.settings import Limits, ServerSettings
+from ernie_model.inference.server.settings import ServerSettings
 from train.agents import open_filters, open_toolbox, sampling_params
 from train.compose import register, to_typed
 from train.config import UserError, check
-from train.inference_config import AgentConfig, LimitsConfig, ServeConfig
+from train.inference_config import AgentConfig, ServeConfig
 from train.run import program
 from train.served import open_engine, open_model, weights_folder
 from train.serving.media import MediaDoor
@@ -47,7 +47,7 @@ def main(cfg: DictConfig) -> None:
         settings = ServerSettings(
             name=config.name or model_name(config.checkpoint),
             keys=keys,
-            limits=limits(config.limits),
+            limits=config.limits,
             sampling=params,
             moderation=filters,
             toolbox=toolbox,
@@ -139,31 +139,7 @@ def media_door(config: ServeConfig) -> MediaDoor:
     """Raises UserError: media_root is no folder."""
     root = None if config.media_root is None else Path(config.media_root)
     check(root is None or root.is_dir(), f"media_root={config.media_root} is not a folder.")
-    return MediaDoor(
-        media_root=root,
-        fetch=config.fetch,
-        fetch_s=config.limits.fetch_s,
-        max_image_bytes=config.limits.image_mib * 2**20,
-        max_video_bytes=config.limits.video_mib * 2**20,
-        max_video_s=config.limits.video_s,
-    )
-
-
-def limits(config: LimitsConfig) -> Limits:
-    return Limits(
-        concurrency=config.concurrency,
-        queue=config.queue,
-        body_bytes=config.body_mib * 2**20,
-        images=config.images,
-        videos=config.videos,
-        pixels=int(config.megapixels * 1e6),
-        new_tokens=config.new_tokens,
-        attempts=config.attempts,
-        time_s=config.time_s,
-        lag_s=config.lag_s,
-        lag_tokens=config.lag_tokens,
-        workers=config.workers,
-    )
+    return MediaDoor(media_root=root, fetch=config.fetch, limits=config.limits)
 
 
 def check_index(config: AgentConfig) -> None:

@@ -38,6 +38,7 @@ from ernie_model.inference.moderation import Blocked, Guard, Moderation, check
 from ernie_model.inference.parsing import StreamParser, ToolCallText, parse
 from ernie_model.inference.request import (
     Completion,
+    ContextExceeded,
     Delta,
     EngineFull,
     Finish,
@@ -282,7 +283,7 @@ class _Run:
                 return Episode([], [], [], status=Status.BLOCKED, error=f"input: {finding}")
         prompt = await asyncio.to_thread(self._begin, messages, prompt)
         if len(prompt.token_ids) >= self.limits.max_tokens:
-            raise RequestError(
+            raise ContextExceeded(
                 f"the prompt has {len(prompt.token_ids)} tokens; with its answer it may have "
                 f"{self.limits.max_tokens} ({MAX_TOKENS}). Shorten it, use smaller pictures, or raise the limit."
             )

@@ -11,7 +11,7 @@ from torch import Tensor
 from ernie_model.config import ErnieConfig
 from ernie_model.inference.detokenize import Detokenizer
 from ernie_model.inference.features import Key
-from ernie_model.inference.request import Prompt, RequestError, SamplingParams, TokenLogprobs
+from ernie_model.inference.request import ContextExceeded, Prompt, RequestError, SamplingParams, TokenLogprobs
 from ernie_model.inference.sampling import Sampler, Vocabulary
 from ernie_model.inference.scheduler import Job, Span
 from ernie_model.rope import num_media_tokens, position_ids
@@ -97,7 +97,7 @@ class Entry:
             wrong = next(i for i in ids if not 0 <= i < config.vocab_size)
             raise RequestError(f"The prompt holds token {wrong}; ids go from 0 to {config.vocab_size - 1}.")
         if len(ids) + params.max_new_tokens > self.max_context:
-            raise RequestError(self._too_long(len(ids), params.max_new_tokens))
+            raise ContextExceeded(self._too_long(len(ids), params.max_new_tokens))
         if prompt.media and config.vision is None:
             raise RequestError(f"The prompt comes with {len(prompt.media)} images or videos; this is a text model.")
         for number, item in enumerate(prompt.media, start=1):

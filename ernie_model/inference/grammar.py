@@ -23,7 +23,7 @@ import numpy as np
 
 from ernie_model.inference.automaton import PatternError, fenced, transitions
 from ernie_model.inference.json_regex import json_regex
-from ernie_model.inference.request import Constraint, JsonSchema, RequestError, SamplingParams
+from ernie_model.inference.request import Constraint, ConstraintError, JsonSchema, SamplingParams
 
 if TYPE_CHECKING:
     from ernie_model.inference.sampling import Vocabulary
@@ -160,7 +160,7 @@ def compile_constraint(params: SamplingParams, vocabulary: "Vocabulary") -> Comp
     """Prepare `params.constraint`; a second call with an equal one finds it ready. From any thread.
 
     Raises:
-        RequestError: no schema or pattern, or one that cannot be expressed; it names the part.
+        ConstraintError: no schema or pattern, or one that cannot be expressed; it names the part.
     """
     constraint = params.constraint
     assert constraint is not None
@@ -170,7 +170,7 @@ def compile_constraint(params: SamplingParams, vocabulary: "Vocabulary") -> Comp
     except PatternError as error:
         what = "regex" if not isinstance(constraint, JsonSchema) else "The JSON schema"
         shown = f" {constraint.pattern!r}" if not isinstance(constraint, JsonSchema) else ""
-        raise RequestError(f"{what}{shown} cannot be used: {error}. Use a simpler one, or smaller bounds.") from None
+        raise ConstraintError(f"{what}{shown} cannot be used: {error}. Use a simpler one, or smaller bounds.") from None
 
 
 def _pattern(constraint: Constraint, may_wait: bool) -> str:
@@ -180,4 +180,4 @@ def _pattern(constraint: Constraint, may_wait: bool) -> str:
     try:
         return fenced(constraint.pattern)
     except PatternError as error:
-        raise RequestError(f"regex {constraint.pattern!r}: {error}.") from None
+        raise ConstraintError(f"regex {constraint.pattern!r}: {error}.") from None

@@ -24,7 +24,7 @@ from typing import Any
 import jsonschema
 
 from ernie_model.inference.automaton import FENCE, PatternError, fenced
-from ernie_model.inference.request import RequestError
+from ernie_model.inference.request import ConstraintError
 
 MAX_DEPTH = 3
 """Of what nests without bound."""
@@ -80,25 +80,25 @@ def json_regex(schema: Mapping[str, Any] | str | bool) -> str:
     """A regular expression in Rust's syntax, for `automaton.transitions`.
 
     Raises:
-        RequestError: no schema, one that no answer can satisfy, or a part that cannot be expressed.
+        ConstraintError: no schema, one that no answer can satisfy, or a part that cannot be expressed.
     """
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
         except ValueError as error:
-            raise RequestError(f"The JSON schema is not JSON: {error}") from None
+            raise ConstraintError(f"The JSON schema is not JSON: {error}") from None
     if not isinstance(schema, Mapping | bool):
-        raise RequestError(f"The JSON schema is {schema!r}; it must be an object.")
+        raise ConstraintError(f"The JSON schema is {schema!r}; it must be an object.")
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
         regex = _Writer(schema).write(schema, "#", {})
     except jsonschema.SchemaError as error:
         where = "/".join(map(str, error.absolute_path))
-        raise RequestError(f"The JSON schema is not valid at #/{where}: {error.message}") from None
+        raise ConstraintError(f"The JSON schema is not valid at #/{where}: {error.message}") from None
     except RecursionError:
-        raise RequestError("The JSON schema is nested too deeply. Use fewer levels.") from None
+        raise ConstraintError("The JSON schema is nested too deeply. Use fewer levels.") from None
     if regex is None:
-        raise RequestError(
+        raise ConstraintError(
             f"No JSON text satisfies the schema (with numbers of at most {DIGITS} digits; within three levels, if it "
             "refers to itself)."
         )
@@ -310,8 +310,8 @@ class _Writer:
         return False
 
 
-def _refusal(at: str, what: str, way_out: str) -> RequestError:
-    return RequestError(f"JSON schema: {at} {what}. {way_out}")
+def _refusal(at: str, what: str, way_out: str) -> ConstraintError:
+    return ConstraintError(f"JSON schema: {at} {what}. {way_out}")
 
 
 def _either(parts: Sequence[str | None]) -> str | None:

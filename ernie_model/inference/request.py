@@ -26,6 +26,14 @@ class RequestError(ValueError):
     """A request that cannot be honoured; it names the field, its value, the rule and the way out. Others go on."""
 
 
+class ContextExceeded(RequestError):
+    """The prompt, with the answer that it may get, is longer than there is room for."""
+
+
+class ConstraintError(RequestError):
+    """A schema or pattern that no answer can be held to."""
+
+
 class EngineFull(Exception):
     """The engine takes no further request now (`EngineSettings.max_waiting`); later it will."""
 

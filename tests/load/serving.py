@@ -56,7 +56,7 @@ KINDS = {
 
 OPENING = "Everybody is told this at first, so that there is something in the cache that all of them share."
 
-SETTINGS = ServerSettings(name="tiny", limits=Limits(lag_s=1.0, body_bytes=200_000, concurrency=64, queue=1000))
+SETTINGS = ServerSettings(name="tiny", limits=Limits(lag_s=1.0, body_mib=0.2, concurrency=64, queue=1000))
 
 
 def tiny_model() -> tuple[ErnieModel, Processor]:

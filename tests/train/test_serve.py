@@ -14,7 +14,7 @@ from ernie_model.checkpoint import save_model
 from tests.load.serving import tiny_model
 from train import serve
 from train.config import UserError
-from train.inference_config import AgentConfig, LimitsConfig, ServeConfig
+from train.inference_config import AgentConfig, ServeConfig
 
 
 def config(**settings) -> ServeConfig:
@@ -46,8 +46,6 @@ def test_keys_come_from_the_setting_the_file_and_the_environment(tmp_path, monke
         (lambda: config(port=65536), "port is 65536; it must lie in 0..65535."),
         (lambda: config(grace_s=float("inf")), "grace_s is inf"),
         (lambda: config(api_key=""), "api_key is empty"),
-        (lambda: LimitsConfig(concurrency=0), "limits.concurrency is 0; it must be at least 1."),
-        (lambda: LimitsConfig(time_s=0.0), "limits.time_s is 0.0; it must be positive and finite."),
         (lambda: serve.media_door(config(media_root="/no/such/folder")), "media_root=/no/such/folder is not a folder."),
         (lambda: serve.check_index(AgentConfig(index="i")), "agent.index=i is for image_search, which is not among"),
         (

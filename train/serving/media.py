@@ -9,7 +9,7 @@ A client is not trusted: errors tell nothing about files outside `media_root`, n
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,11 +19,26 @@ from data.conversation import PartKind
 from data.fetch import Fetcher
 from data.media import MediaFolder, media_name
 from ernie_model.images import MediaError
+from ernie_model.inference.server.settings import Limits
 from ernie_model.video import probe
 
 MAX_ADDRESS = 4096
 MAX_FPS = 240
 """A video with more frames than its longest duration has at this rate is refused, whatever its header says."""
+
+
+@dataclass(kw_only=True)
+class MediaLimits(Limits):
+    """With those of single files."""
+
+    image_mib: float = 64.0
+    """One encoded image."""
+    video_mib: float = 256.0
+    """One encoded video."""
+    video_s: float = 300.0
+    """Length of one video."""
+    fetch_s: float = 30.0
+    """Time to fetch one address."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +48,8 @@ class MediaDoor:
     media_root: Path | None = None
     """The folder whose files may be named; None: no file may."""
     fetch: bool = False
-    fetch_s: float = 30.0
-    max_image_bytes: int = 64 * 2**20
-    max_video_bytes: int = 256 * 2**20
-    max_video_s: float = 300.0
+    """May https addresses be fetched?"""
+    limits: MediaLimits = field(default_factory=MediaLimits)
 
     def image(self, url: str, max_pixels: int) -> Image.Image:
         """Raises MediaError."""
@@ -56,10 +69,11 @@ class MediaDoor:
         except MediaError as error:
             raise MediaError(media_name(media), error.problem) from error
         seconds = clip.num_frames / clip.fps
-        if seconds > self.max_video_s or clip.num_frames > self.max_video_s * MAX_FPS:
+        most_s = self.limits.video_s
+        if seconds > most_s or clip.num_frames > most_s * MAX_FPS:
             raise MediaError(
                 media_name(media),
-                f"{seconds:.1f} s long ({clip.num_frames} frames), and at most {self.max_video_s:g} s are looked at. "
+                f"{seconds:.1f} s long ({clip.num_frames} frames), and at most {most_s:g} s are looked at. "
                 "Cut the video.",
             )
         return file
@@ -68,9 +82,9 @@ class MediaDoor:
         return MediaFolder(
             root=self.media_root,
             fetch=self.fetch,
-            fetcher=Fetcher(cache=cache, max_seconds=self.fetch_s),
-            max_image_bytes=self.max_image_bytes,
-            max_video_bytes=self.max_video_bytes,
+            fetcher=Fetcher(cache=cache, max_seconds=self.limits.fetch_s),
+            max_image_bytes=int(self.limits.image_mib * 2**20),
+            max_video_bytes=int(self.limits.video_mib * 2**20),
         )
 
     def _allowed(self, url: str) -> str:

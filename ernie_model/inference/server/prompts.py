@@ -11,7 +11,7 @@ from ernie_model.chat import ChatError
 from ernie_model.images import MediaError
 from ernie_model.inference.json_regex import json_regex
 from ernie_model.inference.moderation import Blocked, Moderation, check
-from ernie_model.inference.request import JsonSchema, Prompt, RequestError, SamplingParams
+from ernie_model.inference.request import ConstraintError, JsonSchema, Prompt, RequestError, SamplingParams
 from ernie_model.inference.server import calls
 from ernie_model.inference.server.errors import ApiError, invalid
 from ernie_model.inference.server.protocol import (
@@ -284,6 +284,8 @@ def _attempts(
     try:
         changes |= _constraint(request, in_reasoning, tools)
         params = replace(settings.sampling, **changes)
+    except ConstraintError as error:  # of a call's arguments
+        raise invalid(str(error), "tools") from error
     except RequestError as error:
         raise invalid(str(error)) from error
     if request.seed is None:

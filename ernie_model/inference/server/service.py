@@ -19,7 +19,16 @@ from ernie_model.images import MediaError
 from ernie_model.inference.agent import Agent, AgentEvent, Episode, Status
 from ernie_model.inference.async_engine import EngineClosed
 from ernie_model.inference.moderation import Moderation
-from ernie_model.inference.request import Delta, EngineFull, Finish, Generates, RequestError, SamplingParams
+from ernie_model.inference.request import (
+    ConstraintError,
+    ContextExceeded,
+    Delta,
+    EngineFull,
+    Finish,
+    Generates,
+    RequestError,
+    SamplingParams,
+)
 from ernie_model.inference.server.answers import Progress
 from ernie_model.inference.server.calls import as_generator, forced_call
 from ernie_model.inference.server.errors import ApiError, invalid
@@ -148,6 +157,10 @@ class Service:
                 await self._write(job, params, put)
             else:
                 await self._use_tools(job, job.conversation, params, put)
+        except ContextExceeded as error:
+            queue.put_nowait((number, invalid(str(error), "messages", "context_length_exceeded")))
+        except ConstraintError as error:
+            queue.put_nowait((number, invalid(str(error), "tools" if job.must_call else "response_format")))
         except (RequestError, ChatError, MediaError) as error:
             queue.put_nowait((number, invalid(str(error))))
         except EngineFull:

@@ -8,31 +8,56 @@ from ernie_model.inference.tools import Limits as AgentLimits
 from ernie_model.inference.tools import ToolBox
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Limits:
+    """What a server allows one client, and all of them together.
+
+    Raises:
+        ValueError: a value outside its range; it is named as on the command line.
+    """
+
     concurrency: int = 64
     """Requests read, prepared and answered at once."""
     queue: int = 256
     """Requests that wait for that, their bodies unread; more are refused (429)."""
-    body_bytes: int = 64 * 2**20
+    body_mib: float = 64.0
     images: int = 16
     """Images of one request."""
     videos: int = 2
     """Videos of one request."""
-    pixels: int = 64_000_000
-    """Of all images of one request together, before any resizing; a decoded pixel takes 3 bytes."""
+    megapixels: float = 64.0
+    """Of all images of one request together, before any resizing; a megapixel takes 3 MB."""
     new_tokens: int = 32768
     """Of one answer."""
     attempts: int = 16
-    """`n`."""
+    """Answers to one request (`n`)."""
     time_s: float = 600.0
     """From a request's first byte to the last one of its answer."""
     lag_s: float = 30.0
-    """A client that takes nothing for so long is cancelled."""
+    """A client that takes nothing of its answer for so long is cancelled."""
     lag_tokens: int = 16384
     """So is one for whom so many pieces of a stream wait."""
     workers: int = 2
     """Threads that decode images and tokenise."""
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name in ("queue", "images", "videos"):
+                holds, rule = value >= 0, "0 or more"
+            elif isinstance(value, float):
+                holds, rule = 0 < value < float("inf"), "more than 0, and finite"
+            else:
+                holds, rule = value >= 1, "1 or more"
+            if not holds:
+                raise ValueError(f"limits.{name} is {value}; it must be {rule}.")
+
+    @property
+    def body_bytes(self) -> int:
+        return int(self.body_mib * 2**20)
+
+    @property
+    def pixels(self) -> int:
+        return int(self.megapixels * 1e6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from ernie_model.images import MediaError
-from train.serving.media import MediaDoor
+from train.serving.media import MediaDoor, MediaLimits
 
 MANY = 10**9
 
@@ -57,7 +57,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def door(root):
-    return MediaDoor(media_root=root, fetch=True, fetch_s=2)
+    return MediaDoor(media_root=root, fetch=True, limits=MediaLimits(fetch_s=2))
 
 
 # ---------------------------------------------------------------------------------------------------------- data URLs
@@ -253,7 +253,7 @@ def test_what_was_fetched_is_not_kept(door, monkeypatch, tmp_path):
 
 
 def test_a_video_is_measured_before_it_is_decoded(root):
-    door = MediaDoor(media_root=root, max_video_s=2)
+    door = MediaDoor(media_root=root, limits=MediaLimits(video_s=2))
     content = video_file(20)
     (root / "a.mp4").write_bytes(content)
     assert door.video(url_of(content, "video/mp4")) == content
@@ -261,7 +261,7 @@ def test_a_video_is_measured_before_it_is_decoded(root):
     with pytest.raises(MediaError, match=r"2\.1 s long \(21 frames\), and at most 2 s are looked at. Cut the video."):
         door.video(url_of(video_file(21), "video/mp4"))
     with pytest.raises(MediaError, match="and at most 100 are read"):
-        MediaDoor(max_video_bytes=100).video(url_of(content, "video/mp4"))
+        MediaDoor(limits=MediaLimits(video_mib=100 / 2**20)).video(url_of(content, "video/mp4"))
 
 
 def test_a_video_that_leads_elsewhere_is_refused(door, root, listener):

@@ -32,5 +32,8 @@ def running(app: FastAPI, *, lag_s: float = 30.0) -> Iterator[str]:
         assert not thread.is_alive()
 
 
-def client(url: str, key: str = "none") -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30)
+@contextlib.contextmanager
+def client(url: str, key: str = "none") -> Iterator[openai.OpenAI]:
+    """Closed at the end of the block: one left to the collector would warn of its sockets in another test."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=30) as one:
+        yield one

@@ -60,9 +60,8 @@ class Recording(ScriptedEngine):
 class World:
     """A server, the client of it, and the engine behind."""
 
-    def __init__(self, url, engine):
-        self.url, self.engine = url, engine
-        self.client = client(url)
+    def __init__(self, url, engine, client):
+        self.url, self.engine, self.client = url, engine, client
         self.says = "Good morning."
 
     def create(self, messages=HELLO, **options):
@@ -76,9 +75,9 @@ class World:
 def world_of_module(processor):
     said = {}
     engine = Recording(processor.tokenizer, lambda prompt: said["world"].says)
-    settings = ServerSettings(name="tiny", limits=Limits(images=3, pixels=10_000, new_tokens=500, attempts=4))
-    with running(make_app(engine, processor, settings, opener=DataUrls())) as url:
-        said["world"] = World(url, engine)
+    settings = ServerSettings(name="tiny", limits=Limits(images=3, megapixels=0.01, new_tokens=500, attempts=4))
+    with running(make_app(engine, processor, settings, opener=DataUrls())) as url, client(url) as one:
+        said["world"] = World(url, engine, one)
         yield said["world"]
 
 
@@ -203,8 +202,8 @@ def test_parameters_reach_the_engine(world):
 def test_what_a_request_does_not_say_is_the_servers(processor):
     engine = Recording(processor.tokenizer, ["Yes.\n</think>\n\nYes."])
     settings = ServerSettings(name="tiny", sampling=SamplingParams(temperature=0.3, max_new_tokens=77), thinking=True)
-    with running(make_app(engine, processor, settings)) as url:
-        choice = client(url).chat.completions.create(model="tiny", messages=HELLO).choices[0]
+    with running(make_app(engine, processor, settings)) as url, client(url) as one:
+        choice = one.chat.completions.create(model="tiny", messages=HELLO).choices[0]
     assert choice.message.reasoning_content and choice.message.content == "Yes."
     assert engine.params[0].temperature == 0.3 and engine.params[0].max_new_tokens == 77
 
@@ -310,8 +309,8 @@ def test_a_call_that_is_asked_for_comes_behind_the_thought(world, processor):
         )
 
     engine = Recording(processor.tokenizer, reply)
-    with running(make_app(engine, processor, ServerSettings(name="tiny", thinking=True))) as url:
-        create = client(url).chat.completions.create
+    with running(make_app(engine, processor, ServerSettings(name="tiny", thinking=True))) as url, client(url) as one:
+        create = one.chat.completions.create
         asked = {"model": "tiny", "messages": HELLO, "tools": [CLOCK], "tool_choice": "required"}
         choice = create(**asked, max_tokens=100).choices[0]
         cut = create(**asked, max_tokens=3).choices[0]
@@ -363,8 +362,8 @@ def test_filters_look_at_questions_and_answers(processor):
     engine = Recording(processor.tokenizer, lambda prompt: says[0])
     filters = Moderation(input=(ListFilter(["weapon"]),), output=(ListFilter(["lockpick"]),))
     settings = ServerSettings(name="tiny", moderation=filters)
-    with running(make_app(engine, processor, settings)) as url:
-        world = World(url, engine)
+    with running(make_app(engine, processor, settings)) as url, client(url) as one:
+        world = World(url, engine, one)
         for content in ("Which WEAPON?", [{"type": "text", "text": "Which weapon?"}]):
             with pytest.raises(openai.BadRequestError) as error:
                 world.create([*HELLO, {"role": "user", "content": content}])

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
@@ -37,10 +38,6 @@ def post(url, body=BODY, **options):
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=20, **options)
 
 
-# OpenAI's client leaves the socket of a broken stream to the collector, which another test then hears of.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-
-
 def until(holds, seconds=10.0):
     end = time.monotonic() + seconds
     while not holds():
@@ -52,16 +49,32 @@ def counted(service, outcome):
     return service.metrics.requests.labels(outcome)._value.get()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("concurrency", 0, "0; it must be 1 or more"),
+        ("queue", -1, "-1; it must be 0 or more"),
+        ("time_s", 0.0, "0.0; it must be more than 0, and finite"),
+        ("body_mib", math.nan, "nan; it must be more than 0, and finite"),
+        ("megapixels", math.inf, "inf; it must be more than 0, and finite"),
+    ],
+)
+def test_limits_that_cannot_be(name, value, rule):
+    with pytest.raises(ValueError, match=f"limits.{name} is {rule}."):
+        Limits(**{name: value})
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
 def test_a_key_is_asked_for(processor):
     with served(processor, keys=("first-key", "second-key")) as (url, engine, _):
         for key in ("first-key", "second-key"):
-            assert client(url, key).chat.completions.create(**BODY).choices[0].message.content == "Good morning."
+            with client(url, key) as one:
+                assert one.chat.completions.create(**BODY).choices[0].message.content == "Good morning."
         for wrong in ("first", "FIRST-KEY", "first-key,second-key"):
-            with pytest.raises(openai.AuthenticationError) as error:
-                client(url, wrong).chat.completions.create(**BODY)
+            with client(url, wrong) as one, pytest.raises(openai.AuthenticationError) as error:
+                one.chat.completions.create(**BODY)
             assert error.value.code == "invalid_api_key" and "Authorization: Bearer" in str(error.value)
         for headers in ({}, {"authorization": "first-key"}, {"authorization": "Basic first-key"}):
             for path in ("models", "models/tiny"):
@@ -77,7 +90,7 @@ def test_a_key_is_asked_for(processor):
 
 
 def test_a_body_that_is_too_large_is_not_read_to_its_end(processor):
-    with served(processor, body_bytes=1000) as (url, engine, _):
+    with served(processor, body_mib=1000 / 2**20) as (url, engine, _):
         for content in (b"x" * 1001, iter([b"x" * 600] * 2)):  # with its length said, and without
             headers = {"content-type": "application/json"}
             answer = httpx.post(f"{url}/v1/chat/completions", content=content, headers=headers)

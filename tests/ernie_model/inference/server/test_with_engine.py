@@ -29,8 +29,9 @@ BOOK = {
 def server():
     model, processor = tiny_model()
     engine = AsyncEngine(Engine(model, processor.tokenizer, EngineSettings(cache_gib=0.02, max_context=2000)))
-    with running(make_app(engine, processor, ServerSettings(name="tiny"), engine_stats=engine.stats)) as url:
-        yield client(url), engine
+    app = make_app(engine, processor, ServerSettings(name="tiny"), engine_stats=engine.stats)
+    with running(app) as url, client(url) as one:
+        yield one, engine
     asyncio.run(engine.close())
 
 
@@ -86,12 +87,19 @@ def test_a_call_that_is_asked_for_is_one(create, thinks):
 
 def test_schemas_that_cannot_be_held_to_are_errors(create):
     odd = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}, "required": ["a"]}
-    with pytest.raises(openai.BadRequestError, match="not"):
+    with pytest.raises(openai.BadRequestError, match="not") as error:
         create(HELLO, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": odd}})
+    assert error.value.param == "response_format"
     tools = [{"type": "function", "function": {"name": "f", "parameters": odd}}]
     for thinks in (False, True):
-        with pytest.raises(openai.BadRequestError, match="not"):
+        with pytest.raises(openai.BadRequestError, match="not") as error:
             create(HELLO, tools=tools, tool_choice="required", extra_body={"enable_thinking": thinks})
+        assert error.value.param == "tools"
+    huge = {"type": "object", "properties": {"a": {"type": "string", "pattern": "a{30000}"}}}  # the engine refuses it
+    tools[0]["function"]["parameters"] = huge
+    with pytest.raises(openai.BadRequestError, match="states") as error:
+        create(HELLO, tools=tools, tool_choice="required")
+    assert error.value.param == "tools"
 
 
 def test_log_probabilities_are_those_of_the_likeliest_tokens(create):
@@ -105,5 +113,8 @@ def test_log_probabilities_are_those_of_the_likeliest_tokens(create):
 
 
 def test_a_prompt_that_is_too_long_is_told(server, create):
-    with pytest.raises(openai.BadRequestError, match="token"):
-        create([{"role": "user", "content": "word " * 3000}])
+    for messages, options in (([{"role": "user", "content": "word " * 3000}], {}), (HELLO, {"max_tokens": 2000})):
+        for stream in (False, True):
+            with pytest.raises(openai.BadRequestError, match="more than the 2000 tokens") as error:
+                create(messages, stream=stream, **options)
+            assert error.value.code == "context_length_exceeded" and error.value.param == "messages"
