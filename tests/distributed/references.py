@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data.fit import Rules
 from tests.train.test_reference import ARCHITECTURE, PAIRS, settings
 from train import checkpoint
 from train.build import build_model
@@ -77,9 +78,10 @@ def run(case: Case, accelerator: Any, layout: Layout, parallel: ParallelConfig, 
     partition = partitioner(engine) if layout.zero == 3 else None
     model, processor, _ = build_model(config, seed=7, frozen=case.lora, layout=layout, partition=partition)
     weights = trained_weights(model, peft, seed=7, base=None)
-    place = dict(rank=layout.data_rank, world=layout.data_world)
     task = TaskData(task="digits", limit=23, max_tokens=96, accumulation=ROWS // layout.data_world)
-    data = build_data(task, processor, **place, max_heldout=3)
+    data = build_data(
+        task, processor, rank=layout.data_rank, world=layout.data_world, max_heldout=3, rules=Rules(max_tokens=96)
+    )
     policy = Policy(model, sequence_group=layout.sequence_group)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.0))
     reference = build_reference(

@@ -11,6 +11,7 @@ import torch
 
 from data.batch import PackedBatch, Role
 from data.encode import Example
+from data.fit import Rules
 from data.loader import eval_batches
 from data.pack import collate
 from tests.train import small
@@ -26,7 +27,7 @@ from train.sources import Data, build_data
 def data_of(run: Run, limit: int = 9) -> Data:
     """Digits, each with a picture: three rows to train on, one held out."""
     task = TaskData(task="digits", limit=limit, max_tokens=128)
-    return build_data(task, run.processor, rank=0, world=1, max_heldout=3)
+    return build_data(task, run.processor, rank=0, world=1, max_heldout=3, rules=Rules(max_tokens=128))
 
 
 def started(run: Run, folder: Path, data: Data | None = None, **changes: Any) -> Reference:
