@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor
 
 from data.batch import PackedBatch, Role
@@ -26,6 +27,7 @@ from train.heldout_pairs import (
     pair_score,
     pair_sums,
     sum_heldout,
+    with_chosen,
 )
 from train.loop import Beside
 from train.objectives import Objective, dpo, kto
@@ -34,7 +36,8 @@ from train.pair_groups import Degenerate, Displacement, PairGroups
 from train.reference import Reference, build_reference
 from train.run import program
 from train.score import Score
-from train.training import Algorithm, Setup, run
+from train.tracking import Tracker
+from train.training import Algorithm, Setup, run, show_answers
 
 register()
 
@@ -118,6 +121,10 @@ class DPO(Algorithm[DPOConfig]):
             streams=self.reference.streams,
         )
         return labelled_score(sums) if self.unpaired else pair_score(sums)
+
+    def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
+        if not self.unpaired:
+            show_answers(self.config, setup, console, trackers, with_chosen)
 
     def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
         return [*self.displacement(metrics), *self.degenerate.warnings(metrics)]

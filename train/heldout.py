@@ -229,10 +229,12 @@ def draw_answers(
     config: EvaluateConfig,
     *,
     together: Accelerator | None = None,
+    conversation: Callable[[Example], Example] = lambda example: example,
 ) -> bool:
     """Draw the first `config.sheet` held-out images with the model's own answers. False when there are none.
 
     Args:
+        conversation: of a record that has several answers, prompt and right answer alone.
         together: a forward pass takes all ranks (`Layout.joint`), and all of them call this; the main one draws.
     """
     items = sheet_items(
@@ -244,6 +246,7 @@ def draw_answers(
         max_new_tokens=config.max_new_tokens,
         # Equal to a rounding is not enough: a rank that stopped earlier would leave the others waiting.
         agreed=broadcast if together is not None else lambda next_S: next_S,
+        conversation=conversation,
     )
     if items and (together is None or together.is_main_process):
         draw(items, path, title)
@@ -259,6 +262,7 @@ def sheet_items(
     stop_id: int,
     max_new_tokens: int,
     agreed: Callable[[Tensor], Tensor],
+    conversation: Callable[[Example], Example],
 ) -> list[SheetItem]:
     """The first `count` held-out conversations with an image, answered by the model itself."""
     chosen: list[tuple[Image.Image, Example]] = []
@@ -268,7 +272,7 @@ def sheet_items(
         if heldout.size(key) is None or (example := heldout.example(key)) is None:  # in the quarantine
             continue
         if (image := first_image(heldout, key)) is not None:
-            chosen.append((image, example))
+            chosen.append((image, conversation(example)))
     answers: list[Tensor] = []
     for examples in in_rows([example for _, example in chosen], heldout.max_tokens, max_new_tokens):
         answers += answer(model, examples, stop_id=stop_id, max_new_tokens=max_new_tokens, agreed=agreed)

@@ -6,6 +6,7 @@ judged      a wanted answer's reward is above what any answer gains (objectives/
 likelier    the chosen answer has the higher log-probability per token: what the policy itself would rather write.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from data.batch import PackedBatch, Role
+from data.encode import Example
 from data.encoder import Encoder
 from data.errors import DataError
 from data.loader import eval_batches
@@ -233,3 +235,25 @@ def sum_heldout(
             f"data.max_patches={heldout.max_patches}).\n{heldout.quarantine.summary()}"
         )
     return sums.cpu()
+
+
+def with_chosen(example: Example) -> Example:
+    """Prompt and chosen answer of a pair as one conversation, for people to look at (`draw_answers`).
+
+    They lie beside each other, and the answer's segment begins with the prompt's last token. `grids` and `patch_PX` go
+    on with those of the other segments.
+    """
+    assert example.roles[:2] == (Role.PROMPT, Role.CHOSEN)
+    tokens = sum(example.lengths[:2])
+    return dataclasses.replace(
+        example,
+        token_T=example.token_T[:tokens],
+        target_T=example.target_T[:tokens],
+        weight_T=example.weight_T[:tokens],
+        position_3T=example.position_3T[:, :tokens],
+        lengths=(),
+        stems=(),
+        roles=(),
+        scores=(),
+        ref_logprob_T=None,
+    )

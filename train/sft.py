@@ -13,14 +13,14 @@ from rich.console import Console
 from train import neftune
 from train.compose import register, to_typed
 from train.config import SFTConfig
-from train.heldout import Score, draw_answers, measure
+from train.heldout import Score, measure
 from train.loop import Beside
 from train.objectives import Objective, sft
 from train.router import RouterLosses
 from train.run import program
 from train.telemetry import SegmentLosses
 from train.tracking import Tracker
-from train.training import Algorithm, Setup, run
+from train.training import Algorithm, Setup, run, show_answers
 
 register()
 
@@ -51,22 +51,7 @@ class SFT(Algorithm[SFTConfig]):
         return measure(setup.policy, setup.data.heldout, setup.accelerator, setup.layout)
 
     def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
-        heldout, joint, step = setup.data.heldout, setup.layout.joint, setup.state.step
-        if heldout is None or not (setup.accelerator.is_main_process or joint):
-            return
-        drawn = draw_answers(
-            sheet := setup.folder / "answers.png",
-            f"{self.config.run.name}, held out, step {step}",
-            setup.model,
-            setup.processor,
-            heldout,
-            self.config.evaluate,
-            together=setup.accelerator if joint else None,
-        )
-        if drawn:
-            console.print(f"answers   {sheet}")
-            for tracker in trackers:
-                tracker.log_image("answers", sheet, step)
+        show_answers(self.config, setup, console, trackers)
 
 
 if __name__ == "__main__":

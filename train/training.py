@@ -7,7 +7,7 @@ beside it, and how held-out data is measured. Everything else of a run is here, 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from data.batch import PackedBatch
+from data.encode import Example
 from data.quarantine import Quarantine
 from ernie_model.atomic import atomic_write
 from ernie_model.model import ErnieModel
@@ -34,6 +35,7 @@ from train.config import (
     check_steps,
 )
 from train.efficiency import Work, peak_flops
+from train.heldout import draw_answers
 from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
 from train.loop import Beside, Hooks, Plan, TrainState, fit
 from train.objectives import Objective
@@ -130,6 +132,37 @@ class Algorithm(Generic[ConfigT]):
 
     def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
         """After the last update, on all ranks: what people look at."""
+
+
+def show_answers(
+    config: TrainingConfig,
+    setup: Setup,
+    console: Console,
+    trackers: Sequence[Tracker],
+    conversation: Callable[[Example], Example] = lambda example: example,
+) -> None:
+    """Held-out images with the model's answers, as a picture in the run folder and the trackers. All ranks call it.
+
+    Args:
+        conversation: see `draw_answers`.
+    """
+    heldout, joint, step = setup.data.heldout, setup.layout.joint, setup.state.step
+    if heldout is None or not (setup.accelerator.is_main_process or joint):
+        return
+    drawn = draw_answers(
+        sheet := setup.folder / "answers.png",
+        f"{config.run.name}, held out, step {step}",
+        setup.model,
+        setup.processor,
+        heldout,
+        config.evaluate,
+        together=setup.accelerator if joint else None,
+        conversation=conversation,
+    )
+    if drawn:
+        console.print(f"answers   {sheet}")
+        for tracker in trackers:
+            tracker.log_image("answers", sheet, step)
 
 
 def run(algorithm: Algorithm) -> None:
