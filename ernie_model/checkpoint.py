@@ -367,8 +367,12 @@ def local_folder(source: str | Path, revision: str | None, patterns: list[str]) 
         ) from error
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights, and the index when there is one."""
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
+    """The files that hold the weights, and the index when there is one.
+
+    Raises:
+        CheckpointError: there are none, or files that the index names are missing or of another kind.
+    """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
     if single.exists() and index.exists():
         raise CheckpointError(
@@ -401,7 +405,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 
 def _read_headers(folder: Path) -> list[Stored]:
-    files, index = _weight_files(folder)
+    files, index = weight_files(folder)
     stored: list[Stored] = []
     for file in files:
         with _open(file) as reader:
@@ -485,11 +489,8 @@ def write_tensors(
     tensors = hub_tensors(config)
     _refuse_strangers(config, ours, tensors, valued=read is None)
     sizes = {name: _stored_bytes(pieces, ours, dtype) for name, pieces in tensors.items()}
-    shards = _plan_shards(sizes, max_shard_bytes)
-    files = [SINGLE_FILE]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, names in list(zip(files, shards, strict=True))[writer.index :: writer.of]:
+    shards = plan_shards(sizes, max_shard_bytes)
+    for file, names in list(shards.items())[writer.index :: writer.of]:
         shard = {n: assemble(tensors[n], ours, _stored_dtype(tensors[n], ours, dtype), read).cpu() for n in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard  # before the next one is assembled
@@ -501,7 +502,7 @@ def write_tensors(
                 "total_parameters": sum(tensor.numel() for tensor in ours.values()),
                 "total_size": sum(sizes.values()),
             },
-            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         atomic_write(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     main = str(dtype or ours["embed_tokens.weight"].dtype).removeprefix("torch.")
@@ -540,7 +541,8 @@ def _stored_bytes(pieces: list[Piece], ours: Mapping[str, Tensor], dtype: torch.
     return elements * _stored_dtype(pieces, ours, dtype).itemsize
 
 
-def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]:
+def plan_shards(sizes: Mapping[str, int], max_shard_bytes: int) -> dict[str, list[str]]:
+    """File name -> names of the tensors in it, in their order."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be positive.")
     shards: list[list[str]] = [[]]
@@ -551,4 +553,6 @@ def _plan_shards(sizes: dict[str, int], max_shard_bytes: int) -> list[list[str]]
             filled = 0
         shards[-1].append(name)
         filled += size
-    return shards
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}

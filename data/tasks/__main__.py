@@ -25,8 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if given.folder is None:
         parser.error(f"name the folder that {given.task} is written to")
-    if given.folder.exists() and any(given.folder.iterdir()):
-        parser.error(f"{given.folder} holds files already, and nothing is overwritten; name another folder")
+    if given.folder.is_file() or (given.folder.exists() and any(given.folder.iterdir())):
+        parser.error(f"{given.folder} is a file or holds some, and nothing is overwritten; name another folder")
+    if given.seed < 0:
+        parser.error(f"--seed is {given.seed}; it must be 0 or more")
     task = TASKS[given.task]
     for path in task.write_jsonl(given.folder, given.seed).values():
         print(path)

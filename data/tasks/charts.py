@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.conversation import Conversation, Part
+from data.errors import DataError
 from data.tasks.base import Item, Split, Task, asked, choice, drawn
 from data.tasks.drawing import png
 
@@ -73,8 +74,11 @@ def _visitors(rng: np.random.Generator) -> list[int]:
 @cache
 def _paper() -> tuple[Any, Any]:
     """The canvas of all charts, and axes with what no chart changes: drawing that anew takes most of the time."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("charts are drawn by matplotlib: pip install matplotlib") from error
 
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)

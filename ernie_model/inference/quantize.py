@@ -8,7 +8,7 @@ The levels lie symmetrically around 0, without a zero point: at two bits a level
 Scales are bfloat16, and codes are chosen for the rounded scale, so w^ is the same in every dtype that holds it.
 
     quantise_model(model, settings, importance)   Linear, Experts, Embedding -> modules with the same calls
-    save_quantised / load_quantised               a folder with config.json and safetensors under our own names
+    write_quantised / load_quantised              a folder with config.json and safetensors under our own names
 
 Routers and norms are never quantised: they are small, and near-ties decide routing. A quantised module is neither a
 `Linear` nor `Experts` nor an `nn.Embedding`; whoever fuses weights looks at that, and calls what it cannot fuse.
@@ -23,7 +23,7 @@ Shape letters:  T tokens   I inputs   O outputs   G groups of columns   E expert
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ernie_model.atomic import atomic_write
-from ernie_model.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointError, local_folder
+from ernie_model.checkpoint import INDEX_FILE, CheckpointError, local_folder, plan_shards, weight_files
 from ernie_model.config import ErnieConfig, PositionAfterVideo
 from ernie_model.layers import Linear, silu_mul
 from ernie_model.model import ErnieModel
@@ -402,7 +402,7 @@ def quantise_model(
     """Replace the modules of the chosen parts, in place; their weights are freed one module after the other.
 
     Args:
-        importance: mean square of the inputs by tensor name (`calibrate`); the name of a Linear's weight, or
+        importance: mean square of the inputs by tensor name (`Calibration`); the name of a Linear's weight, or
             `...experts.gate_up_EFD` and `...down_EDF`.
         search: as in `quantise`.
 
@@ -450,7 +450,7 @@ def _quantised_module(name: str, module: nn.Module, settings: Quantization) -> Q
 
 
 def stored_bytes(config: ErnieConfig, settings: Quantization, dtype: torch.dtype = torch.bfloat16) -> dict[Part, int]:
-    """Bytes of each part as `save_quantised` would write it, from the configuration alone (meta device)."""
+    """Bytes of each part as `write_quantised` would write it, from the configuration alone (meta device)."""
     with torch.device("meta"):
         model = ErnieModel(config).set_dtype(dtype)
     quantise_model(model, settings)
@@ -558,23 +558,14 @@ def write_quantised(
 ) -> None:
     """config.json and safetensors of a quantised model, under our own names, into an existing folder."""
     tensors = model.state_dict()
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    files = [SINGLE_FILE]
-    if len(shards) > 1:
-        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for file, shard in zip(files, shards, strict=True):
-        save_file({n: t.detach().cpu().contiguous() for n, t in shard.items()}, folder / file, {"format": "pt"})
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards = plan_shards(sizes, max_shard_bytes)
+    for file, names in shards.items():
+        save_file({n: tensors[n].detach().cpu().contiguous() for n in names}, folder / file, {"format": "pt"})
     if len(shards) > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+            "metadata": {"total_size": sum(sizes.values())},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         atomic_write(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     said = {"dtype": str(model.norm.weight.dtype).removeprefix("torch."), "quantization_config": settings.to_json()}
@@ -609,7 +600,7 @@ def load_quantised(
     quantise_model(model, settings)
     wanted = model.state_dict()
     found: set[str] = set()
-    for file in _files(folder):
+    for file in weight_files(folder)[0]:
         for name, tensor in load_file(file).items():
             if name not in wanted or wanted[name].shape != tensor.shape:
                 asked = tuple(wanted[name].shape) if name in wanted else "nothing of that name"
@@ -651,13 +642,3 @@ def _assign(model: ErnieModel, name: str, tensor: Tensor) -> None:
         module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[last] = tensor
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    if (folder / SINGLE_FILE).exists():
-        yield folder / SINGLE_FILE
-        return
-    if not (folder / INDEX_FILE).exists():
-        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}.")
-    for name in sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values())):
-        yield folder / name

@@ -15,7 +15,8 @@ from ernie_model.inference.runner import Row, Runner
 from ernie_model.model import ErnieModel
 from ernie_model.parts import Part
 from ernie_model.rope import position_ids
-from tests.tiny import SPARSE, save_tiny
+from tests.tiny import SPARSE, save_tiny, tiny_processor
+from train.calibration import quantise
 from train.config import PeftConfig, PeftKind, PositionRule, Precision, UserError
 from train.inference_config import Bits, QuantizeConfig, Weights
 from train.lora.adapt import adapt
@@ -87,7 +88,14 @@ def test_weights_are_quantised_in_memory_as_they_would_be_in_a_folder(base, tmp_
             open_model(Weights(checkpoint=str(folder), **change, **SETTINGS))
 
 
-def test_a_part_that_the_model_lacks(base):
+def test_a_part_that_the_model_lacks():
+    text = SPARSE.replace(vision=None, vision_expert_width=0, mrope_section=None)
+    processor = tiny_processor(text)
+    with pytest.raises(UserError, match="^quantize: this model has no modules in vision;"):
+        quantise(ErnieModel(text), processor, QuantizeConfig(vision=Bits.int8))
+
+
+def test_settings_of_quantize():
     with pytest.raises(UserError, match="group is 48; use 32"):
         QuantizeConfig(group=48)
     dense = QuantizeConfig(dense=Bits.int8, shared=Bits.int4)

@@ -99,12 +99,49 @@ def test_a_chart_does_not_depend_on_those_drawn_before():
     assert first.messages[0].parts[0].media == some(charts, 1)[0].messages[0].parts[0].media
 
 
-def test_documents_ask_for_two_fields_that_are_printed():
-    for one in some(documents):
+def watched(monkeypatch, module, name: str) -> list[tuple]:
+    """What a task hands to the function that draws its pictures."""
+    seen, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **options: seen.append((*args, options)) or real(*args, **options))
+    return seen
+
+
+def test_documents_ask_for_two_fields_that_are_printed(monkeypatch):
+    drawn_forms = watched(monkeypatch, documents, "_form")
+    for one, (_, printed, *_) in zip(some(documents), drawn_forms, strict=True):
         asked_for = json.loads(one.answer or "")
         assert len(asked_for) == 2
-        for key in asked_for:
+        for key, value in asked_for.items():
             assert key in one.messages[0].text
+            assert [shown for name, shown in printed if name in documents.FIELDS[key]] == [value]
+
+
+def test_the_answer_of_a_chart_is_what_is_drawn(monkeypatch):
+    drawn_charts = watched(monkeypatch, charts, "_chart")
+    for one, (dates, visitors, _) in zip(some(charts), drawn_charts, strict=True):
+        question = one.messages[0].text
+        (day,) = [at for at, date in enumerate(dates) if len(dates) == 1 or f"{date:%A}" in question]
+        if "How many" in question:
+            hour = int(re.findall(r"(\d+):00", question)[0])
+            assert one.answer == str(visitors[day][hour - charts.HOURS[0]])
+        else:
+            order = np.argsort(visitors[day])
+            assert one.answer == f"{charts.HOURS[order[0 if 'quietest' in question else -1]]}:00"
+
+
+def test_the_answer_of_a_circuit_is_that_of_the_drawn_network(monkeypatch):
+    drawn_circuits = watched(monkeypatch, circuits, "_picture")
+    for one, (network, *_) in zip(some(circuits), drawn_circuits, strict=True):
+        ohms, volts = circuits.resistance(network), re.findall(r"(\d+) volts", one.messages[0].text)
+        assert Fraction(one.answer or "") == (int(volts[0]) / ohms if volts else ohms)
+
+
+def test_the_answer_of_counting_is_what_is_drawn(monkeypatch):
+    scenes = watched(monkeypatch, counting, "show")
+    for one, (scene, *_) in zip(some(counting), scenes, strict=True):
+        names = [name for name in (*counting.ALL_KINDS, *counting.ALL_COLOURS) if name in one.messages[0].text]
+        assert len(names) == (one.extra["domain"] != "all")
+        assert one.answer == str(sum(set(names) <= {thing.kind, thing.colour} for thing in scene))
 
 
 @pytest.mark.parametrize(

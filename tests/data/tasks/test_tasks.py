@@ -178,9 +178,11 @@ def test_a_key_has_one_side_and_a_fifth_is_held_out():
 
 def test_the_command_lists_and_writes_and_overwrites_nothing(tmp_path, capsys):
     assert command.main([]) == 0
-    assert all(task.description in capsys.readouterr().out for task in [TASKS["digits"]])
+    said = capsys.readouterr().out
+    assert all(task.description in said for task in TASKS.values())
     assert command.main(["digits", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "heldout.jsonl").exists()
-    with pytest.raises(SystemExit):
-        command.main(["digits", str(tmp_path / "out")])
-    assert "nothing is overwritten" in capsys.readouterr().err
+    for place in ("out", "out/train.jsonl"):
+        with pytest.raises(SystemExit):
+            command.main(["digits", str(tmp_path / place)])
+        assert "nothing is overwritten" in capsys.readouterr().err

@@ -327,6 +327,9 @@ def test_files_there_and_back(config, tmp_path, dtype):
     assert sum(sizes.values()) == sum(tensor.nbytes for tensor in model.state_dict().values())
     with pytest.raises(CheckpointError, match="quantised"):
         load_model(tmp_path)
+    sorted(tmp_path.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(CheckpointError, match="of which 1 are not there: model-00002"):
+        load_quantised(tmp_path)
 
 
 @pytest.mark.parametrize(("scheme", "expected"), [(None, 56), (Scheme.INT4, 14), (Scheme.INT2, 7)])
