@@ -4,7 +4,8 @@
 
 At vocabulary 103,424 the logits of 4,096 tokens, their softmax and its gradient would take 5 GB in float32. Here a
 chunk of rows is multiplied out, reduced to three numbers per token, and thrown away; the backward pass multiplies it
-out again and turns it into both gradients at once (or the forward pass does, where the slope of the loss is known).
+out again and turns it into both gradients at once. The forward pass does that where it can: where the slope of the loss
+is known, and, whatever the loss, where the head is frozen: then a row of the gradient is one vector times its slope.
 
 Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk
 """
@@ -55,7 +56,10 @@ def token_logprobs(
         chunk_bytes: memory for one chunk of logits; None takes what suits the device.
     """
     chunk_bytes = chunk_bytes or chunk_size(hidden_TD.device)
-    slope_T = slope_T if torch.is_grad_enabled() else None  # evaluation needs no gradients, early or late
+    if not torch.is_grad_enabled():
+        slope_T = None  # evaluation needs no gradients, early or late
+    elif hidden_TD.requires_grad and not head_VD.requires_grad:
+        slope_T = torch.ones_like(target_T, dtype=torch.float32)  # rows do not mix: each is multiplied by its own later
     logprob_T, correct_T = _TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, chunk_bytes)  # pyright: ignore
     return TokenLogprobs(logprob_T, correct_T)
 
@@ -138,7 +142,9 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_T, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden_TD, head_VD, target_T, slope_T, logsumexp_T = ctx.saved_tensors
         early, ctx.early = ctx.early, None
-        if early is not None and (factor := _common_factor(grad_T, slope_T)) is not None:
+        if early is not None and early[1] is None:  # the head is frozen
+            grad_TD, grad_VD = early[0].mul_(grad_T[:, None]), None
+        elif early is not None and (factor := _common_factor(grad_T, slope_T)) is not None:
             grad_TD, grad_VD = (None if x is None else x.mul_(factor) for x in early)
         else:
             weight_VD = cast(head_VD, hidden_TD)

@@ -58,6 +58,21 @@ def test_a_known_slope_saves_the_second_multiplication(monkeypatch):
     out.logprob_T.backward(upstream)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_frozen_head_saves_it_whatever_the_slope(dtype, monkeypatch):
+    hidden, head, target, upstream = problem(dtype=torch.float64)
+    low = hidden.detach().to(dtype).requires_grad_()
+    expected = -F.cross_entropy((low @ head.detach().to(dtype).T).double(), target, reduction="none")
+    (theirs,) = torch.autograd.grad(expected, low, upstream)
+
+    out = token_logprobs(low, head.detach(), target, slope_T=upstream.abs(), chunk_bytes=17 * 50 * 8)
+    monkeypatch.setattr("train.logprobs._logits", lambda *_: pytest.fail("recomputed"))
+    (ours,) = torch.autograd.grad(out.logprob_T, low, upstream.to(out.logprob_T.dtype))
+    # Each of an element's 50 terms is rounded once, and so is the sum.
+    tolerance = 51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
 def test_large_logits_do_not_overflow():
     hidden, head, target, _ = problem(dtype=torch.float32)
     out = token_logprobs(hidden * 1000, head, target)
@@ -104,6 +119,15 @@ def test_a_second_backward_pass_recomputes():
     (0.5 * loss).backward()
     for mine, first in zip((hidden.grad, head.grad), once, strict=True):
         torch.testing.assert_close(mine, 1.5 * first, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_backward_pass_recomputes_with_a_frozen_head_too():
+    hidden, head, target, upstream = problem()
+    loss = (token_logprobs(hidden, head.detach(), target).logprob_T * upstream).sum()
+    loss.backward(retain_graph=True)
+    once = hidden.grad.clone()
+    (0.5 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 1.5 * once, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
