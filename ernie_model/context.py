@@ -46,7 +46,7 @@ LONGEST_TILED = 2048
 """Beyond this segment length torch's own CPU kernel is the faster one (docs/speed.md)."""
 
 
-CALL = 128 * 128
+CALL = 64 * 64
 """Pairs of a query and a key that take about as long as calling the kernel once more."""
 
 
