@@ -51,7 +51,7 @@ def forward_flops(
     macs: dict[Part | str, float] = defaultdict(float)
     macs[Part.ATTENTION] = c.num_hidden_layers * tokens * c.hidden_size * 2 * (queries + keys)
     seen = sum(length * (length + 1) // 2 for length in lengths)  # (query, key) pairs under the causal mask
-    seen += sum(length * lengths[stem] for length, stem in zip(lengths, stems, strict=bool(stems)) if stem >= 0)
+    seen += sum(length * lengths[stem] for length, stem in zip(lengths, stems, strict=False) if stem >= 0)
     macs[SCORES] = c.num_hidden_layers * seen * 2 * queries
     macs[Part.DENSE] = dense * tokens * 3 * c.hidden_size * c.intermediate_size
     macs[Part.SHARED] = sparse * tokens * 3 * c.hidden_size * c.num_shared_experts * c.text_expert_width

@@ -100,8 +100,8 @@ def main() -> None:
                 pair = conversations(prompt, answer, side, config)
                 steps = ways(policy, prompt, pair)
                 runs = [lambda number, step=step: step() for step in steps.values()]
-                shared, packed, apart = in_turn(runs, args.rounds, warm_up=1)
                 mib = {layout: allocated_mib(step) for layout, step in steps.items()}
+                shared, packed, apart = in_turn(runs, args.rounds, warm_up=0)  # measuring memory was the warm-up
                 tokens = 2 * (prompt + answer) / (prompt + 2 * answer + 1)
                 print(
                     f"{kind:7s}{prompt:7,d}{answer:9,d}{tokens:8.2f}"

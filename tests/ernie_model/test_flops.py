@@ -35,6 +35,13 @@ def test_by_hand():
     }
 
 
+def test_branches_see_their_stem():
+    """Of 6 + 4 + 2 tokens, the 4 and the 2 see the 6 as well: 21 + (10 + 24) + (3 + 12) pairs; nothing else changes."""
+    shared, apart = forward_flops(C, lengths=(6, 4, 2), stems=(-1, 0, 0)), forward_flops(C, lengths=(6, 4, 2))
+    assert shared[SCORES] == 2 * 2 * (21 + 34 + 15) * (16 + 16)
+    assert shared == {**apart, SCORES: shared[SCORES]}
+
+
 def test_text_alone_pays_nothing_for_vision():
     flops = forward_flops(C, lengths=(10,))
     assert not {Part.VISION, Part.RESAMPLER, Part.VISION_EXPERTS, VISION_SCORES} & flops.keys()
