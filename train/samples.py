@@ -245,7 +245,8 @@ def _section(
         authors.roles,
         score=None if math.isnan(score) else score,
     )
-    return section, list(authors.media[before : before + shown])
+    names = authors.media[before : before + shown]
+    return section, [f"{name} (corrupted)" if name and role is Role.CORRUPTED else name for name in names]
 
 
 def _media_starts(spans: Sequence[Span]) -> Iterator[tuple[bool, int]]:

@@ -2,7 +2,7 @@
 
     id        text or number; else the record's file and line
     answer    the right answer, checkable by a program          reward   name of the program that checks it
-    label     is the last answer wanted?                        tools    a list of definitions, or JSON that holds one
+    label     is the last answer wanted? (or `kto_tag`)         tools    a list of definitions, or JSON that holds one
     score_chosen, score_rejected    how good the answers of a pair were found to be; other data sets' names: SCORES
     extra     an object; joined by every column that nobody knows, so that converting keeps it
 
@@ -104,7 +104,10 @@ def conversation(
     identity, answer = value.get("id"), value.get("answer") if answer is None else answer
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
         answer = str(answer)
-    shared = ["id", "answer", "label", "tools"]
+    shared = ["id", "answer", *LABELS, "tools"]
+    labels = [key for key in LABELS if key not in used and present(value, key)]
+    if len(labels) > 1:
+        raise DataError(f"the record has both `{labels[0]}` and `{labels[1]}`, which are the same. Keep one.")
     reward = value.get("reward")
     if isinstance(reward, str):  # a number is somebody's score, not the name of a function
         shared.append("reward")
@@ -124,7 +127,7 @@ def conversation(
         tools=tuple(read_tools(value.get("tools")) if tools is None else tools),
         answer=None if answer is None else typed(answer, str, "answer"),
         reward=reward if isinstance(reward, str) else None,
-        label=None if "label" in used else read_label(value.get("label")),
+        label=read_label(value[labels[0]], labels[0]) if labels else None,
         extra=extra,
         source=record.source,
     )
@@ -142,17 +145,18 @@ def write_shared(item: Conversation) -> dict[str, Any]:
     return value
 
 
-def read_label(label: Any) -> bool | None:
-    if label is None or isinstance(label, bool):
+def read_label(label: Any, key: str) -> bool:
+    if isinstance(label, bool):
         return label
     if isinstance(label, int) and label in (0, 1):
         return bool(label)
     raise DataError(
-        f"label is {shown(label)}; it says whether the last answer is wanted, and must be true or false. Give a column "
-        "that means something else another name, e.g. data.columns.category=label."
+        f"{key} is {shown(label)}; it says whether the last answer is wanted, and must be true or false. Give a column "
+        f"that means something else another name, e.g. data.columns.category={key}."
     )
 
 
+LABELS = ("label", "kto_tag")
 SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),

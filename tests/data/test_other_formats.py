@@ -135,6 +135,12 @@ def test_pictures_of_the_question_and_of_an_answer():
 def test_unwanted_answers_keep_their_label():
     assert read(prompt="q", completion="y", label=False).label is False
     assert read(conversations=[HUMAN, GPT], label=0).label is False
+    tagged = read(instruction="q", output="y", kto_tag=False)
+    assert tagged.label is False and tagged.extra == {}
+    with pytest.raises(DataError, match="both `label` and `kto_tag`"):
+        read(instruction="q", output="y", kto_tag=False, label=False)
+    with pytest.raises(DataError, match='kto_tag is "no"; it says whether the last answer is wanted'):
+        read(instruction="q", output="y", kto_tag="no")
 
 
 def test_calls_and_observations():

@@ -277,7 +277,7 @@ def describe(found: Statistics) -> Iterator[str]:
     share = 100 * found.trained / found.tokens
     yield from histogram("trained tokens per record, %", share, edges=(0, 1, 2, 5, 10, 20, 50, 100))
     for role, learned in found.answers.items():
-        yield from histogram(f"trained tokens of {role.value} answers", np.array(learned))
+        yield next(histogram(f"trained tokens of {role.value} answers", np.array(learned)))
     if found.media.any():
         yield from histogram("images and videos per record", found.media)
         yield from histogram("patches per record", found.patches)
