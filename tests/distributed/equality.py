@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,31 +27,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batch import PackedBatch
+from data.batch import PackedBatch, Role
 from data.encode import Example
 from ernie_model.expert_parallel import WHOLE, Shard, connect_experts, shard_experts, shard_of
 from ernie_model.model import ErnieModel
 from ernie_model.recompute import recompute
 from tests.distributed.gloo import launch
 from tests.train import small
+from tests.train.objectives.rows import record
 from train.config import ObjectiveConfig, OptimConfig, ParallelConfig, PeftConfig, PeftKind, PoolWeights
-from train.loop import train_step
+from train.dpo_config import DPOObjectiveConfig
+from train.loop import Beside, train_step
 from train.lora.adapt import adapt
-from train.objectives import LossSum, Objective
+from train.objectives import LossSum, Objective, dpo
+from train.objectives.kto import Divergence
 from train.objectives.sft import SFT
 from train.optim import build_optimizer
 from train.parallel.layout import Layout, build_accelerator, build_layout, leave
 from train.parallel.settings import deepspeed_config
 from train.parallel.updates import build_updates
 from train.policy import Policy
+from train.reference import AdaptersOff
 from train.router import RouterLosses
 from train.trained import freeze
+from train.weights import Weights
 
 MODEL = small.CONFIG.replace(num_hidden_layers=3, sparse_layers=(1, 2))
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, lr_scale={"router": 0.5})
 ROUTERS = ObjectiveConfig(
     balance=PoolWeights(0.3, 0.7), z_loss=PoolWeights(0.2, 0.05), orthogonal=PoolWeights(0.11, 0.13), bias_update=1e-3
 )
+PREFERENCES = {
+    "dpo": DPOObjectiveConfig(
+        beta=0.5,
+        pref_loss_ratio=0.8,
+        added_losses={"bco_pair": 0.2, "simpo": 0.1},
+        sft_loss_ratio=0.5,
+        ld_alpha=0.3,
+        mdpo_conditional=1.0,
+        mdpo_anchor=0.7,
+    ),
+    "kto_pair": DPOObjectiveConfig(preference_loss_type="kto_pair", beta=0.5),
+    "kto": DPOObjectiveConfig(preference_loss_type="kto", beta=0.5, undesirable_weight=1.5),
+}
 # Who has an image. The third update has none anywhere, in the fourth the last rows are nothing but images.
 IMAGES = ("x.x..x..", "....xxxx", "........", ".xxxxxxx", "xxxx....")
 
@@ -66,7 +85,8 @@ class Case(NamedTuple):
     frozen: str = ""
     recompute: bool = False
     loss: str = "sft"
-    """"streams": a loss with weights of both signs, over pairs of segments, as preferences and advantages have them."""
+    """"streams": a loss with weights of both signs, over pairs of segments, as preferences and advantages have them. Or
+    one of PREFERENCES, of answers that share their prompt."""
     routers: bool = False
     ragged: bool = False
     """The last rank, or the last ones that share rows, have a row less than the others, or none."""
@@ -93,14 +113,37 @@ class Run(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- the updates
 
 
-def rows_of(step: int, count: int) -> list[PackedBatch]:
-    """The eight segments of an update in `count` rows of equally many."""
-    segments: list[Example] = []
+def rows_of(step: int, count: int, loss: str) -> list[PackedBatch]:
+    """The eight records of an update in `count` rows of equally many."""
+    records: list[Example] = []
     for index, image in enumerate(IMAGES[step]):
         seed = 10 * step + index
-        segments.append(small.example(seed, 7 + index % 3, image=image == "x", learned=(5, 2, 3, 1)[index % 4]))
-    each = len(segments) // count
-    return [small.row(*segments[at : at + each]) for at in range(0, len(segments), each)]
+        if loss in PREFERENCES:
+            records.append(answers(seed, loss, image=image == "x"))
+        else:
+            records.append(small.example(seed, 7 + index % 3, image=image == "x", learned=(5, 2, 3, 1)[index % 4]))
+    each = len(records) // count
+    return [small.row(*records[at : at + each]) for at in range(0, len(records), each)]
+
+
+def answers(seed: int, loss: str, *, image: bool) -> Example:
+    """A pair, or a labelled answer. Where there is an image, some answers have one of their own."""
+    if loss == "kto":
+        label = Role.UNWANTED if seed % 3 else Role.WANTED
+        return record(seed, label, Role.MISMATCHED, image=image, pictures=(Role.MISMATCHED,) * (image and seed % 2))
+    corrupted = (Role.CORRUPTED,) * (image and loss == "dpo")
+    pictures = (Role.REJECTED,) * (image and seed % 2)
+    return record(seed, Role.CHOSEN, Role.REJECTED, *corrupted, image=image, pictures=pictures)
+
+
+class MadeReference(Beside):
+    """Any numbers will do that only depend on what is said."""
+
+    def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
+        return [
+            dataclasses.replace(batch, ref_logprob_T=-batch.weight_T * (3 + batch.token_T % 5 / 4))
+            for batch in microbatches
+        ]
 
 
 def streams(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
@@ -115,15 +158,16 @@ def streams(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
 STREAMS = Objective("segment", lambda batch: torch.tensor(float(batch.num_segments)), streams)
 
 
-def build(case: Case, layout: Layout) -> Policy:
-    """The same weights on every layout."""
+def build(case: Case, layout: Layout) -> tuple[Policy, Weights | None]:
+    """The same weights on every layout; the second are the adapters."""
     torch.manual_seed(0)
     model = ErnieModel(MODEL)
     if layout.expert > 1:
         shard_experts(model, Shard(layout.expert_rank, layout.expert))
+    adapters = None
     if case.lora:
         targets = ["attention"] if case.lora == "attention" else None
-        adapt(model, PeftConfig(kind=PeftKind.lora, targets=targets, rank=4, alpha=8.0), seed=0)
+        adapters = adapt(model, PeftConfig(kind=PeftKind.lora, targets=targets, rank=4, alpha=8.0), seed=0)
     if layout.expert_group is not None:
         connect_experts(model, layout.expert_group)
     freeze(model, dataclasses.replace(OPTIM, freeze=case.frozen.split(",") if case.frozen else []))
@@ -137,22 +181,29 @@ def build(case: Case, layout: Layout) -> Policy:
         model.run_layer = recompute
         assert model.vision is not None
         model.vision.run_block = recompute
-    return Policy(model, loss_is_linear=case.loss == "sft", sequence_group=layout.sequence_group)
+    return Policy(model, loss_is_linear=case.loss == "sft", sequence_group=layout.sequence_group), adapters
 
 
 def run(case: Case, accelerator: Any, layout: Layout, config: ParallelConfig) -> Run:
-    policy = build(case, layout)
+    policy, adapters = build(case, layout)
     optimizer = build_optimizer(policy.model, OPTIM)
     settings = deepspeed_config(config, max_grad_norm=case.clip, gpu=False)
     if case.zero == 3:  # by default ZeRO-3 keeps small weights whole, and here all are small
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 40
     updates = build_updates(policy, optimizer, accelerator, layout, settings)
     objective = STREAMS if case.loss == "streams" else SFT
-    beside = [RouterLosses(policy, ROUTERS, accelerator, layout)] if case.routers else []
+    beside: list[Beside] = [RouterLosses(policy, ROUTERS, accelerator, layout)] if case.routers else []
+    if case.loss in PREFERENCES:
+        reference = MadeReference()
+        if adapters is not None:
+            reference = AdaptersOff(policy, adapters, accelerator.device, layout)
+        divergence = Divergence(PREFERENCES[case.loss]).attach(policy, accelerator, layout)
+        objective = dpo.build(PREFERENCES[case.loss], divergence)
+        beside += [reference, divergence]
     updates.policy.train()
     metrics = []
     for step in range(len(IMAGES)):
-        rows = rows_of(step, ROWS * case.rows)
+        rows = rows_of(step, ROWS * case.rows, case.loss)
         if case.poisoned and step == 1:
             *rest, last = rows
             assert last.patch_PX is not None
@@ -199,18 +250,22 @@ def whole_weights(policy: Policy, layout: Layout) -> dict[str, Tensor]:
 
 
 class Distance(NamedTuple):
-    """Largest differences from one process: relative, relative, absolute, relative."""
+    """Largest differences from one process: relative, relative, absolute, relative, relative."""
 
     loss: float
     norm: float
     weights: float
     routers: float
+    ratios: float
+    """Of what is reported of log p / p_ref."""
     where: str
     """The weight that is farthest."""
 
 
 def compare(here: Run, one: Run) -> Distance:
     def relative(*keys: str) -> float:
+        if not keys:
+            return 0.0
         both = [(a, b) for a, b in zip(here.metrics, one.metrics, strict=True) if not b["skipped"]]
         found = []
         for key in keys:
@@ -228,7 +283,9 @@ def compare(here: Run, one: Run) -> Distance:
     far = {name: (here.weights[name] - value).abs().max().item() for name, value in one.weights.items()}
     where = max(far, key=far.__getitem__)
     routers = [key for key in one.metrics[0] if key.startswith("router_")]
-    return Distance(relative("loss"), relative("grad_norm"), far[where], relative(*routers), where)
+    losses = [key for key in one.metrics[0] if key.startswith("loss")]
+    ratios = [key for key in one.metrics[0] if key in ("kl", "reward_margin", "reward_chosen", "reward_wanted")]
+    return Distance(relative(*losses), relative("grad_norm"), far[where], relative(*routers), relative(*ratios), where)
 
 
 def main(out: str, texts: list[str]) -> None:
@@ -295,6 +352,14 @@ COVERING = {
         Case(sequence=2, zero=3, recompute=True, lora="all"),
         Case(sequence=2, expert=2, recompute=True, routers=True),
         Case(sequence=2, expert=2, zero=3, rows=2, loss="streams"),
+        Case(rows=2, ragged=True, loss="kto"),
+        Case(zero=2, ragged=True, loss="kto_pair"),
+        Case(expert=2, zero=1, recompute=True, loss="dpo"),
+        Case(zero=3, lora="all", rows=2, loss="dpo"),
+        Case(expert=2, zero=3, ragged=True, loss="kto"),
+        Case(expert=2, lora="all", loss="kto_pair"),
+        Case(sequence=2, zero=2, loss="kto"),
+        Case(sequence=2, expert=2, lora="attention", recompute=True, loss="dpo"),
     ],
     4: [
         Case(expert=2, recompute=True, frozen="router"),
@@ -303,11 +368,13 @@ COVERING = {
         Case(expert=4, zero=1, lora="all"),
         Case(sequence=2, expert=2, zero=1, ragged=True, recompute=True),
         Case(sequence=2, expert=4, zero=2, routers=True),
+        Case(sequence=2, expert=2, zero=3, ragged=True, loss="dpo"),
     ],
 }
 """By the number of ranks."""
-LIMITS = {"loss": 1e-6, "norm": 1e-6, "weights": 1e-5, "routers": 1e-6}
-"""What may differ: sums of a few thousand float32 terms in another order (1e-7), grown over five updates."""
+LIMITS = {"loss": 1e-6, "norm": 1e-6, "weights": 1e-5, "routers": 1e-6, "ratios": 1e-5}
+"""What may differ: sums of a few thousand float32 terms in another order (1e-7), grown over five updates. Log-ratios
+are differences of numbers ten times as large."""
 
 
 def grid(world: int) -> list[Case]:
