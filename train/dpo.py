@@ -105,10 +105,11 @@ class DPO(Algorithm[DPOConfig]):
         return self.reference.resumable(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state()}
+        return {"reference": self.reference.state(), "divergence": self.divergence.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reference.load(state["reference"])
+        self.divergence.load_state_dict(state["divergence"])
 
     def measure(self, setup: Setup) -> Score:
         assert setup.data.heldout is not None

@@ -60,6 +60,13 @@ class Divergence(Beside):
         self.at = policy, accelerator, layout
         return self
 
+    def state_dict(self) -> dict[str, float]:
+        """For a checkpoint, JSON-able: an evaluation that a stop has left to the next start measures against it."""
+        return {role.value: float(self.estimate[role]) for role in self.roles}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.estimate |= {role: state[role.value] for role in self.roles}
+
     @torch.no_grad()
     def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         """Estimate, and take the answers out that are there only for that."""
