@@ -397,9 +397,9 @@ class Cached(Forward):
     def _verify(self, batch: PackedBatch | None, records: Sequence[Record], keys: Sequence[bytes]) -> None:
         """Compute one row of every rank again and compare what was found with it.
 
-        The same record in another row takes other roundings: its first one is computed alone too, to see how far. On
-        average over a record's targets, 4 times as far is allowed, and what 16 units in the last place of the
-        activations make of a log-probability.
+        In a row of another length the same record may be rounded otherwise; the first one is computed alone too, to see
+        how far. On average over the targets of a record, 4 times as far is allowed, and 4 units in the last place of a
+        logit, which is about as large as 1 - log p.
         """
         found = [key in self.store for key in keys]
         if not any_rank(self.accelerator, any(found)):
@@ -417,7 +417,7 @@ class Cached(Forward):
                 if not known or not record.row_R.numel():
                     continue
                 stored_R, now_R = self.store.read(key), now_T[record.row_R]
-                allowed = 4 * noise + 16 * unit * (1 + now_R.abs().mean().item())
+                allowed = 4 * (noise + unit * (1 + now_R.abs().mean().item()))
                 if not (stored_R - now_R).abs().mean().item() <= allowed:
                     raise UserError(
                         f"{self.store.folder} does not fit this model: the log-probability of {record.id} is "
