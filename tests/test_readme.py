@@ -119,8 +119,9 @@ def test_the_settings_that_pages_name_exist():
     """`group.key` in backticks, with or without a value."""
     from train.compose import known_keys
     from train.config import SFTConfig
+    from train.dpo_config import DPOConfig
 
-    known = set(known_keys(SFTConfig))
+    known = {*known_keys(SFTConfig), *known_keys(DPOConfig)}
     groups = {key.split(".")[0] for key in known}
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
