@@ -118,7 +118,10 @@ def test_the_numbers_of_the_reference(case: Case):
 
 
 def test_an_answer_of_probability_one_has_odds_too():
-    assert math.isfinite(loss_of("or", evenly(-0.0, None, 5), HALVES[1]))
+    logprob_T, batch = row(pair(evenly(-0.0, None, 5), HALVES[1]))
+    total = build(settings("or")).loss(logprob_T.requires_grad_(), batch).total
+    total.backward()
+    assert total.isfinite() and logprob_T.grad is not None and logprob_T.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("policy_only", [False, True])
@@ -207,7 +210,7 @@ far = st.floats(-3000, -1e-3)
 @given(sums=st.tuples(far, far, far, far))
 def test_far_from_the_reference_numbers_stay_finite(loss, sums):
     logprob_4 = torch.tensor(sums, dtype=torch.float64, requires_grad=True)
-    total = at_sums(loss, logprob_4, **NEEDED.get(loss, {}))
+    total = at_sums(loss, logprob_4, beta=1.0, **NEEDED.get(loss, {}))
     total.backward()
     assert total.isfinite() and logprob_4.grad is not None and logprob_4.grad.isfinite().all()
     if loss != "robust":  # which is not bounded from below
@@ -238,10 +241,11 @@ def test_long_answers_lose_nothing_in_float32():
     generator = torch.Generator().manual_seed(0)
     answers = [(-2 - torch.rand(3000, 2, generator=generator)).float() for _ in range(2)]
     chosen, rejected = (Said(answer[:, 0].tolist(), answer[:, 1].tolist()) for answer in answers)
-    exact = build(settings()).loss(*row(pair(chosen, rejected))).metrics["reward_margin"]
+    assert chosen.reference is not None and rejected.reference is not None
+    gained = math.fsum(chosen.policy) - math.fsum(chosen.reference)
+    exact = gained - math.fsum(rejected.policy) + math.fsum(rejected.reference)
     single = build(settings()).loss(*row(pair(chosen, rejected), dtype=torch.float32)).metrics["reward_margin"]
-    assert single.dtype is torch.float64
-    torch.testing.assert_close(single, exact, rtol=0, atol=1e-12)
+    assert single.item() == pytest.approx(0.1 * exact, rel=0, abs=1e-10)
 
 
 @pytest.mark.parametrize("loss", PAIRED)
