@@ -65,12 +65,13 @@ class DPO(Algorithm[DPOConfig]):
 
     def measured(self, logprob_T: Tensor, batch: PackedBatch) -> tuple[dict[str, Tensor], Sequence[int]]:
         """See `pair_groups.Measured`."""
-        logprob_T, config, kl = logprob_T.detach(), self.config.objective, self.divergence.estimate
+        logprob_T, config = logprob_T.detach(), self.config.objective
         if self.unpaired:
             answers = kto.gather_labelled(logprob_T, batch)
-            return kto.labelled_metrics(answers, config, kl[Role.MISMATCHED]), answers.segments
+            kl = self.divergence.estimate[Role.MISMATCHED]
+            return kto.labelled_metrics(answers, config, kl), answers.segments
         pairs = gather_pairs(logprob_T, batch)
-        return dpo.pair_metrics(pairs, config, kl[Role.CHOSEN], kl[Role.REJECTED]), pairs.segments
+        return dpo.pair_metrics(pairs, config, *self.divergence.of_pairs), pairs.segments
 
     def begin(self, setup: Setup) -> Sequence[Beside]:
         config, accelerator = self.config, setup.accelerator

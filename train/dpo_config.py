@@ -62,7 +62,7 @@ READS: dict[PreferenceLoss, tuple[str, ...]] = {
     PreferenceLoss.robust: ("label_smoothing", *_DELTA),
     PreferenceLoss.exo_pair: ("label_smoothing", *_DELTA),
     PreferenceLoss.nca_pair: _SUMS,
-    PreferenceLoss.bco_pair: _SUMS,
+    PreferenceLoss.bco_pair: ("bco_momentum", *_SUMS),
     PreferenceLoss.sppo_hard: _SUMS,
     PreferenceLoss.apo_zero: _SUMS,
     PreferenceLoss.apo_down: _SUMS,
@@ -159,6 +159,9 @@ class DPOObjectiveConfig:
     dpop_outside: bool = False
     """dpop: the penalty is added to the loss as it is, as in ERNIEKit, and not inside of beta and sigmoid."""
     discopop_tau: float = 0.05
+    bco_momentum: float | None = None
+    """bco_pair: measure rewards against their moving mean over updates, in which the last update counts
+    1 - bco_momentum; null: against 0."""
     mdpo_conditional: float = 0.0
     """Weight of mDPO's loss that prefers the chosen answer with its pictures over the same with corrupted ones."""
     mdpo_corrupt: Corrupt = Corrupt.crop
@@ -203,6 +206,10 @@ class DPOObjectiveConfig:
         check(
             len(self.mdpo_keep) == 2 and 0 <= self.mdpo_keep[0] <= self.mdpo_keep[1] <= 1,
             f"objective.mdpo_keep is {self.mdpo_keep}; it must be two shares of an area, [smallest, largest], in 0..1.",
+        )
+        check(
+            self.bco_momentum is None or 0 <= self.bco_momentum < 1,
+            f"objective.bco_momentum is {self.bco_momentum}; it must lie in 0..1, 1 excluded, or be null.",
         )
         self._check_read(losses)
         if PreferenceLoss.exo_pair in losses:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import PackedBatch, Role
+from data.batch import PackedBatch
 from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
 from train.objectives import LossSum, Objective
 from train.objectives.kto import Divergence, build_labelled
@@ -48,8 +48,8 @@ def needs_mismatched(config: DPOObjectiveConfig) -> bool:
 def build(config: DPOObjectiveConfig, divergence: Divergence | None = None) -> Objective:
     """
     Args:
-        divergence: what kto and kto_pair measure answers against; it must be beside the objective then. None: the loss
-            is another one.
+        divergence: what kto, kto_pair and bco_pair measure answers against; it must be beside the objective then.
+            None: nothing.
     """
     divergence = divergence or Divergence(config)
     if is_unpaired(config):
@@ -57,20 +57,28 @@ def build(config: DPOObjectiveConfig, divergence: Divergence | None = None) -> O
 
     def loss(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
         pairs = gather_pairs(logprob_T, batch)
-        kl = divergence.estimate[Role.CHOSEN], divergence.estimate[Role.REJECTED]
-        total_N = torch.stack(list(loss_parts(pairs, config, *kl).values())).sum(0)
-        metrics = {name: value_N.sum() for name, value_N in pair_metrics(pairs, config, *kl).items()}
-        return LossSum(total_N.sum().to(logprob_T.dtype), metrics)
+        total_N = torch.stack(list(loss_parts(pairs, config, *divergence.of_pairs).values())).sum(0)
+        metrics_N = pair_metrics(pairs, config, *divergence.of_pairs)
+        divergence.tell_pairs(metrics_N)
+        return LossSum(total_N.sum().to(logprob_T.dtype), {name: value_N.sum() for name, value_N in metrics_N.items()})
 
     return Objective("pair", count_pairs, loss)
 
 
 def loss_parts(
-    pairs: PairSums, config: DPOObjectiveConfig, kl_w: Tensor | float = 0.0, kl_l: Tensor | float = 0.0
+    pairs: PairSums,
+    config: DPOObjectiveConfig,
+    kl_w: Tensor | float = 0.0,
+    kl_l: Tensor | float = 0.0,
+    shift: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Everything that is added up, float64 (N,) each, with gradient, times its weight."""
+    """Everything that is added up, float64 (N,) each, with gradient, times its weight.
+
+    Args:
+        kl_w, kl_l, shift: `Divergence.of_pairs`.
+    """
     assert pairs.chosen.ref_logprob_N is not None or not needs_reference(config), "the row has no ref_logprob_T"
-    seen = views(pairs, config)._replace(kl_w=kl_w, kl_l=kl_l)
+    seen = views(pairs, config)._replace(kl_w=kl_w, kl_l=kl_l, shift=shift)
     parts = {loss.value: weight * preference_loss(loss, seen, config) for loss, weight in config.losses().items()}
     if config.sft_loss_ratio:
         parts["sft"] = -config.sft_loss_ratio * seen.cw_mean_N
@@ -84,7 +92,11 @@ def loss_parts(
 
 
 def pair_metrics(
-    pairs: PairSums, config: DPOObjectiveConfig, kl_w: Tensor | float = 0.0, kl_l: Tensor | float = 0.0
+    pairs: PairSums,
+    config: DPOObjectiveConfig,
+    kl_w: Tensor | float = 0.0,
+    kl_l: Tensor | float = 0.0,
+    shift: float = 0.0,
 ) -> dict[str, Tensor]:
     """What is reported of every pair, float64 (N,) each, detached.
 
@@ -97,7 +109,7 @@ def pair_metrics(
     kl_chosen_k3          another one, never negative (`Answers.kl_N`)
     tokens_gap            tokens of the chosen answer - tokens of the rejected one
     """
-    parts = loss_parts(pairs, config, kl_w, kl_l)
+    parts = loss_parts(pairs, config, kl_w, kl_l, shift)
     chosen, rejected = pairs.chosen, pairs.rejected
     metrics = {"loss": torch.stack(list(parts.values())).sum(0)}
     if len(parts) > 1:

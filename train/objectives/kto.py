@@ -1,4 +1,4 @@
-"""Answers that are labelled good or bad, without another to compare with, and the divergence they are measured against.
+"""Answers that are labelled good or bad, without another to compare with, and what answers are measured against.
 
     wanted      desirable_weight   * (1 - sigmoid(beta (w - KL)))       w, l   log p / p_ref of the answer
     unwanted    undesirable_weight * (1 - sigmoid(beta (KL - l)))
@@ -10,7 +10,13 @@ little: KL is over the whole update, so that how it is cut into rows, micro-batc
 a forward pass of its own before the first one, of prompts and mismatched answers; those are cut out of the rows that
 are then learned from. kto_pair takes means over the update's chosen and rejected answers, from a pass over its rows.
 
-Source: KTO, 2402.01306, 7 and 8; APO, 2408.06266, 7. Reference 7.1.
+bco_pair's rewards are measured against their moving mean over the updates that were done,
+
+    shift  <-  m shift + (1 - m) * mean over pairs of (reward of chosen + reward of rejected) / 2        m bco_momentum
+
+It starts at 0, where policy and reference agree, is the same on all ranks, and is saved with the run.
+
+Source: KTO, 2402.01306, 7 and 8; APO, 2408.06266, 7; BCO, 2404.04656. Reference 7.1.
 
 Shape letters:  T tokens   S segments   N answers   P patches   X numbers in a patch
 """
@@ -25,6 +31,7 @@ from torch import Tensor
 
 from data.batch import PackedBatch, Role
 from data.pack import filler
+from ernie_model.moe import RouterStats
 from ernie_model.rope import num_media_tokens
 from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
 from train.loop import Beside, all_sum
@@ -37,15 +44,16 @@ LABELS = (Role.WANTED, Role.UNWANTED)
 
 
 class Divergence(Beside):
-    """KL of the policy from the reference, estimated anew for every update; and what is reported of labelled answers.
+    """KL of the policy from the reference, estimated anew for every update; bco_pair's shift; and what is reported of
+    labelled answers.
 
-    Goes after the reference among what is beside the objective. For losses that take no divergence, and for pairs, it
-    does nothing.
+    Goes after the reference among what is beside the objective. For losses that take none of it it does nothing.
     """
 
     def __init__(self, config: DPOObjectiveConfig):
         self.config = config
         losses = config.losses()
+        self.unpaired = any(loss.unpaired for loss in losses)
         self.roles: tuple[Role, ...] = ()
         if PreferenceLoss.kto in losses:
             self.roles = (Role.MISMATCHED,)
@@ -53,7 +61,10 @@ class Divergence(Beside):
             self.roles = (Role.CHOSEN, Role.REJECTED)
         self.estimate: dict[Role, Tensor | float] = dict.fromkeys(Role, 0.0)
         """Of the update at work, at least 0; 0 before the first one, where both agree."""
-        self._told: Tensor | None = None  # see `tell`
+        self.shift = 0.0
+        self._shifts = PreferenceLoss.bco_pair in losses and config.bco_momentum is not None
+        self._next_shift = 0.0
+        self._told: Tensor | None = None  # sums of the update so far, for `report`
         self.at: tuple[Policy, Accelerator, Layout] | None = None
 
     def attach(self, policy: Policy, accelerator: Accelerator, layout: Layout) -> "Divergence":
@@ -62,10 +73,16 @@ class Divergence(Beside):
 
     def state_dict(self) -> dict[str, float]:
         """For a checkpoint, JSON-able: an evaluation that a stop has left to the next start measures against it."""
-        return {role.value: float(self.estimate[role]) for role in self.roles}
+        return {role.value: float(self.estimate[role]) for role in self.roles} | {"shift": self.shift}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.estimate |= {role: state[role.value] for role in self.roles}
+        self.shift = state["shift"]
+
+    @property
+    def of_pairs(self) -> tuple[Tensor | float, Tensor | float, float]:
+        """What `dpo.loss_parts` and `dpo.pair_metrics` take last."""
+        return self.estimate[Role.CHOSEN], self.estimate[Role.REJECTED], self.shift
 
     @torch.no_grad()
     def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
@@ -98,36 +115,56 @@ class Divergence(Beside):
             return [without(batch, Role.MISMATCHED, media_ids) for batch in microbatches]
         return microbatches
 
-    # ------------------------------------------------------------------------ what is reported of labelled answers
+    # -------------------------------------------------------------------------------------- means over the whole update
 
-    def tell(self, answers: "Labelled", metrics: dict[str, Tensor]) -> None:
-        """Means over the wanted and over the unwanted answers of an update, whose numbers only the update knows."""
+    def tell_labelled(self, answers: "Labelled", metrics: dict[str, Tensor]) -> None:
+        """For means over the wanted and over the unwanted answers, whose numbers only the update knows."""
         wanted_N = answers.wanted_N
         ones_N = torch.ones_like(wanted_N)
         columns_NC = torch.stack([ones_N, metrics["reward"], metrics["logprob"], metrics["tokens"]], 1)
-        told_2C = torch.stack([wanted_N @ columns_NC, (1 - wanted_N) @ columns_NC])
-        self._told = told_2C if self._told is None else self._told + told_2C
+        self._tell(torch.stack([wanted_N @ columns_NC, (1 - wanted_N) @ columns_NC]).flatten())
+
+    def tell_pairs(self, metrics: dict[str, Tensor]) -> None:
+        if self._shifts:
+            reward_N = (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
+            self._tell(torch.stack([torch.ones_like(reward_N).sum(), reward_N.sum()]))
+
+    def _tell(self, sums: Tensor) -> None:
+        self._told = sums if self._told is None else self._told + sums
 
     def sums(self) -> Tensor | None:
-        told_2C, self._told = self._told, None
-        if told_2C is None:
-            return None
+        told, self._told = self._told, None
+        if told is None or not self.unpaired:
+            return told
         assert self.at is not None
-        kl = torch.as_tensor(self.estimate[Role.MISMATCHED], dtype=torch.float64, device=told_2C.device)
-        return torch.cat([told_2C.flatten(), kl[None] / self.at[1].num_processes])
+        kl = torch.as_tensor(self.estimate[Role.MISMATCHED], dtype=torch.float64, device=told.device)
+        return torch.cat([told, kl[None] / self.at[1].num_processes])
 
     def report(self, sums: Tensor) -> dict[str, float]:
-        wanted_C, unwanted_C = sums[:-1].view(2, -1)
-        out = {"share_wanted": float(wanted_C[0] / (wanted_C[0] + unwanted_C[0]).clamp(min=1))}
-        for name, column_C in (("wanted", wanted_C), ("unwanted", unwanted_C)):
-            if column_C[0]:
-                _, reward, logprob, tokens = (column_C / column_C[0]).tolist()
-                out |= {f"reward_{name}": reward, f"logprob_{name}": logprob, f"tokens_{name}": tokens}
-        if wanted_C[0] and unwanted_C[0]:
-            out["reward_margin"] = out["reward_wanted"] - out["reward_unwanted"]
-        if self.roles:
-            out["kl"] = float(sums[-1])
-        return out
+        if self.unpaired:
+            return labelled_report(sums, kl=bool(self.roles))
+        pairs, rewards = sums.tolist()
+        momentum = self.config.bco_momentum
+        assert momentum is not None
+        if pairs:
+            self._next_shift = momentum * self.shift + (1 - momentum) * rewards / pairs
+        return {"bco_shift": self.shift}
+
+    def after_update(self, optimizer: torch.optim.Optimizer, router: RouterStats | None) -> None:
+        if self._shifts:
+            self.shift = self._next_shift
+
+
+def labelled_report(sums: Tensor, *, kl: bool) -> dict[str, float]:
+    wanted_C, unwanted_C = sums[:-1].view(2, -1)
+    out = {"share_wanted": float(wanted_C[0] / (wanted_C[0] + unwanted_C[0]).clamp(min=1))}
+    for name, column_C in (("wanted", wanted_C), ("unwanted", unwanted_C)):
+        if column_C[0]:
+            _, reward, logprob, tokens = (column_C / column_C[0]).tolist()
+            out |= {f"reward_{name}": reward, f"logprob_{name}": logprob, f"tokens_{name}": tokens}
+    if wanted_C[0] and unwanted_C[0]:
+        out["reward_margin"] = out["reward_wanted"] - out["reward_unwanted"]
+    return out | ({"kl": float(sums[-1])} if kl else {})
 
 
 class Labelled(NamedTuple):
@@ -150,7 +187,7 @@ def build_labelled(config: DPOObjectiveConfig, divergence: Divergence) -> Object
         kl = divergence.estimate[Role.MISMATCHED]
         total = labelled_loss(answers, config, kl).sum()
         metrics = labelled_metrics(answers, config, kl)
-        divergence.tell(answers, metrics)
+        divergence.tell_labelled(answers, metrics)
         return LossSum(
             total.to(logprob_T.dtype), {name: metrics[name].sum() for name in ("loss", "reward_accuracy", "nll")}
         )

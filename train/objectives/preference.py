@@ -14,7 +14,7 @@
     ipo           (w' - l' - 1 / 2 beta)^2                          2310.12036, 17, per token as its authors ran it
     ipo_sum       (w - l - 1 / 2 beta)^2                            as printed there
     nca_pair      -S(beta w) - S(-beta w) / 2 - S(-beta l) / 2      2402.05369
-    bco_pair      -S(beta w) - S(-beta l)                           2404.04656 without its moving mean
+    bco_pair      -S(beta w - d) - S(d - beta l)                    2404.04656; d: 0, or a moving mean of rewards
     sppo_hard     (w - 1 / 2 beta)^2 + (l + 1 / 2 beta)^2           2405.00675, 4.7 with P = 1 and 0
     apo_zero      1 - sigmoid(beta w) + sigmoid(beta l)             2408.06266, 7
     apo_down      sigmoid(beta w) + 1 - sigmoid(beta (w - l))       2408.06266, 8
@@ -62,6 +62,8 @@ class Views(NamedTuple):
     kl_w: Tensor | float = 0.0
     """Means of w and l over the update, at least 0, without gradient; only kto_pair looks at them."""
     kl_l: Tensor | float = 0.0
+    shift: float = 0.0
+    """What bco_pair measures rewards against."""
 
 
 def views(pairs: PairSums, config: DPOObjectiveConfig) -> Views:
@@ -150,7 +152,7 @@ def _nca_pair(of: Views, config: DPOObjectiveConfig) -> Tensor:
 
 
 def _bco_pair(of: Views, config: DPOObjectiveConfig) -> Tensor:
-    return -F.logsigmoid(config.beta * of.w_N) - F.logsigmoid(-config.beta * of.l_N)
+    return -F.logsigmoid(config.beta * of.w_N - of.shift) - F.logsigmoid(of.shift - config.beta * of.l_N)
 
 
 def _sppo_hard(of: Views, config: DPOObjectiveConfig) -> Tensor:

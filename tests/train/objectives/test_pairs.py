@@ -8,12 +8,13 @@ import torch
 
 import tests.train.small as small
 from data.batch import Role
-from data.errors import DataError
 from data.pack import collate, filler
 from tests.train.objectives.rows import PAIR, Said, evenly, pair, record, row, settings
 from train.loop import Beside, train_step
 from train.objectives.dpo import build, pair_metrics
+from train.objectives.kto import Divergence
 from train.objectives.pairs import count_pairs, gather_pairs
+from train.parallel.layout import Layout
 
 
 def test_sums_lengths_and_scores_of_every_pair():
@@ -76,15 +77,6 @@ def test_a_row_without_its_reference_is_refused():
         build(settings()).loss(*row(pair(evenly(-10.0, None, 5), evenly(-12.0, None, 4))))
 
 
-@pytest.mark.parametrize("scores", [(math.nan, math.nan), (1.0, 2.0), (1.0, math.nan)])
-def test_a_margin_by_scores_needs_scores_the_right_way_round(scores):
-    chosen, rejected = evenly(-10.0, -11.0, 5, scores[0]), evenly(-12.0, -11.5, 4, scores[1])
-    _, batch = row(pair(chosen, rejected))
-    with pytest.raises(DataError, match="record 0: objective.offset_alpha is 0.5"):
-        build(settings(offset_alpha=0.5)).count(batch)
-    assert build(settings()).count(batch) == 1
-
-
 # -------------------------------------------------------------------------------------------------- with a model
 
 
@@ -134,3 +126,45 @@ def test_how_an_update_is_cut_changes_nothing():
         assert metrics[name] == pytest.approx(whole[name], rel=1e-10, abs=1e-12), name
     for name, value in weights.items():
         torch.testing.assert_close(others[name], value, rtol=0, atol=1e-12)
+
+
+def test_the_moving_mean_of_rewards_follows_the_updates_that_were_done():
+    config = settings("bco_pair", bco_momentum=0.75, beta=0.5)
+    policy = small.policy(dtype=torch.float64)
+    divergence = Divergence(config).attach(policy, small.accelerator(), Layout())
+    updates, expected, seen = small.updates(policy, small.optimizer(policy, lr=1e-2)), 0.0, []
+    rows = [small.in_double(collate(part)) for part in (RECORDS[:2], RECORDS[2:])]
+
+    def step(rows):
+        metrics = train_step(
+            updates,
+            build(config, divergence),
+            rows,
+            accelerator=small.accelerator(),
+            max_grad_norm=1e9,
+            beside=[MadeReference(), divergence],
+        )
+        seen.append(metrics.get("bco_shift"))
+        return metrics
+
+    for _ in range(3):
+        assert divergence.shift == pytest.approx(expected, rel=1e-12)
+        metrics = step(rows)
+        expected = 0.75 * expected + 0.25 * (metrics["reward_chosen"] + metrics["reward_rejected"]) / 2
+    assert seen[0] == 0 and abs(seen[1]) > 0.1 and seen[1] != seen[2]
+    before = divergence.shift
+    nothing = step([filler(0)])
+    broken = dataclasses.replace(rows[0], weight_T=rows[0].weight_T * math.nan)
+    assert nothing["skipped"] and step([broken])["skipped"]
+    assert divergence.shift == before == pytest.approx(expected, rel=1e-12)
+    other = Divergence(config)
+    other.load_state_dict(divergence.state_dict())
+    assert other.of_pairs == (0.0, 0.0, before)
+
+
+def test_rewards_are_measured_against_it():
+    pairs = gather_pairs(*row(pair(*PAIR)))
+    loss = pair_metrics(pairs, settings("bco_pair", bco_momentum=0.9), shift=0.3)["loss"].item()
+    # rewards 0.1 and -0.05
+    assert loss == pytest.approx(math.log1p(math.exp(0.3 - 0.1)) + math.log1p(math.exp(-0.05 - 0.3)), rel=1e-12)
+    assert Divergence(settings("bco_pair")).sums() is None
