@@ -256,8 +256,8 @@ def open_set(
     if spec.task is not None:
         if learns is not Learns.CONVERSATIONS:
             raise DataError(
-                f"the task {spec.task} of {name} has one right answer to each question, and {learns.value} are learned "
-                "from here. Give a file of them (data=files data.path=...)."
+                f"the task {spec.task} of {name} has one right answer to each question and no wrong ones, which "
+                "preferences are learned from. `ernie pairs` makes a file of them (data=files data.path=...)."
             )
         return open_task(name, spec.task, seed, spec.limit)
     with _keys_of(spec):

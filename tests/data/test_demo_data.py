@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from data import formats
-from data.conversation import Conversation, Message, Pair, Part, Source
+from data.batch import Role
+from data.conversation import Conversation, Learns, Message, Pair, Part, Source
 from data.dataset import SetSpec, open_set
 from data.encoder import Encoder
 from data.fit import Rules
 from data.formats import messages
 from data.loader import PackedStream, eval_batches
 from data.order import Key
+from data.quarantine import Quarantine
 from data.records import Record, write_jsonl
 
 FOLDER = Path(os.environ.get("ERNIE_DEMO_DATA", ""))
@@ -88,6 +90,28 @@ def test_every_file_is_recognised_read_and_written(name):
         assert formats.recognise(written).read(written) == items[-1]
 
     assert (len(items), sum(isinstance(item, Pair) for item in items)) == KINDS[name][1:]
+
+
+@pytest.mark.parametrize(
+    "name, learns, usable",
+    [
+        ("dpo_en_demo.json", Learns.PAIRS, 298),  # two are longer than 8,192 tokens
+        ("v1_dpo_demo.jsonl", Learns.PAIRS, 10),
+        ("kto_en_demo.json", Learns.LABELLED, 297),
+    ],
+)
+def test_preferences_become_rows(name, learns, usable, real_processor):
+    dataset = open_set(name, SetSpec(path=str(FOLDER / name)), learns=learns).train
+    rules = Rules(max_tokens=8192, learns=learns, mismatched=learns is Learns.LABELLED)
+    encoder = Encoder(dataset, real_processor, rules, quarantine=Quarantine(max_bad=0.05, num_records=len(dataset)))
+
+    rows = [row for row in eval_batches(encoder) if row]
+
+    assert len({id for row in rows for id in row.ids}) == usable
+    for row in rows:
+        written = row.weight_T.split(row.lengths)
+        for role, weight_T in zip(row.roles, written, strict=True):
+            assert weight_T.any() == (role is not Role.PROMPT)
 
 
 def test_a_video_clip(real_processor, tmp_path):

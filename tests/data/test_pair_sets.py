@@ -24,6 +24,9 @@ from data.order import Key
 from data.prepare import check_record, measure, other_answer
 from data.quarantine import Quarantine
 from data.records import write_jsonl
+from ernie_model import processor as processor_module
+from ernie_model.images import pictures
+from tests.ernie_model.test_video import smooth_clip
 
 PAIRS = Rules(max_tokens=64, learns=Learns.PAIRS)
 LABELS = Rules(max_tokens=64, learns=Learns.LABELLED)
@@ -91,7 +94,7 @@ def test_each_kind_is_for_its_own_training(tmp_path):
 
 @pytest.mark.parametrize("learns", [Learns.PAIRS, Learns.LABELLED])
 def test_a_task_has_one_right_answer_to_each_question(learns):
-    with pytest.raises(DataError, match="the task digits of it has one right answer to each question"):
+    with pytest.raises(DataError, match="the task digits of it has one right answer .*`ernie pairs` makes a file"):
         open_set("it", SetSpec(task="digits"), learns=learns)
 
 
@@ -137,6 +140,32 @@ def test_pictures_are_shrunk_until_the_pair_fits(real_processor):
     assert whole / 2 < example.num_tokens == fitted.example.num_tokens <= whole - 100
     assert example.grids == fitted.example.grids and len(set(example.grids)) == 1 and len(example.grids) == 2
     assert len(example.patch_PX) == example.num_patches
+
+
+def test_the_frames_of_a_video_are_decoded_once(tmp_path, monkeypatch, real_processor):
+    smooth_clip(tmp_path / "a.mp4", range(0, 200, 10), key_every=20)
+    user = Message(role="user", parts=(Part.of_video("a.mp4"), Part.of_text("?")))
+    prompt = Conversation(id="a", messages=(user,))
+    film = Pair(prompt=prompt, chosen=(say("assistant", "grey"),), rejected=(say("assistant", "red"),))
+    rules = dataclasses.replace(PAIRS, max_tokens=16384, corruption=Corruption(keep_min=0.2))
+    decoded = []
+    original = processor_module.video_patches
+    monkeypatch.setattr(processor_module, "video_patches", lambda *all: decoded.append(all) or original(*all))
+
+    fitted = fit(film, real_processor, MediaFolder(tmp_path), rules)
+    assert len(decoded) == 1 and not fitted.is_whole  # its corrupted frames are still to be made
+    example = encoded(film, real_processor, MediaFolder(tmp_path), rules, None, pixels=True)
+
+    assert len(decoded) == 2 and example.num_tokens == fitted.example.num_tokens
+    (grid, other), size = example.grids, math.prod(example.grids[0])
+    assert grid == other and len(example.patch_PX) == 2 * size
+    frames, cropped = (
+        pictures(patch_PX.numpy(), grid, real_processor.video) for patch_PX in example.patch_PX.split(size)
+    )
+    # A frame is of one grey but for the time in its corner, so a crop of it has the same grey somewhere below.
+    below = [[frame.getpixel((frame.width - 1, frame.height - 1))[0] for frame in of] for of in (frames, cropped)]
+    assert below[0] == below[1] and len(set(below[0])) > 8
+    assert not torch.equal(*example.patch_PX.split(size))
 
 
 # -- labelled answers -------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from PIL import Image
 
 from data.batch import Role
 from data.conversation import Conversation, Judged, Message, Pair, Part, ToolCall
-from data.corrupt import Corrupt, Corruption
+from data.corrupt import Corrupt, Corruption, corrupted, crop_box
 from data.encode import encode, encode_labelled, encode_pair
 from data.errors import DataError, TooLongError
 from data.media import MediaFolder
 from data.pack import collate
+from ernie_model.images import image_patches
 from tests.tiny import tiny_processor
 
 PROCESSOR = tiny_processor()
@@ -277,6 +278,24 @@ def test_a_crop_is_a_small_part_enlarged_and_the_same_every_time():
              for i in range(20)]  # fmt: skip
     assert len({crop.numpy().tobytes() for crop in crops}) > 1
     assert any(crop.std(0).max() < 1e-3 for crop in crops)
+
+
+def test_frames_are_cropped_alike_and_pictures_each_for_itself():
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    patch_PX, (_, rows, columns) = image_patches(Image.fromarray(pixels), PROCESSOR.image)
+    four_PX = torch.from_numpy(patch_PX).repeat(4, 1)
+
+    film = corrupted(four_PX, [(4, rows, columns)], PROCESSOR, Corruption(), "a").view(4, rows * columns, -1)
+    assert all(torch.equal(film[0], frame) for frame in film) and not torch.equal(film[0], four_PX[: rows * columns])
+    photos = corrupted(four_PX, [(1, rows, columns)] * 4, PROCESSOR, Corruption(), "a").view(4, rows * columns, -1)
+    assert len({photo.numpy().tobytes() for photo in photos}) == 4
+
+
+@given(st.integers(28, 300), st.integers(28, 300), st.floats(0, 1), st.integers(0, 9))
+def test_a_crop_lies_inside_and_keeps_no_more_than_is_said(width, height, keep, seed):
+    left, top, right, bottom = crop_box(width, height, keep, np.random.default_rng(seed))
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+    assert (right - left) * (bottom - top) <= max(keep * width * height, max(width, height))  # a pixel wide at least
 
 
 @pytest.mark.parametrize("kind", [Corrupt.NOISE, Corrupt.BLANK])

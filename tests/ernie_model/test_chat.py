@@ -151,6 +151,18 @@ def test_earlier_turns_are_history_unless_every_turn_is_asked_for():
     assert "hm" in to_text(render(messages, thinking=False))  # history stays as it was
 
 
+def test_what_is_written_from_a_message_on_stands_behind_its_prompts_and_what_is_before_is_history():
+    messages = [user("a"), assistant("1"), user("b"), assistant("2"), user("c"), assistant("3")]
+    pieces = render(messages, written_from=3)
+    assert to_text(pieces) == (
+        "<|begin_of_sentence|>User: a\nAssistant: 1<|end_of_sentence|>User: b\nAssistant: <think>\n\n</think>\n\n2"
+        "<|end_of_sentence|>User: c\nAssistant: <think>\n\n</think>\n\n3<|end_of_sentence|>"
+    )
+    assert [piece.message for piece in pieces if piece.starts_generation] == [3, 5]
+    assert render(messages, written_from=5) == render(messages)
+    assert render(messages, written_from=0) == render(messages, every_turn=True)
+
+
 def test_the_last_answer_is_history_when_another_turn_follows_it():
     pieces = render([user("a"), assistant("1")], add_generation_prompt=True)
     assert to_text(pieces).endswith("\nAssistant: 1<|end_of_sentence|>\nAssistant: <think>\n\n</think>\n\n")

@@ -545,6 +545,23 @@ def test_without_reasoning_a_continuation_shows_turns_as_training_does(processor
     assert whole[: len(begun) + len(more)] == begun + more
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_an_answer_of_several_turns_is_the_ids_that_were_sampled_one_after_another(processor, thinking):
+    """What an agent's engine has in its row: the prompt, a turn, a result behind it, the next turn."""
+    history = [message("user", "Hi"), message("assistant", "Hello."), message("user", "And?")]
+    turns, result = [message("assistant", "I look."), message("assistant", "A cat.")], [message("tool", "cat")]
+    whole = processor.encode([*history, turns[0], *result, turns[1]], written_from=3, thinking=thinking).token_T
+
+    ids = processor.encode(history, add_generation_prompt=True, thinking=thinking).token_T.tolist()
+    for number, turn in enumerate(turns):
+        if number:
+            more = processor.encode_continuation(result, images_before=0, videos_before=0, thinking=thinking)
+            ids += more.token_T.tolist()
+        alone = processor.encode([message("user", "x"), turn], thinking=thinking)
+        ids += [id for span in alone.spans if span.generated for id in alone.token_T[span.start : span.stop].tolist()]
+    assert whole.tolist() == ids
+
+
 @pytest.mark.parametrize("messages", [[], [message("assistant", "I go on.")]])
 def test_a_continuation_of_nothing_or_of_the_assistant_itself_is_refused(processor, messages):
     with pytest.raises(ChatError, match="no message|assistant"):
