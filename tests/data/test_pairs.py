@@ -295,7 +295,9 @@ def test_frames_are_cropped_alike_and_pictures_each_for_itself():
 def test_a_crop_lies_inside_and_keeps_no_more_than_is_said(width, height, keep, seed):
     left, top, right, bottom = crop_box(width, height, keep, np.random.default_rng(seed))
     assert 0 <= left < right <= width and 0 <= top < bottom <= height
-    assert (right - left) * (bottom - top) <= max(keep * width * height, max(width, height))  # a pixel wide at least
+    side = keep**0.5  # of the picture's, less what is rounded off; one pixel at least
+    for length, kept in ((width, right - left), (height, bottom - top)):
+        assert max(1, side * length - 1) <= kept + 1e-9 and kept <= max(1, side * length)
 
 
 @pytest.mark.parametrize("kind", [Corrupt.NOISE, Corrupt.BLANK])

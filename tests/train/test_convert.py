@@ -108,6 +108,14 @@ def test_wanted_answers(tmp_path, capsys):
     assert all(item.label is None for item in items(tmp_path / "wanted.jsonl"))
 
 
+def test_scores_of_a_pair_come_along(tmp_path):
+    path = write_jsonl(tmp_path / "in.jsonl", [{"id": "a", **PAIR, "chosen_score": 9, "rejected_score": 1.5}])
+    for source, output, to in (("in", "a", "messages"), ("a", "b", "erniekit"), ("b", "c", "messages")):
+        assert convert(settings(tmp_path / f"{source}.jsonl", tmp_path / f"{output}.jsonl", to=to)) == 0
+    assert written(tmp_path / "b.jsonl")[0]["sort"] == [9.0, 1.5]
+    assert items(tmp_path / "c.jsonl")[0].scores == items(path)[0].scores == (9.0, 1.5)
+
+
 def test_nothing_is_overwritten(source, tmp_path):
     (tmp_path / "a.jsonl").write_text("mine")
     with pytest.raises(UserError, match="a.jsonl exists, and nothing is overwritten"):

@@ -9,6 +9,7 @@ from data.batch import Role
 from data.conversation import Conversation, Judged, Message, Pair, Part
 from data.corrupt import Corruption
 from data.encode import encode, encode_labelled, encode_pair
+from data.media import media_name
 from data.pack import collate
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import load_tiny_tokenizer, tiny_tokenizer_ids
@@ -139,6 +140,8 @@ def test_a_pair_is_one_sample_of_a_prompt_and_two_answers(witness, pair):
             assert bool(sample.weights[span.start]) == (span.generated and section.role is not Role.PROMPT)
     assert chosen.roles == ("user", "assistant", "tool", "assistant") and rejected.roles == ("user", "assistant")
     assert [medium.grid for medium in sample.media] == [(1, 4, 4), (1, 4, 8)]
+    files = [part.media for part in pair.parts if part.media]
+    assert [medium.name for medium in sample.media] == [media_name(file) for file in files] and len(set(files)) == 2
     for medium, size in zip(sample.media, ((56, 56), (112, 56)), strict=True):
         assert medium.frames[0].tobytes() == picture(*size).tobytes()
         assert sample.texts[medium.start - 1] == "<|IMAGE_START|>"
