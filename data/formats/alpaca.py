@@ -5,7 +5,7 @@
     {"question": "Is a whale a fish?", "chosen": "No.", "rejected": "Yes."}    a pair; or `instruction`, with an `input`
 
 The question is the instruction and, on a new line, the input. LLaMA-Factory's names of the same columns (prompt, query,
-response) are understood, and its `images` with markers (markers.py), and a `label`.
+response) are understood, and its `images` with markers, a single `image` without one (markers.py), and a `label`.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,8 @@ def read(record: Record) -> Conversation | Pair:
     question = [typed(value[asked], str, asked)]
     if added is not None and value[added] != "":
         question.append(typed(value[added], str, added))
-    messages.append(text_message("user", "\n".join(question), asked, media))
+    text = "\n".join(question)
+    messages.append(text_message("user", text if messages else media.marked(text), asked, media))
     compares = present(value, "chosen", "rejected")
     answers = ("chosen", "rejected") if compares else (_only(value, OUTPUTS),)
     said = [text_message("assistant", typed(value[key], str, key), key, media) for key in answers]

@@ -6,7 +6,8 @@
 The n-th `<image>` stands for the n-th of `images`, `<video>` likewise; there must be as many of one as of the other.
 Only a record that has the column has markers: elsewhere `<image>` is text that somebody typed, and so it is in what an
 assistant says, and in a content that is a list of parts, which places its media itself. There, a part
-`{"type": "image"}` without a picture takes the next one of the column.
+`{"type": "image"}` without a picture takes the next one of the column. One medium in a column `image` or
+`video`, beside a question that is the whole prompt, needs no marker: it stands before the question.
 """
 
 import re
@@ -51,6 +52,14 @@ class MediaColumns:
                 joined = parts.pop().text if parts and parts[-1].kind is PartKind.TEXT else ""
                 parts.append(Part.of_text(joined + piece))
         return tuple(parts)
+
+    def marked(self, question: str) -> str:
+        """A question that is the whole prompt, behind a marker if there is one medium in a column `image` or `video`."""
+        for kind, name in self._names.items():
+            marker = f"<{kind.value}>"
+            if name == kind.value and len(self._media[kind]) == 1 and marker not in question:
+                question = marker + question
+        return question
 
     def has(self, kind: PartKind) -> bool:
         """Has the record a column of this kind, if only an empty one?"""

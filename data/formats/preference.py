@@ -55,7 +55,8 @@ def read(record: Record) -> Conversation | Pair:
         raise DataError(f"{keys[0]} and {keys[1]} are answers alone; the record has no prompt to them.")
     else:
         media = MediaColumns(value)
-        prompt = read_text_or_messages(value[asked], asked, "user", media)
+        question = media.marked(value[asked]) if isinstance(value[asked], str) else value[asked]
+        prompt = read_text_or_messages(question, asked, "user", media)
         chosen, rejected = (read_text_or_messages(value[key], key, "assistant", media) for key in keys)
         media.close()
     used = (*keys, "system", *MEDIA_COLUMNS, *([] if asked is None else [asked]))

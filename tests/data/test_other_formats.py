@@ -132,6 +132,18 @@ def test_pictures_of_the_question_and_of_an_answer():
     assert [message.role for message in pair.rejected] == ["assistant", "tool", "assistant"]
 
 
+@pytest.mark.parametrize("asked", ["question", "instruction", "prompt"])
+def test_one_picture_beside_a_question_stands_before_it(asked):
+    record = {asked: "q", "chosen": "y", "rejected": "n", "image": {"bytes": b"png", "path": "a.png"}}
+    pair = read(**record)
+    assert pair.prompt.messages[0].parts == (Part.of_image(b"png"), Part.of_text("q"))
+    assert read(**record | {asked: "q<image>"}).prompt.messages[0].parts[1] == Part.of_image(b"png")
+    assert [part.media for part in read(**record | {"image": None}).parts] == [None] * 3
+    for several in ({"image": ["a.png", "b.png"]}, {"image": None, "images": ["a.png"]}):  # where do they belong?
+        with pytest.raises(DataError, match="the text has 0 <image> markers"):
+            read(**record | several)
+
+
 def test_unwanted_answers_keep_their_label():
     assert read(prompt="q", completion="y", label=False).label is False
     assert read(conversations=[HUMAN, GPT], label=0).label is False
