@@ -54,7 +54,7 @@ class MediaColumns:
         return tuple(parts)
 
     def marked(self, question: str) -> str:
-        """A question that is the whole prompt, behind a marker if there is one medium in a column `image` or `video`."""
+        """A question that is the whole prompt, behind a marker if a column `image` or `video` has one medium."""
         for kind, name in self._names.items():
             marker = f"<{kind.value}>"
             if name == kind.value and len(self._media[kind]) == 1 and marker not in question:
