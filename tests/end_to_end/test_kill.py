@@ -60,20 +60,29 @@ def settings(folder: Path, steps: int) -> list[str]:
     return [*SETTINGS, *peft, *often, mixture, f"run.folder={folder}", f"run.name={folder.parent.name}-{folder.name}"]
 
 
+def program(folder: Path, steps: int) -> list[str]:
+    return ["-m", "train.sft", *settings(folder, steps)]
+
+
 def finish(monkeypatch, folder: Path, steps: int) -> None:
     monkeypatch.setattr(sys, "argv", ["ernie sft", *settings(folder, steps)])
     sft.main()
 
 
 class Started:
-    """`ernie sft` as a process of its own."""
+    """A training program as a process of its own.
 
-    def __init__(self, folder: Path, steps: int):
+    Args:
+        program: what follows `python`.
+        folder: of the run.
+    """
+
+    def __init__(self, program: Sequence[str], folder: Path):
         self.folder = folder
         self.log = (folder.parent / "log.txt").open("a")
         self.said_before = self.log.tell()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "train.sft", *settings(folder, steps)],
+            [sys.executable, *program],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -82,19 +91,19 @@ class Started:
     def wait_for_step(self, step: int) -> None:
         """Returns soon after update `step`, or when the process has ended."""
         # First let it begin: what an earlier start wrote about this step is still there until then.
-        self._wait(lambda: any(word in self._said() for word in ("step 0: held out", "resuming from")))
+        self.wait(lambda: any(word in self._said() for word in ("step 0: held out", "resuming from")))
         seen = self.folder / "data" / "rank-0.jsonl"
-        self._wait(lambda: seen.exists() and f'"step": {step},' in seen.read_text())
+        self.wait(lambda: seen.exists() and f'"step": {step},' in seen.read_text())
 
     def wait_for_save(self) -> None:
-        self._wait(lambda: any((self.folder / "checkpoints").glob(".step-*.partial")))
+        self.wait(lambda: any((self.folder / "checkpoints").glob(".step-*.partial")))
 
     def _said(self) -> str:
         with Path(self.log.name).open() as file:
             file.seek(self.said_before)
             return file.read()
 
-    def _wait(self, happened) -> None:
+    def wait(self, happened) -> None:
         deadline = time.monotonic() + 200
         while self.process.poll() is None and not happened():
             assert time.monotonic() < deadline
@@ -107,7 +116,9 @@ class Started:
         return code
 
 
-def kill_again_and_again(folder: Path, steps: int, kinds: Sequence[str], rng: random.Random) -> list[str]:
+def kill_again_and_again(
+    program: Sequence[str], folder: Path, steps: int, kinds: Sequence[str], rng: random.Random
+) -> list[str]:
     """Kill a run at random moments until `kinds` is used up; returns what was done. It is never let finish."""
     done = []
     for number, kind in enumerate(kinds, start=1):
@@ -115,7 +126,7 @@ def kill_again_and_again(folder: Path, steps: int, kinds: Sequence[str], rng: ra
         step = int(saved[-1].name[5:]) if saved else 0
         # Room for the kills that follow: none may find the run at its end.
         furthest = max(step + 1, steps - 5 * (len(kinds) - number) - 6)
-        started = Started(folder, steps)
+        started = Started(program, folder)
         target = min(step + rng.randint(1, 6), furthest)
         started.wait_for_step(target)
         if kind == "in a save":
@@ -159,6 +170,7 @@ def tensorboard_losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def check_equal(broken: Path, whole: Path, steps: int) -> None:
+    """All that two runs have written: the numbers, records and weights, to the last bit."""
     assert [line["step"] for line in numbers(whole) if "loss" in line] == list(range(1, steps + 1))
     assert numbers(broken) == numbers(whole)  # losses, gradient norms, learning rates, evaluations, the answers' line
     assert lines(broken / "data" / "rank-0.jsonl") == lines(whole / "data" / "rank-0.jsonl")
@@ -167,11 +179,21 @@ def check_equal(broken: Path, whole: Path, steps: int) -> None:
         if (whole / file).exists():
             assert (broken / file).read_text() == (whole / file).read_text()
     # every tensor that was written: the last two checkpoints with optimizer and generators, what is exported, the best
-    written = [sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors")) for folder in (broken, whole)]
+    written = [sorted(path.relative_to(folder) for path in tensors(folder)) for folder in (broken, whole)]
     assert written[0] == written[1] and len(written[0]) >= 2 * 2 + 2
     for path in written[0]:
         assert (broken / path).read_bytes() == (whole / path).read_bytes(), path
-    # one run in each tracker, every step once
+    # nothing half written was left
+    assert not list(broken.rglob(".*.partial")) and not list(broken.rglob("*.damaged"))
+
+
+def tensors(folder: Path) -> list[Path]:
+    """Less the log-probabilities of a reference: how many lie in a file depends on when it was broken off."""
+    return [path for path in folder.rglob("*.safetensors") if "reference" not in path.relative_to(folder).parts]
+
+
+def check_trackers(broken: Path, whole: Path, steps: int) -> None:
+    """One run in each, every step once."""
     from trackio.sqlite_storage import SQLiteStorage
 
     names = [f"{folder.parent.name}-{folder.name}" for folder in (broken, whole)]
@@ -180,8 +202,6 @@ def check_equal(broken: Path, whole: Path, steps: int) -> None:
     assert trackio_losses(names[0]) == trackio_losses(names[1])
     assert tensorboard_losses(broken) == tensorboard_losses(whole)
     assert len(tensorboard_losses(whole)) == steps
-    # nothing half written was left
-    assert not list(broken.rglob(".*.partial")) and not list(broken.rglob("*.damaged"))
 
 
 @pytest.mark.timeout(900)  # five starts of Python and PyTorch
@@ -190,12 +210,14 @@ def test_three_kills(tmp_path, monkeypatch):
     whole, broken, steps = tmp_path / "lora-whole", tmp_path / "lora-broken", 24
     finish(monkeypatch, whole, steps)
     kinds = ["SIGKILL", "in a save", "SIGTERM"]
-    done = kill_again_and_again(broken, steps, kinds, random.Random(5))
+    done = kill_again_and_again(program(broken, steps), broken, steps, kinds, random.Random(5))
     finish(monkeypatch, broken, steps)
     check_equal(broken, whole, steps)
+    check_trackers(broken, whole, steps)
     assert len(lines_of_starts(broken)) == len(done) + 1
     finish(monkeypatch, broken, steps)  # finished already: says the same again, and nothing twice
     check_equal(broken, whole, steps)
+    check_trackers(broken, whole, steps)
 
 
 @pytest.mark.slow
@@ -207,9 +229,10 @@ def test_twenty_kills(tmp_path, monkeypatch, peft):
     finish(monkeypatch, whole, steps)
     rng = random.Random(20)
     kinds = [rng.choice(["SIGKILL", "SIGKILL", "in a save", "SIGTERM"]) for _ in range(20)]
-    done = kill_again_and_again(broken, steps, kinds, rng)
+    done = kill_again_and_again(program(broken, steps), broken, steps, kinds, rng)
     finish(monkeypatch, broken, steps)
     check_equal(broken, whole, steps)
+    check_trackers(broken, whole, steps)
     assert len(lines_of_starts(broken)) == len(done) + 1
     print(*done, sep="\n")
 
