@@ -42,7 +42,7 @@ from train.dpo_config import ReferenceConfig, ReferenceKind, ReferenceUpdate, re
 from train.loop import Beside, any_rank
 from train.parallel.fragments import working
 from train.parallel.layout import Layout
-from train.parallel.partition import partitioner
+from train.parallel.partition import partitioner, shape_of
 from train.parallel.rows import same_batches
 from train.policy import Policy, on_device
 from train.reference_cache import VERSION, Record, Store, alone, data_key, key_of, records_of
@@ -569,5 +569,5 @@ def check_same_tokens(copy: ErnieModel, model: ErnieModel, config: ReferenceConf
 
 
 def _differing(copy: ErnieModel, model: ErnieModel) -> str | None:
-    (a, b) = ({name: tensor.shape for name, tensor in one.state_dict().items()} for one in (copy, model))
+    (a, b) = ({name: shape_of(tensor) for name, tensor in one.state_dict().items()} for one in (copy, model))
     return next((name for name in sorted(a | b) if a.get(name) != b.get(name)), None)

@@ -20,6 +20,7 @@ from ernie_model.layers import Linear
 from ernie_model.moe import Experts
 from ernie_model.parts import Part, part_of
 from train.config import ParallelConfig
+from train.parallel.partition import shape_of
 from train.trained import MOMENT_BYTES
 
 MASTER_BYTES = 4
@@ -52,7 +53,7 @@ def weights_of(module: nn.Module, prefix: str) -> tuple[Weights, ...]:
         for key, p in part.named_parameters(prefix=name, recurse=False):
             kind = (p.element_size(), p.requires_grad, part_of(key) in EXPERTS, product)
             shard = getattr(p, "shard", None)  # a model that is cut already has its own share alone
-            counts.setdefault(kind, []).append(p.numel() * (shard.of if shard is not None else 1))
+            counts.setdefault(kind, []).append(shape_of(p).numel() * (shard.of if shard is not None else 1))
     return tuple(Weights(sum(some), *kind, largest=max(some)) for kind, some in counts.items())
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from ernie_model.parts import Part, part_of
 from train.config import OptimConfig, UserError
+from train.parallel.partition import shape_of
 
 MOMENT_BYTES = 8
 """AdamW's two float32 moments of one parameter."""
@@ -69,7 +70,7 @@ def freeze(model: nn.Module, config: OptimConfig, *, random: bool = False) -> li
         )
     elif random and stopped:
         parts = ", ".join(dict.fromkeys(part_of(name).value for name in stopped))
-        count = sum(named[name].numel() for name in stopped)
+        count = sum(shape_of(named[name]).numel() for name in stopped)
         notes.append(
             f"model.checkpoint is null, so weights start random, and optim.freeze={config.freeze} keeps {count:,} of "
             f"them random ({parts}). Set model.checkpoint, or optim.freeze=[] (optim=adamw)."
@@ -149,10 +150,10 @@ def trained_parts(model: nn.Module, config: OptimConfig) -> list[PartRow]:
         rows.append(
             PartRow(
                 part=part,
-                parameters=sum(p.numel() for _, p in named),
-                trained=sum(p.numel() for _, p in learning),
+                parameters=sum(shape_of(p).numel() for _, p in named),
+                trained=sum(shape_of(p).numel() for _, p in learning),
                 lr=(min(rates), max(rates)) if rates else None,
-                decayed=sum(p.numel() for name, p in learning if decays(name, p)),
+                decayed=sum(shape_of(p).numel() for name, p in learning if decays(name, p)),
             )
         )
     return [row for row in rows if row.parameters]
@@ -165,4 +166,4 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     little gradient to push back with. An embedding that is tied to the head counts as an embedding; an untied head is a
     matrix and decays. Routers are matrices too.
     """
-    return parameter.ndim >= 2 and "embed_tokens" not in name
+    return len(shape_of(parameter)) >= 2 and "embed_tokens" not in name

@@ -231,3 +231,17 @@ def test_random_weights_that_stay_random_are_told():
     assert freeze(deep_tower(), OptimConfig(freeze=[]), random=True) == []  # nothing stays
     (note,) = freeze(text_only(), OptimConfig(freeze=["vision"]), random=True)
     assert "does not have" in note  # and nothing random is frozen
+
+
+def test_what_zero_3_has_cut_up_counts_and_decays_as_what_it_was():
+    """It leaves an empty tensor of one dimension in its place, and the shape beside it."""
+    model = small.policy().model
+    rows, groups = trained_parts(model, OptimConfig()), parameter_groups(model, OptimConfig())
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+        parameter.data = torch.empty(0)
+    assert trained_parts(model, OptimConfig()) == rows
+    cut = parameter_groups(model, OptimConfig())
+    assert [(one["names"], one["weight_decay"]) for one in cut] == [
+        (one["names"], one["weight_decay"]) for one in groups
+    ]

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 Partition = Callable[[nn.Module], None]
 
@@ -53,6 +54,14 @@ def whole(module: nn.Module) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters(parts):
         yield
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Of the whole tensor, where ZeRO-3 has cut it up too: what is left in its place has no elements and one dimension.
+
+    Of experts that are shared out, this rank's are the whole.
+    """
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def is_part(parameter: nn.Parameter) -> bool:
