@@ -73,6 +73,26 @@ def test_a_file_of_pairs_is_read_and_packed(tmp_path, processor):
     assert set(seen) | asked == {str(i) for i in range(1, 9)}
 
 
+def test_pairs_stay_together_on_ranks_and_after_a_kill(processor):
+    def stream(rank=0, world=1, accumulation=2):
+        encoder = Encoder(pairs(*range(8, 30)), processor, PAIRS)
+        return PackedStream(encoder, seed=0, rank=rank, world=world, accumulation=accumulation, lookahead=4)
+
+    def text(rows):
+        return [(row.ids, row.roles, row.stems, row.token_T.tolist()) for row in rows]
+
+    alone, ranks = stream(), [stream(rank, 2, 1) for rank in range(2)]
+    for _ in range(3):
+        rows = text(alone.next_step())
+        assert {str(row) for row in text(ranks[0].next_step() + ranks[1].next_step())} == set(map(str, rows))
+        for ids, roles, _, _ in rows:
+            whole = (Role.PROMPT, Role.CHOSEN, Role.REJECTED)
+            assert roles == whole * (len(ids) // 3) and ids[::3] == ids[1::3] == ids[2::3]
+    again = stream()
+    again.load_state_dict(json.loads(json.dumps(alone.state_dict())))
+    assert text(again.next_step()) == text(alone.next_step())
+
+
 def test_each_kind_is_for_its_own_training(tmp_path):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     records = {
