@@ -9,8 +9,8 @@ A reference is exact: no dropout, no noise on embeddings. It runs through the ke
 weights that round to the same numbers, so before the first update a copy (or the model without its new adapter) agrees
 with the policy to the last bit, in bfloat16 too, and every log-ratio is 0.
 
-What `streams` returns has `ref_logprob_T`. It runs in whatever grad mode its caller is in, because kernels differ
-between the two; nothing of a reference requires a gradient, so no graph is kept in either.
+What `streams` returns has `ref_logprob_T`. It runs in whatever grad mode its caller is in, because the model has a way
+of its own through either; nothing of a reference requires a gradient, so no graph is kept.
 """
 
 import dataclasses

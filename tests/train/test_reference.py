@@ -309,7 +309,7 @@ def test_an_update_that_is_left_out_does_not_count():
 
 @pytest.mark.parametrize("update", [dict(update="ema", every=3, mix=0.3), dict(update="sync", every=3)])
 def test_a_resumed_run_has_the_reference_of_one_that_never_stopped(update, tmp_path):
-    """Five updates, or two, a checkpoint, and three more in another process."""
+    """Seven updates, or four, a checkpoint, and three more: the reference moves before and after it, at 3 and at 6."""
 
     def begin() -> tuple[Run, Reference, Any]:
         run = Run(precision=Precision.bf16)
@@ -321,16 +321,16 @@ def test_a_resumed_run_has_the_reference_of_one_that_never_stopped(update, tmp_p
             train_step(updates, PAIRS, ROWS, accelerator=small.accelerator(), max_grad_norm=1.0, beside=[reference])
 
     straight = begin()
-    go_on(*straight, 5)
+    go_on(*straight, 7)
     first = begin()
-    go_on(*first, 2)
+    go_on(*first, 4)
     saved = first[1].state()
     checkpoint.save(
-        tmp_path, 2, weights=first[1].resumable(first[0].weights), optimizer=first[2], state={}, keep=1
+        tmp_path, 4, weights=first[1].resumable(first[0].weights), optimizer=first[2], state={}, keep=1
     )  # fmt: skip
     second = begin()
     weights = second[1].resumable(second[0].weights)
-    checkpoint.load(checkpoint.folder_of(tmp_path, 2), weights=weights, optimizer=second[2])
+    checkpoint.load(checkpoint.folder_of(tmp_path, 4), weights=weights, optimizer=second[2])
     second[1].load(saved)
     go_on(*second, 3)
     for name, value in straight[1].resumable(straight[0].weights).tensors().items():
