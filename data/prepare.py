@@ -43,6 +43,8 @@ class Checked(NamedTuple):
     """Of a pair and of a labelled answer: what each is, and its tokens that are learned."""
     score_gap: float | None = None
     """Score of the chosen answer less that of the rejected one, where both have one."""
+    is_cut: bool = False
+    """One answer of the pair is the beginning of the other."""
 
 
 def measure(mixture: Mixture, key: Key, processor: Processor, rules: Rules) -> Fitted:
@@ -87,6 +89,7 @@ def check_record(mixture: Mixture, key: Key, processor: Processor, rules: Rules,
         videos=parts.count(PartKind.VIDEO),
         answers=_answers(example),
         score_gap=_score_gap(fitted.item),
+        is_cut=isinstance(fitted.item, Pair) and _is_cut(fitted.item),
     )
 
 
@@ -96,6 +99,15 @@ def _answers(example: Example) -> tuple[tuple[Role, int], ...]:
         return ()
     learned = [int((weight_T != 0).sum()) for weight_T in example.weight_T.split(example.lengths)]
     return tuple((role, count) for role, count in zip(example.roles, learned, strict=True) if role in kinds)
+
+
+def _is_cut(pair: Pair) -> bool:
+    # Texts, not tokens: a word that was cut is another token.
+    chosen, rejected = (
+        "\0".join(part for m in answer for part in (m.reasoning or "", m.text, *map(repr, m.tool_calls)))
+        for answer in (pair.chosen, pair.rejected)
+    )
+    return chosen.startswith(rejected) or rejected.startswith(chosen)
 
 
 def _score_gap(item: Item) -> float | None:

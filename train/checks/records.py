@@ -56,6 +56,8 @@ class Statistics:
     """tokens, trained tokens, patches, images and videos"""
     answers: dict[Role, list[int]] = field(default_factory=dict)
     """Learned tokens of each answer of pairs, and of labelled ones."""
+    cut: int = 0
+    """Pairs of which one answer is the beginning of the other."""
     score_gaps: list[float] = field(default_factory=list)
     """Of the pairs whose answers have scores: the chosen one's less the rejected one's."""
     refusals: list[Refusal] = field(default_factory=list)
@@ -71,6 +73,7 @@ class Statistics:
         self.sizes.append((one.tokens, one.trained, one.patches, one.images + one.videos))
         for role, learned in one.answers:
             self.answers.setdefault(role, []).append(learned)
+        self.cut += one.is_cut
         if one.score_gap is not None:
             self.score_gaps.append(one.score_gap)
 
@@ -190,13 +193,20 @@ def judge(found: Statistics, quarantine: Quarantine, config: DataConfig) -> list
 
 
 def judge_answers(found: Statistics) -> list[Finding]:
-    """Of labelled answers, whether there are both kinds; of pairs, whether their scores say what their order says."""
+    """Of labelled answers, whether there are both kinds; of pairs, whether they are whole and the right way round."""
     findings = []
     counts = {role: len(found.answers.get(role, ())) for role in (Role.WANTED, Role.UNWANTED)}
     if any(counts.values()):
         text = f"{counts[Role.WANTED]:,} answers are wanted and {counts[Role.UNWANTED]:,} are not"
         way_out = "without both kinds there is nothing to tell apart. Is the label read right (data.columns)?"
         findings.append(ok(text) if all(counts.values()) else warning(f"{text}: {way_out}"))
+    if found.cut:
+        findings.append(
+            warning(
+                f"in {found.cut:,} of {len(found.ids):,} pairs, one answer is the beginning of the other: it "
+                "teaches when to stop, and little else. Was it cut off?"
+            )
+        )
     backwards = sum(gap <= 0 for gap in found.score_gaps)
     if backwards:
         findings.append(

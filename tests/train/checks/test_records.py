@@ -61,6 +61,13 @@ def test_pairs_whose_scores_say_otherwise_are_counted(tmp_path):
     assert found.trained.tolist() == [sum(both) for both in zip(longer, shorter, strict=True)]
 
 
+def test_answers_that_were_cut_off_are_counted(tmp_path):
+    texts = [("yes, it is reddish.", "yes, it is redd"), ("a", "a and b"), ("yes", "no"), ("it is red", "it is blue")]
+    records = [{"prompt": "?", "chosen": chosen, "rejected": rejected} for chosen, rejected in texts]
+    (finding,) = judge_answers(looked_at(tmp_path, Learns.PAIRS, records))
+    assert finding.level is Level.WARNING and "in 2 of 4 pairs, one answer is the beginning" in finding.text
+
+
 def test_conversations_have_no_answers_to_judge(tmp_path):
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "yes"}]
     found = looked_at(tmp_path, Learns.CONVERSATIONS, [{"messages": messages}])
