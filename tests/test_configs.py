@@ -33,7 +33,8 @@ from train.inference_config import ServeConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for data that users bring
-PAIRS = ("objective=dpo", "optim=dpo", *(f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*dpo*.yaml")))
+PAIRS = ("optim=dpo", *(f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*dpo*.yaml")))
+PAIRS += tuple(f"objective={file.stem}" for file in CONFIGS.glob("objective/*.yaml") if file.stem != "sft")
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
