@@ -44,6 +44,7 @@ from train.objectives.kto import Divergence
 from train.objectives.sft import SFT
 from train.optim import build_optimizer
 from train.parallel.layout import Layout, build_accelerator, build_layout, leave
+from train.parallel.partition import partitioner
 from train.parallel.settings import deepspeed_config
 from train.parallel.updates import build_updates
 from train.policy import Policy
@@ -158,12 +159,16 @@ def streams(logprob_T: Tensor, batch: PackedBatch) -> LossSum:
 STREAMS = Objective("segment", lambda batch: torch.tensor(float(batch.num_segments)), streams)
 
 
-def build(case: Case, layout: Layout) -> tuple[Policy, Weights | None]:
-    """The same weights on every layout; the second are the adapters."""
+def build(case: Case, layout: Layout, settings: dict[str, Any]) -> tuple[Policy, Weights | None]:
+    """The same weights on every layout; the second are the adapters. `settings`: DeepSpeed's."""
     torch.manual_seed(0)
     model = ErnieModel(MODEL)
     if layout.expert > 1:
         shard_experts(model, Shard(layout.expert_rank, layout.expert))
+    if case.zero == 3:  # as a run cuts it up: before anything is decided about its weights
+        partition = partitioner(settings)
+        for module in model.modules():
+            partition(module)
     adapters = None
     if case.lora:
         targets = ["attention"] if case.lora == "attention" else None
@@ -185,11 +190,11 @@ def build(case: Case, layout: Layout) -> tuple[Policy, Weights | None]:
 
 
 def run(case: Case, accelerator: Any, layout: Layout, config: ParallelConfig) -> Run:
-    policy, adapters = build(case, layout)
-    optimizer = build_optimizer(policy.model, OPTIM)
     settings = deepspeed_config(config, max_grad_norm=case.clip, gpu=False)
     if case.zero == 3:  # by default ZeRO-3 keeps small weights whole, and here all are small
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 40
+    policy, adapters = build(case, layout, settings)
+    optimizer = build_optimizer(policy.model, OPTIM)
     updates = build_updates(policy, optimizer, accelerator, layout, settings)
     objective = STREAMS if case.loss == "streams" else SFT
     beside: list[Beside] = [RouterLosses(policy, ROUTERS, accelerator, layout)] if case.routers else []
