@@ -9,7 +9,7 @@
 
 Attempts with the same text are one answer. Of a question's right answers, and of its wrong ones, those come first that
 were written most often, then those that the model thought likelier: the mistake to reject is the one it would repeat.
-Attempts that did not end, or whose reward could not tell, are no answers.
+Attempts that did not end or are empty, or whose reward could not tell, are no answers.
 """
 
 import json
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data.conversation import Conversation, Message, Pair, Part
+from data.conversation import Conversation, Message, Pair, Part, is_empty, thinks
 from data.convert import MediaCopy, with_media
 from data.formats import messages
 from ernie_model.atomic import atomic_write
@@ -78,7 +78,7 @@ class Judged:
     wrong: tuple[Said, ...]
     """Both in the order of choice."""
     counts: Counter[str]
-    """Attempts: right, wrong, between, unfinished, unscored, failed."""
+    """Attempts by verdict."""
 
     @property
     def kind(self) -> str:
@@ -113,6 +113,8 @@ def _verdict(answer: Answer, right_at: float, wrong_at: float | None) -> str:
         return "failed"
     if answer.status != Status.ANSWERED.value:
         return "unfinished"
+    if is_empty((_message(answer.answer, answer.reasoning),)):
+        return "empty"
     if answer.score is None:
         return "unscored"
     if is_right(answer.score, right_at):
@@ -137,7 +139,8 @@ def own_answer(question: Question, right_at: float) -> Said | None:
 def records_of(judged: Judged, config: PairsConfig) -> Iterator[Conversation | Pair]:
     """The records of one question, media as the question has them; `extra` says how they came about.
 
-    Pairs set the first right answer against one wrong answer after the other, then the second right one.
+    Pairs set the first right answer against one wrong answer after the other, then the second right one. An answer that
+    begins with a thought is to another generation prompt than one without, so the two make no pair.
     """
     question, right, wrong = judged.question, judged.right, judged.wrong
     if not right and wrong and config.use_answer and (own := own_answer(question, config.right_at)):
@@ -161,7 +164,7 @@ def records_of(judged: Judged, config: PairsConfig) -> Iterator[Conversation | P
                     extra={**about, "score": one.score, "written": one.attempts},
                 )
         return
-    couples = [(chosen, rejected) for chosen in right for rejected in wrong]
+    couples = [(a, b) for a in right for b in wrong if thinks(a.messages) == thinks(b.messages)]
     for number, (chosen, rejected) in enumerate(couples[: config.per_question], 1):
         written = {"chosen_written": chosen.attempts, "rejected_written": rejected.attempts}
         id = f"{question.task}/{question.id}/{number}"
@@ -242,7 +245,7 @@ def make_pairs(
 
 
 KINDS = ("both", "all_right", "all_wrong", "neither")
-VERDICTS = ("right", "wrong", "between", "unfinished", "unscored", "failed")
+VERDICTS = ("right", "wrong", "between", "empty", "unfinished", "unscored", "failed")
 
 
 def _summary(judged: Sequence[Judged], records: Sequence[Sequence[Conversation | Pair]]) -> dict[str, Any]:
@@ -302,12 +305,18 @@ def refuse_nothing(summary: Mapping[str, Any], config: PairsConfig) -> None:
             "questions, or raise sampling.temperature or attempts."
         )
     if not attempts["right"]:
-        way_out = (
-            "use_answer=true takes each question's own answer as the right one"
-            if not config.use_answer
-            else "and no question has an answer of its own that its reward takes, as an assistant's last message"
-        )
+        way_out = "use_answer=true takes each question's own answer as the right one"
+        if config.use_answer:
+            way_out = (
+                "and no question has an answer of its own that its reward takes and that begins with a thought where "
+                "the attempts do"
+            )
         raise UserError(f"none {of_all} is right ({attempts['wrong']:,} are wrong); {way_out}.")
+    if total["both"]:
+        raise UserError(
+            f"right and wrong answers to a question never both begin with a thought, or both without one, {of_all}: "
+            "they are not to the same prompt. Raise attempts."
+        )
     raise UserError(
         f"no question has both right and wrong attempts: {total['all_right']:,} are all right, {total['all_wrong']:,} "
         f"all wrong, {of_all}. Raise attempts or sampling.temperature, or set use_answer=true."

@@ -9,8 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from data import formats
-from data.conversation import Conversation, Pair
+from data.conversation import Conversation, Judged, Learns, Pair
 from data.dataset import SetSpec, open_set
+from data.fit import Rules, fit
 from data.formats import preference
 from data.records import open_records
 from data.tasks import TASKS
@@ -75,7 +76,7 @@ def test_the_most_frequent_answers_come_first_and_equal_texts_are_one(make, one_
     assert summary["tasks"]["mine"] == {
         "questions": 1,
         **{"both": 1, "all_right": 0, "all_wrong": 0, "neither": 0},
-        "attempts": {"right": 3, "wrong": 5, "between": 0, "unfinished": 0, "unscored": 0, "failed": 0},
+        "attempts": {"right": 3, "wrong": 5, "between": 0, "empty": 0, "unfinished": 0, "unscored": 0, "failed": 0},
         **{"gave": 1, "records": 1, "wanted": 0},
     }
     assert lines(path)[0]["extra"] == {
@@ -173,7 +174,7 @@ def test_pictures_of_a_task_and_of_a_file_lie_beside_the_records(make, write, pi
     assert summary["tasks"]["digits"]["records"] == 2 and summary["tasks"]["mine"]["records"] == 1
     records = [preference.read(record) for record in open_records(str(path))]
     assert all(isinstance(pair, Pair) for pair in records)
-    media = open_set("pairs", SetSpec(path=str(path))).train.media
+    media = open_set("pairs", SetSpec(path=str(path)), learns=Learns.PAIRS).train.media
     first, *_, last = records
     shown = media.open_image(first.prompt.messages[0].parts[0].media)
     train = {one.id: one for one in TASKS["digits"].conversations("train", 0)}
@@ -193,6 +194,43 @@ def test_a_thought_is_part_of_the_answer(make, write, tmp_path):
     pairs = [preference.read(record) for record in open_records(str(path))]
     assert [pair.rejected[0].reasoning for pair in pairs] == ["a", "two and three"]
     assert all(pair.chosen[0].reasoning == "2, 3." and pair.chosen[0].text == "5" for pair in pairs)
+
+
+def test_an_answer_with_a_thought_makes_no_pair_with_one_without(make, write, tmp_path):
+    """Their generation prompts differ, and the encoder of pairs refuses them."""
+    record = {"id": "q", "prompt": "2 + 3 = ?", "completion": "5", "answer": "5", "reward": "number"}
+    sampling = SamplingConfig(max_new_tokens=64, temperature=1.0, thinking=True)
+    thought, plain = "2, 3.</think>", "</think>"
+    with pytest.raises(UserError, match="never both begin with a thought, .* of 2 attempts at 1 questions"):
+        make([write([record])], in_turn(f"{thought}5", f"{plain}4"), attempts=2, sampling=sampling)
+    with pytest.raises(
+        UserError, match="no question has an answer .* that begins with a thought where the attempts do"
+    ):
+        use = dict(attempts=1, use_answer=True, output=str(tmp_path / "own"))
+        make([write([record])], in_turn(f"{thought}4"), sampling=sampling, **use)
+    replies = in_turn(f"{thought}5", f"{plain}4", f"{plain}4", f"{thought}7")
+    _, path = make([write([record])], replies, attempts=4, sampling=sampling, output=str(tmp_path / "four"))
+    assert texts(path) == [("5", "7")]
+
+
+def test_empty_answers_are_left_out_as_the_encoder_of_pairs_refuses_them(make, one_sum):
+    summary, path = make([one_sum], in_turn("5", "", "", "4"), attempts=4)
+    assert texts(path) == [("5", "4")] and summary["tasks"]["mine"]["attempts"]["empty"] == 2
+
+
+def test_every_record_can_be_learned_from(make, write, picture, served):
+    """What the data layer makes of the files: one example of a pair for each line, and of a labelled answer."""
+    content = [{"type": "image", "image": picture.name}, {"type": "text", "text": "What colour?"}]
+    ask = {"id": "a", "messages": [{"role": "user", "content": content}], "answer": "blue", "reward": "exact"}
+    for form, learns in ((Form.pairs, Learns.PAIRS), (Form.labelled, Learns.LABELLED)):
+        _, path = make([write([ask])], in_turn("blue", "red", ""), attempts=3, form=form)
+        dataset = open_set("records", SetSpec(path=str(path)), learns=learns).train
+        items = [dataset[number] for number in range(len(dataset))]
+        assert len(items) == len(lines(path)) == (1 if learns is Learns.PAIRS else 2)
+        for item in items:
+            item = Judged(conversation=item) if isinstance(item, Conversation) else item
+            example = fit(item, served.processor, dataset.media, Rules(max_tokens=512, learns=learns)).example
+            assert len(example.lengths) == (3 if learns is Learns.PAIRS else 2)
 
 
 def test_what_was_broken_off_goes_on_and_gives_the_same(make, sums, adds, tmp_path):
