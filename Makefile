@@ -1,6 +1,7 @@
 # Every target sets up what it needs (a virtual environment with pinned packages) and then does its job.
 #
-#   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes; then evaluate it
+#   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes; then evaluate it, and
+#                    align another one that was stopped early, by its own mistakes
 #   make test        the test suite
 #   make test-vllm   real vLLM against ours, in a virtual environment of its own (about 4 minutes to install, 2.5 GB)
 #   make lint        ruff and pyright
@@ -25,6 +26,12 @@ demo: $(VENV)/.test
 	$(VENV)/bin/ernie sft experiment=digits
 	$(VENV)/bin/ernie evaluate checkpoint=runs/digits tasks=[digits] precision=fp32 output=runs/digits/evaluation
 	$(VENV)/bin/python -m tests.end_to_end.ask_transformers runs/digits
+	$(VENV)/bin/ernie sft experiment=digits_weak
+	$(VENV)/bin/ernie pairs checkpoint=runs/digits_weak tasks=[digits] attempts=4 precision=fp32 output=runs/digits_weak/pairs
+	$(VENV)/bin/ernie dpo experiment=digits_dpo
+	$(VENV)/bin/ernie evaluate checkpoint=runs/digits_weak tasks=[digits] precision=fp32 output=runs/digits_weak/evaluation
+	$(VENV)/bin/ernie evaluate checkpoint=runs/digits_dpo tasks=[digits] precision=fp32 output=runs/digits_dpo/evaluation
+	$(VENV)/bin/python -m tests.end_to_end.demo_table runs/digits_weak runs/digits_dpo
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(JOBS)
