@@ -1,18 +1,17 @@
 """Preference records of written answers: which are chosen, by hand; resumed, refused, read back."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from data import formats
-from data.conversation import Conversation, Judged, Learns, Pair
-from data.dataset import SetSpec, open_set
+from data.conversation import Conversation, Judged, Learns, Media, Pair
+from data.dataset import RecordDataset, SetSpec, open_set
 from data.fit import Rules, fit
 from data.formats import preference
+from data.media import MediaFolder
 from data.records import open_records
 from data.tasks import TASKS
 from tests.ernie_model.inference.scripted import ScriptedEngine
@@ -66,6 +65,11 @@ def lines(path: Path) -> list[dict]:
 
 def texts(path: Path) -> list[tuple[str, str]]:
     return [(one["chosen"][0]["content"], one["rejected"][0]["content"]) for one in lines(path)]
+
+
+def pairs_in(path: Path) -> list[Pair]:
+    """The file, read back."""
+    return [pair for record in open_records(str(path)) if isinstance(pair := preference.read(record), Pair)]
 
 
 def test_the_most_frequent_answers_come_first_and_equal_texts_are_one(make, one_sum):
@@ -166,22 +170,27 @@ def labelled(record) -> Conversation:
     return found
 
 
+def picture_of(conversation: Conversation) -> Media:
+    media = conversation.messages[0].parts[0].media
+    assert media is not None
+    return media
+
+
 def test_pictures_of_a_task_and_of_a_file_lie_beside_the_records(make, write, picture, served):
     """The pair shows what the question showed: of a task in memory, and of a file's folder."""
     content = [{"type": "image", "image": picture.name}, {"type": "text", "text": "What colour?"}]
     ask = {"id": "a", "messages": [{"role": "user", "content": content}], "answer": "blue", "reward": "exact"}
     summary, path = make(["digits", write([ask])], in_turn(*"0123456789", "blue"), attempts=11, limit=2)
     assert summary["tasks"]["digits"]["records"] == 2 and summary["tasks"]["mine"]["records"] == 1
-    records = [preference.read(record) for record in open_records(str(path))]
-    assert all(isinstance(pair, Pair) for pair in records)
+    records = pairs_in(path)
     media = open_set("pairs", SetSpec(path=str(path)), learns=Learns.PAIRS).train.media
     first, *_, last = records
-    shown = media.open_image(first.prompt.messages[0].parts[0].media)
+    shown = media.open_image(picture_of(first.prompt))
     train = {one.id: one for one in TASKS["digits"].conversations("train", 0)}
     asked = train[first.prompt.extra["question"]]
-    assert shown.tobytes() == Image.open(io.BytesIO(asked.messages[0].parts[0].media)).convert("RGB").tobytes()
+    assert shown.tobytes() == MediaFolder(None).open_image(picture_of(asked)).tobytes()
     assert first.chosen[0].text == asked.answer != first.rejected[0].text
-    assert media.open_image(last.prompt.messages[0].parts[0].media).getpixel((0, 0)) == (0x33, 0x66, 0x99)
+    assert media.open_image(picture_of(last.prompt)).getpixel((0, 0)) == (0x33, 0x66, 0x99)
     heldout = {one.id for one in TASKS["digits"].conversations("heldout", 0)}
     assert not heldout & {pair.prompt.extra["question"] for pair in records}
 
@@ -191,7 +200,7 @@ def test_a_thought_is_part_of_the_answer(make, write, tmp_path):
     sampling = SamplingConfig(max_new_tokens=64, temperature=1.0, thinking=True)
     replies = in_turn("2, 3.</think>5", "two and three</think>4", "a</think>4")
     _, path = make([write([record])], replies, attempts=3, sampling=sampling, per_question=2)
-    pairs = [preference.read(record) for record in open_records(str(path))]
+    pairs = pairs_in(path)
     assert [pair.rejected[0].reasoning for pair in pairs] == ["a", "two and three"]
     assert all(pair.chosen[0].reasoning == "2, 3." and pair.chosen[0].text == "5" for pair in pairs)
 
@@ -225,6 +234,7 @@ def test_every_record_can_be_learned_from(make, write, picture, served):
     for form, learns in ((Form.pairs, Learns.PAIRS), (Form.labelled, Learns.LABELLED)):
         _, path = make([write([ask])], in_turn("blue", "red", ""), attempts=3, form=form)
         dataset = open_set("records", SetSpec(path=str(path)), learns=learns).train
+        assert isinstance(dataset, RecordDataset)
         items = [dataset[number] for number in range(len(dataset))]
         assert len(items) == len(lines(path)) == (1 if learns is Learns.PAIRS else 2)
         for item in items:
