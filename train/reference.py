@@ -16,7 +16,7 @@ of its own through either; nothing of a reference requires a gradient, so no gra
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,18 @@ from ernie_model.moe import RouterStats
 from ernie_model.recompute import keep_activations
 from train.build import build_model, human
 from train.checkpoint import Resumable, all_or_none, everyones, fingerprint, here
-from train.config import ModelConfig, ParallelConfig, PeftConfig, PeftKind, UserError
-from train.dpo_config import ReferenceConfig, ReferenceKind, ReferenceUpdate, reference_kind
+from train.config import HeldIn, ModelConfig, ParallelConfig, PeftConfig, PeftKind, Precision, TrainingConfig, UserError
+from train.dpo_config import DPOConfig, ReferenceConfig, ReferenceKind, ReferenceUpdate, reference_kind
 from train.loop import Beside, any_rank
+from train.objectives.dpo import needs_reference
 from train.parallel.fragments import working
 from train.parallel.layout import Layout
 from train.parallel.partition import partitioner, shape_of
 from train.parallel.rows import same_batches
 from train.policy import Policy, on_device
 from train.reference_cache import VERSION, Record, Store, alone, data_key, key_of, records_of
+from train.shares import Shares
+from train.shares import Weights as Weight
 from train.sources import Data
 from train.weights import Weights, trained_weights
 
@@ -476,6 +479,22 @@ class _Both:
 
     def rests_on(self) -> str | None:
         return self.weights.rests_on()
+
+
+def reference_bytes(config: TrainingConfig, weights: Iterable[Weight], shares: Shares) -> int:
+    """What a second model takes on each rank beside training; 0 where there is none. Routers are not told apart.
+
+    Args:
+        weights: of the model that trains.
+    """
+    if not isinstance(config, DPOConfig):
+        return 0
+    kind = reference_kind(config.reference, config.peft, needed=needs_reference(config.objective))
+    if kind is not ReferenceKind.copy:
+        return 0
+    rounded = config.model.precision is Precision.bf16 and config.reference.update is not ReferenceUpdate.ema
+    size = 2 if rounded or config.parallel.held_in is HeldIn.bfloat16 else 4
+    return sum(shares.weights(one._replace(size=size, trained=False)) for one in weights)
 
 
 def build_reference(

@@ -17,6 +17,7 @@ from tests.train import small
 from train import checkpoint
 from train.build import build_model
 from train.config import (
+    FilesData,
     HeldIn,
     ModelConfig,
     ParallelConfig,
@@ -26,13 +27,22 @@ from train.config import (
     Recompute,
     UserError,
 )
-from train.dpo_config import ReferenceConfig, ReferenceKind, ReferenceUpdate, reference_kind
+from train.dpo_config import (
+    DPOConfig,
+    DPOObjectiveConfig,
+    ReferenceConfig,
+    ReferenceKind,
+    ReferenceUpdate,
+    reference_kind,
+)
+from train.footprint import pieces_of
 from train.loop import train_step
 from train.neftune import install
 from train.objectives import LossSum, Objective
 from train.parallel.layout import Layout
 from train.policy import Policy, on_device
-from train.reference import Copy, Reference, build_reference
+from train.reference import Copy, Reference, build_reference, reference_bytes
+from train.shares import Shares
 from train.weights import Weights, trained_weights
 
 ARCHITECTURE = small.CONFIG.replace(**tiny_tokenizer_ids())
@@ -419,6 +429,32 @@ def test_a_reference_with_other_tokens_is_refused(tmp_path):
     follow = settings(checkpoint=str(tmp_path / "deeper"), update="sync", every=1)
     with pytest.raises(UserError, match=r"copies weights, but .* has other tensors than the policy, for"):
         Run().reference(follow)
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (dict(), 2),
+        (dict(model="fp32"), 4),
+        (dict(reference=settings(update="ema", every=1, mix=0.1)), 4),
+        (dict(reference=settings("cache")), 0),
+        (dict(peft=LORA), 0),
+        (dict(objective=DPOObjectiveConfig(preference_loss_type="simpo")), 0),
+    ],
+    ids=["copy", "copy in float32", "average", "cache", "adapters", "no reference"],
+)
+def test_what_a_second_model_takes_is_known_before_there_is_one(config, size):
+    run = Run(precision=Precision.fp32 if config.pop("model", None) else Precision.bf16)
+    data = FilesData(path="pairs.jsonl")
+    given = DPOConfig(model=run.model_config, data=data, parallel=run.parallel, **config)
+    weights = [w for piece in pieces_of(run.model) for w in piece.weights]
+    found = reference_bytes(given, weights, Shares(run.parallel, 1))
+    assert found == size * sum(p.numel() for p in run.model.parameters())
+    if size:
+        copy = run.reference(given.reference)
+        assert isinstance(copy, Copy)
+        routers = 2 * sum(p.numel() for name, p in run.model.named_parameters() if "router" in name) if size == 2 else 0
+        assert found + routers == sum(p.nbytes for p in copy.policy.parameters())
 
 
 def test_what_the_reference_takes_is_told():

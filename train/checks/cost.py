@@ -21,6 +21,9 @@ from train.checks.findings import Finding, ok, problem, warning
 from train.checks.machine import available_memory, free_disk
 from train.checks.records import Statistics
 from train.config import Precision, TrainingConfig
+from train.footprint import pieces_of
+from train.reference import reference_bytes
+from train.shares import Shares
 from train.trained import MOMENT_BYTES, PartRow
 
 REACHED = (0.15, 0.6)
@@ -73,6 +76,9 @@ class Plan(NamedTuple):
 
 
 def check_memory(config: TrainingConfig, plan: Plan, rows: Rows | None, device: torch.device) -> list[Finding]:
+    ranks = config.parallel.processes or math.lcm(config.parallel.expert, config.parallel.sequence)
+    weights = [w for piece in pieces_of(plan.model) for w in piece.weights]
+    reference = reference_bytes(config, weights, Shares(config.parallel, ranks))
     sums = arithmetic(
         plan.model,
         config.model,
@@ -80,12 +86,13 @@ def check_memory(config: TrainingConfig, plan: Plan, rows: Rows | None, device: 
         max_patches=config.data.max_patches if rows is None else rows.most_patches,
         accumulation=config.data.accumulation,
         parallel=config.parallel,
-        ranks=config.parallel.processes or math.lcm(config.parallel.expert, config.parallel.sequence),
+        ranks=ranks,
         device=device,
     )
-    needed = sums.memory.process
+    needed = sums.memory.process + reference
     text = f"about {human(needed, 'B')} of memory on each process at the highest point of a step, "
-    text += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW (estimates)"
+    text += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW"
+    text += f" and {human(reference, 'B')} for the reference (estimates)" if reference else " (estimates)"
     free = available_memory(device)
     if free is None:
         return [ok(text)]

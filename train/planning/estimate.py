@@ -18,9 +18,11 @@ from train.config import PeftKind, Precision, TrainingConfig, UserError
 from train.footprint import Footprint, Piece, Room, footprint_of, pieces_of
 from train.planning.pace import Pace, pace_of, work_of
 from train.planning.traffic import Traffic, traffic_of
+from train.reference import reference_bytes
 from train.shares import Shares
 from train.trained import MOMENT_BYTES
 
+MEMORY = ("weights", "gradients", "optimizer", "activations", "buckets", "gathered")
 HOST_SHARE = 0.9
 """Of a node's memory that training may take."""
 
@@ -47,6 +49,8 @@ class Estimate:
     memory: Footprint
     traffic: Traffic
     pace: Pace
+    reference: int
+    """A second model that the policy is compared with."""
     cache: int
     """Keys and values of `plan.answers` conversations."""
     checkpoint: int
@@ -56,7 +60,7 @@ class Estimate:
     def needed(self) -> int:
         """On the device: training's highest point, or writing answers beside what stays, whichever is more."""
         memory = self.memory
-        return max(memory.peak, memory.weights + memory.optimizer + memory.gathered + self.cache)
+        return self.reference + max(memory.peak, memory.weights + memory.optimizer + memory.gathered + self.cache)
 
     @property
     def room(self) -> int:
@@ -71,8 +75,8 @@ class Estimate:
         """Why it does not fit; nothing where it does."""
         plan, memory = self.config.plan, self.memory
         if self.needed > self.room:
-            items = memory._asdict() | {"KV cache": self.cache}
-            names = ("weights", "gradients", "optimizer", "activations", "buckets", "gathered", "KV cache")
+            items = memory._asdict() | {"KV cache": self.cache, "reference": self.reference}
+            names = (*MEMORY, "KV cache", "reference")
             largest = sorted(((items[name], name) for name in names), reverse=True)[:2]
             parts = " and ".join(f"{human(size, 'B')} of {name}" for size, name in largest)
             return f"needs {human(self.needed, 'B')} of {human(self.room, 'B')} on each GPU, {parts} among them"
@@ -95,7 +99,7 @@ class Estimate:
             "accumulation": self.config.data.accumulation,
             "fits": not self.obstacle,
             "obstacle": self.obstacle,
-            "memory": {**self.memory._asdict(), "cache": self.cache},
+            "memory": {**self.memory._asdict(), "reference": self.reference, "cache": self.cache},
             "sent_per_update": self.traffic._asdict(),
             "seconds_per_update": {**self.pace._asdict(), "all": self.pace.seconds},
             "tokens_per_second": self.pace.tokens_per_s,
@@ -122,6 +126,7 @@ def estimate(config: TrainingConfig, subject: Subject, tflops: float) -> Estimat
         memory=footprint_of(pieces, architecture, config.model, room, shares, device),
         traffic=traffic,
         pace=pace_of(config, pieces, work, traffic, room, shares, tflops),
+        reference=reference_bytes(config, [w for piece in pieces for w in piece.weights], shares),
         cache=config.plan.answers * config.plan.answer_tokens * cache_bytes(config, architecture),
         checkpoint=checkpoint_bytes(config, pieces),
     )

@@ -46,6 +46,8 @@ def show_one(console: Console, one: Estimate, architecture: ErnieConfig) -> None
         ("activations", memory.activations, f"{human(memory.logits, 'B')} of them chunks of logits"),
     ):
         table.add_row(name, human(size, "B"), note)
+    if one.reference:
+        table.add_row("reference", human(one.reference, "B"), "a second model that stays as it is, or follows")
     each = f"{human(cache_bytes(one.config, architecture), 'B')} a token"
     answers = f"{each}; {plan.answers} answers of {plan.answer_tokens} tokens" if plan.answers else each
     table.add_row("KV cache", human(one.cache, "B"), answers)
