@@ -153,10 +153,14 @@ def check_scores(pair: Pair) -> None:
     chosen, rejected = pair.scores
     if chosen is None or rejected is None or not chosen > rejected:
         raise DataError(
-            f"{pair.name}: the score of chosen is {chosen} and that of rejected {rejected}, and objective.offset_alpha "
+            f"{pair.name}: {_told(chosen, 'chosen')} and {_told(rejected, 'rejected')}, and objective.offset_alpha "
             "asks for a margin by how much better chosen is. Give both answers scores (score_chosen, score_rejected), "
             "chosen the higher one; or set objective.offset_alpha=0."
         )
+
+
+def _told(score: float | None, side: str) -> str:
+    return f"{side} has no score" if score is None else f"{side} has the score {score:g}"
 
 
 def has_images(item: Item) -> bool:
