@@ -73,19 +73,28 @@ class PairScore(score.Score):
             "eval_total": float(self.total),
         }
 
+    @property
+    def agrees(self) -> bool:
+        """Policy and reference are one: there is nothing to rank by, and 0 ranked right would read as a bad ranking."""
+        return self.ranked == 0 and self.margin == 0 and self.chosen == 0
+
     def line(self) -> str:
         low, high = self.interval
+        ranked = (
+            f"{self.ranked}/{self.total} ranked right = {self.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%})"
+        )
+        if self.agrees:
+            ranked = f"{self.total} pairs, not ranked yet (the policy is the reference)"
         return (
-            f"held out {self.ranked}/{self.total} ranked right = {self.accuracy:.1%} (95 % interval {low:.1%} to "
-            f"{high:.1%}), chosen likelier in {self.likelier / self.total:.1%}, margin {self.margin:.3f}, "
+            f"held out {ranked}, chosen likelier in {self.likelier / self.total:.1%}, margin {self.margin:.3f}, "
             f"loss {self.loss:.3f}"
         )
 
     def cells(self) -> tuple[str, ...]:
         low, high = self.interval
         return (
-            f"{self.ranked} of {self.total}",
-            f"{low:.1%} to {high:.1%}",
+            "not yet" if self.agrees else f"{self.ranked} of {self.total}",
+            "" if self.agrees else f"{low:.1%} to {high:.1%}",
             f"{self.likelier / self.total:.1%}",
             f"{self.margin:.3f}",
             f"{self.chosen:.3f}",

@@ -12,7 +12,7 @@ from tests.data.test_pairs import PICTURES, PROCESSOR, pair_of
 from tests.train.objectives.rows import PAIR, evenly, row
 from train.dpo_config import DPOObjectiveConfig
 from train.heldout import prompt_of
-from train.heldout_pairs import labelled_score, labelled_sums, pair_score, pair_sums, with_chosen
+from train.heldout_pairs import PairScore, labelled_score, labelled_sums, pair_score, pair_sums, with_chosen
 from train.objectives import dpo, kto
 from train.objectives.pairs import gather_pairs
 
@@ -37,6 +37,15 @@ def test_pairs_by_hand():
     assert score.line().startswith("held out 1/2 ranked right = 50.0%")
     assert len(score.cells()) == len(score.HEADER) - 1
     assert score == type(score)(**dataclasses.asdict(score))  # as the training state keeps it
+
+
+def test_a_policy_that_is_its_reference_has_ranked_nothing():
+    """Of 4 pairs 0 would be an interval of 0 to 49 %: worse than chance, which nobody has measured."""
+    before = PairScore(ranked=0, likelier=3, total=4, loss=0.693, margin=0.0, chosen=0.0)
+    assert before.line().startswith("held out 4 pairs, not ranked yet (the policy is the reference), chosen likelier")
+    assert before.cells()[:3] == ("not yet", "", "75.0%")
+    wrong = dataclasses.replace(before, margin=-0.1, chosen=-0.05)
+    assert wrong.line().startswith("held out 0/4 ranked right = 0.0%") and wrong.cells()[0] == "0 of 4"
 
 
 def test_labelled_answers_by_hand():
