@@ -296,6 +296,12 @@ class DPOObjectiveConfig:
                 check(value == 0, f"objective.{key} is {value}, but {names} has no pairs. Set it to 0.")
 
 
+def needs_reference(config: DPOObjectiveConfig) -> bool:
+    """Does the loss compare with log-probabilities of a reference?"""
+    ratios = any(loss.has_reference for loss in config.losses()) or config.mdpo_conditional > 0
+    return config.mdpo_anchor > 0 or (ratios and not config.reference_free)
+
+
 def _loss(key: str, name: str) -> PreferenceLoss:
     known = [loss.value for loss in PreferenceLoss]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -362,13 +368,19 @@ def reference_kind(config: ReferenceConfig, peft: PeftConfig, *, needed: bool) -
 
     Raises:
         UserError: the adapters are such that this kind would be another policy than the one that training starts from;
-            the loss needs a reference, and there is to be none.
+            the loss needs a reference, and there is to be none, or the other way round.
     """
     lora, kind = peft.kind is PeftKind.lora, config.kind
     check(
         not lora or config.update is not ReferenceUpdate.ema,
         "reference.update=ema averages weights, and the average of two adapters B A is not the product of the averages "
         "of B and A. With peft=lora use reference.update=sync, or frozen.",
+    )
+    own = config.checkpoint is not None or config.update is not ReferenceUpdate.frozen
+    check(
+        needed or (kind in (ReferenceKind.auto, ReferenceKind.none) and not own),
+        f"reference.{_asked(config)} would do nothing: the loss of these settings compares with no reference. Leave "
+        "it out (reference.kind=auto), or choose a loss with one, such as objective.preference_loss_type=sigmoid.",
     )
     check(
         not needed or kind is not ReferenceKind.none,
@@ -378,7 +390,6 @@ def reference_kind(config: ReferenceConfig, peft: PeftConfig, *, needed: bool) -
     if kind is ReferenceKind.auto:
         if not needed:
             return ReferenceKind.none
-        own = config.checkpoint is not None or config.update is not ReferenceUpdate.frozen
         off = lora and peft.init_from is None and not own
         return ReferenceKind.adapters_off if off else ReferenceKind.copy
     if kind is ReferenceKind.adapters_off:
@@ -392,6 +403,14 @@ def reference_kind(config: ReferenceConfig, peft: PeftConfig, *, needed: bool) -
     return kind
 
 
+def _asked(config: ReferenceConfig) -> str:
+    if config.checkpoint is not None:
+        return f"checkpoint={config.checkpoint}"
+    if config.update is not ReferenceUpdate.frozen:
+        return f"update={config.update.value}"
+    return f"kind={config.kind.value}"
+
+
 @dataclass
 class DPOConfig(TrainingConfig):
     """`ernie dpo`: everything it can be told."""
@@ -402,3 +421,4 @@ class DPOConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_kind(self.objective.kind, ObjectiveKind.dpo)
+        reference_kind(self.reference, self.peft, needed=needs_reference(self.objective))

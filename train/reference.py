@@ -32,6 +32,8 @@ from data.encoder import Encoder
 from data.loader import eval_batches
 from data.pack import filler
 from ernie_model.atomic import atomic_write
+from ernie_model.checkpoint import CheckpointError
+from ernie_model.config import ConfigError
 from ernie_model.model import ErnieModel
 from ernie_model.moe import RouterStats
 from ernie_model.recompute import keep_activations
@@ -313,7 +315,7 @@ class Cached(Forward):
                     newest = json.loads(others[-1].read_text())
                     differing = [key for key in about if about[key] != newest.get(key)]
                     self.console.print(
-                        f"reference {self.folder} holds log-probabilities of {len(others)} other models, which are not "
+                        f"reference {self.folder} holds log-probabilities of other models ({len(others)}), which are not "
                         f"used. The newest of them differs from this one in {', '.join(differing)}."
                     )
                 atomic_write(folder / "model.json", json.dumps(about, indent=1) + "\n")
@@ -380,6 +382,10 @@ class Cached(Forward):
                 self.console.print(f"reference {done * layout.data_world} of {total} records, about {left:.0f} s to go")
                 said = now
         if complete:
+            self.console.print(
+                f"reference log-probabilities of {total} records of {encoder.dataset.name} found in "
+                f"{self.store.folder}; a row computed again agrees"
+            )
             return
         self._write()
         self.store.open()
@@ -553,14 +559,19 @@ def build_copy(
     other = config.checkpoint is not None
     settings = dataclasses.replace(model, checkpoint=config.checkpoint, revision=None) if other else model
     with torch.random.fork_rng(devices=[]):
-        copy = build_model(
-            settings,
-            seed=seed,
-            frozen=config.update is not ReferenceUpdate.ema,
-            held_in=parallel.held_in,
-            layout=layout,
-            partition=partitioner(engine) if layout.zero == 3 else None,
-        ).model
+        try:
+            copy = build_model(
+                settings,
+                seed=seed,
+                frozen=config.update is not ReferenceUpdate.ema,
+                held_in=parallel.held_in,
+                layout=layout,
+                partition=partitioner(engine) if layout.zero == 3 else None,
+            ).model
+        except (CheckpointError, ConfigError) as error:
+            if not other:
+                raise
+            raise UserError(f"reference.checkpoint={config.checkpoint}: {error}") from error
     if peft.kind is not PeftKind.none and not other:
         trained_weights(copy, peft, seed=seed, base=model.checkpoint)
     copy.requires_grad_(False)

@@ -417,6 +417,24 @@ def test_settings_that_contradict_each_other(given, said):
 def test_references_that_would_be_another_policy(given, peft, said):
     with pytest.raises(UserError, match=re.escape(said)):
         reference_kind(settings(**given), peft, needed=True)
+    with pytest.raises(UserError, match=re.escape(said)):  # as soon as settings are read: `ernie doctor` says it too
+        DPOConfig(reference=settings(**given), peft=peft)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (dict(checkpoint="x"), "checkpoint=x"),
+        (dict(kind="copy"), "kind=copy"),
+        (dict(kind="cache"), "kind=cache"),
+        (dict(kind="adapters_off"), "kind=adapters_off"),
+        (dict(update="sync", every=2), "update=sync"),
+    ],
+)
+def test_a_reference_that_no_loss_compares_with(given, key):
+    simpo = DPOObjectiveConfig(preference_loss_type="simpo")
+    with pytest.raises(UserError, match=rf"reference\.{key} would do nothing: the loss of these settings compares"):
+        DPOConfig(reference=settings(**given), objective=simpo, peft=LORA)
 
 
 def test_a_reference_with_other_tokens_is_refused(tmp_path):
@@ -426,6 +444,8 @@ def test_a_reference_with_other_tokens_is_refused(tmp_path):
     save_model(ErnieModel(ARCHITECTURE.replace(num_hidden_layers=3)), tmp_path / "deeper")
     deeper = settings(checkpoint=str(tmp_path / "deeper"))
     assert Run().reference(deeper).kind is ReferenceKind.copy  # the words are the same
+    with pytest.raises(UserError, match=r"reference\.checkpoint=/nowhere: '/nowhere' is neither an existing folder"):
+        Run().reference(settings(checkpoint="/nowhere"))
     follow = settings(checkpoint=str(tmp_path / "deeper"), update="sync", every=1)
     with pytest.raises(UserError, match=r"copies weights, but .* has other tensors than the policy, for"):
         Run().reference(follow)
