@@ -32,7 +32,7 @@ from train.heldout_pairs import (
 from train.loop import Beside
 from train.objectives import Objective, dpo, kto
 from train.objectives.pairs import gather_pairs
-from train.pair_groups import Degenerate, Displacement, PairGroups
+from train.pair_groups import Degenerate, Displacement, PairGroups, Unpictured
 from train.reference import Reference, build_reference
 from train.run import program
 from train.score import Score
@@ -58,7 +58,7 @@ class DPO(Algorithm[DPOConfig]):
         self.unpaired = dpo.is_unpaired(config.objective)
         self.score = LabelledScore if self.unpaired else PairScore
         self.divergence = kto.Divergence(config.objective)
-        self.displacement = Displacement()
+        self.displacement, self.unpictured = Displacement(), Unpictured()
 
     def objective(self, rows_per_update: int) -> Objective:
         return dpo.build(self.config.objective, self.divergence)
@@ -129,7 +129,7 @@ class DPO(Algorithm[DPOConfig]):
             show_answers(self.config, setup, console, trackers, with_chosen)
 
     def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
-        return [*self.displacement(metrics), *self.degenerate.warnings(metrics)]
+        return [*self.displacement(metrics), *self.unpictured(metrics), *self.degenerate.warnings(metrics)]
 
 
 if __name__ == "__main__":

@@ -138,6 +138,22 @@ class Degenerate(Beside):
         ]
 
 
+class Unpictured:
+    """Says once that mDPO's loss found no pictures in an update."""
+
+    def __init__(self):
+        self.told = False
+
+    def __call__(self, metrics: dict[str, float]) -> list[str]:
+        if self.told or metrics.get("corrupted", 1.0):
+            return []
+        self.told = True
+        return [
+            "objective.mdpo_conditional has nothing to do: no pair of this update has pictures in its prompt or its "
+            "chosen answer. `corrupted` in metrics.jsonl has the share of every update that has."
+        ]
+
+
 WINDOW = 20
 """Updates whose means are compared with those of as many before them."""
 

@@ -9,7 +9,7 @@ from data.batch import Role
 from data.encode import Example
 from data.pack import collate, filler
 from tests.train import small
-from train.pair_groups import WINDOW, Degenerate, Displacement, PairGroups
+from train.pair_groups import WINDOW, Degenerate, Displacement, PairGroups, Unpictured
 from train.policy import PolicyOutput
 
 ROLES = (Role.PROMPT, Role.CHOSEN, Role.REJECTED)
@@ -132,3 +132,11 @@ def test_an_answer_that_is_the_beginning_of_the_other_is_counted_and_told_once()
     (line,) = degenerate.warnings(metrics)
     assert line.startswith("in 40% of this update's pairs one answer is the beginning of the other")
     assert degenerate.warnings(metrics) == []
+
+
+def test_mdpo_without_pictures_is_told_once():
+    watch = Unpictured()
+    assert watch({"loss": 1.0}) == watch({"corrupted": 0.3}) == []
+    (line,) = watch({"corrupted": 0.0})
+    assert line.startswith("objective.mdpo_conditional has nothing to do: no pair of this update has pictures")
+    assert watch({"corrupted": 0.0}) == []

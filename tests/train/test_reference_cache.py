@@ -251,7 +251,7 @@ def test_numbers_of_another_model_are_not_used_and_that_is_said(tmp_path, capsys
     capsys.readouterr()
     started(run, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "holds log-probabilities of 1 other models, which are not used. The newest of them differs" in said
+    assert "holds log-probabilities of other models (1), which are not used. The newest of them differs" in said
     assert "in weights." in said and len(forwards) == 4 and folders(tmp_path) == 2
     started(Run(precision=Precision.bf16), tmp_path)
     assert folders(tmp_path) == 3

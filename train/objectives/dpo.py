@@ -17,17 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import PackedBatch
-from train.dpo_config import DPOObjectiveConfig, PreferenceLoss
+from train.dpo_config import DPOObjectiveConfig, PreferenceLoss, needs_reference
 from train.objectives import LossSum, Objective
 from train.objectives.kto import Divergence, build_labelled
 from train.objectives.pairs import PairSums, count_pairs, gather_pairs
 from train.objectives.preference import log_ratio, preference_loss, views
-
-
-def needs_reference(config: DPOObjectiveConfig) -> bool:
-    """Does the loss compare with log-probabilities of a reference?"""
-    ratios = any(loss.has_reference for loss in config.losses()) or config.mdpo_conditional > 0
-    return config.mdpo_anchor > 0 or (ratios and not config.reference_free)
 
 
 def needs_corrupted(config: DPOObjectiveConfig) -> bool:
@@ -107,6 +101,7 @@ def pair_metrics(
     nll_chosen            per token
     kl_chosen             log p / p_ref of the chosen answer: an estimate of the KL divergence, where it is a sample
     kl_chosen_k3          another one, never negative (`Answers.kl_N`)
+    corrupted             1 where the pair has pictures, for mDPO's loss
     tokens_gap            tokens of the chosen answer - tokens of the rejected one
     """
     parts = loss_parts(pairs, config, kl_w, kl_l, shift)
@@ -135,6 +130,8 @@ def pair_metrics(
         "tokens_gap": chosen.length_N - rejected.length_N,
         "nll_chosen": -chosen.logprob_N / chosen.length_N.clamp(min=1),
     }
+    if needs_corrupted(config):
+        metrics["corrupted"] = pairs.corrupted_N
     if needs_reference(config) and chosen.ref_logprob_N is not None and chosen.kl_N is not None:
         metrics |= {"kl_chosen": chosen.logprob_N - chosen.ref_logprob_N, "kl_chosen_k3": chosen.kl_N}
     return {name: value_N.detach() for name, value_N in metrics.items()}

@@ -143,6 +143,7 @@ def test_mdpo_prefers_the_true_picture_and_holds_the_chosen_answer_up():
     mixed = build(config).loss(*row(pair(*PAIR), pair(*WITH_CORRUPTED))).metrics
     assert mixed["loss_conditional"].item() == pytest.approx(0.6539469673, rel=1e-9)
     assert build(config).loss(*row(pair(*PAIR))).metrics["loss_conditional"].item() == 0
+    assert mixed["corrupted"].item() == 1  # of two
     moved = settings(mdpo_anchor=1.0, mdpo_delta=0.3)
     z = 0.1 * 1.0 - 0.3
     anchor = build(moved).loss(*row(pair(*PAIR))).metrics["loss_anchor"].item()
