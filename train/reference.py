@@ -315,8 +315,8 @@ class Cached(Forward):
                     newest = json.loads(others[-1].read_text())
                     differing = [key for key in about if about[key] != newest.get(key)]
                     self.console.print(
-                        f"reference {self.folder} holds log-probabilities of other models ({len(others)}), which are not "
-                        f"used. The newest of them differs from this one in {', '.join(differing)}."
+                        f"reference {self.folder} holds log-probabilities of other models ({len(others)}), which are "
+                        f"not used. The newest of them differs from this one in {', '.join(differing)}."
                     )
                 atomic_write(folder / "model.json", json.dumps(about, indent=1) + "\n")
 
