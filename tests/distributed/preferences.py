@@ -40,7 +40,7 @@ class Case(NamedTuple):
         return [
             *(f"model.checkpoint={data / 'model'}", *files(data, "labelled-" if KTO in self.settings else "")),
             *(*QUICK, f"run.folder='{folder}'", f"run.steps={STEPS}", "run.save_every=2", "evaluate.every=2"),
-            *(f"data.accumulation={ROWS // groups}", *self.settings, *self.same),
+            *("evaluate.sheet=0", f"data.accumulation={ROWS // groups}", *self.settings, *self.same),
             *(f"parallel.{key}={getattr(self, key)}" for key in ("zero", "expert", "sequence")),
         ]
 
@@ -53,7 +53,6 @@ CASES = {
     "copy, ZeRO-3": Case(MDPO, zero=3),
     "cache, experts": Case(MDPO, expert=2, same=CACHE),
     "labelled, copy, ZeRO-2": Case((KTO,), zero=2),
-    "labelled, copy, shared rows": Case((KTO,), sequence=2),
     "labelled, cache, shared rows, experts": Case((KTO,), sequence=2, expert=2, zero=1, same=CACHE),
     "adapters off, experts and ZeRO-2": Case(LORA, zero=2, expert=2, same=("model.recompute=layers_and_vision",)),
     "cache beside adapters, ZeRO-3": Case(LORA, zero=3, same=CACHE),
