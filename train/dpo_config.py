@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
-from train.config import ObjectiveKind, PeftConfig, PeftKind, TrainingConfig, check, check_kind
+from train.config import FilesData, ObjectiveKind, PeftConfig, PeftKind, TrainingConfig, check, check_kind
 
 
 class PreferenceLoss(Enum):
@@ -422,3 +422,11 @@ class DPOConfig(TrainingConfig):
         super().__post_init__()
         check_kind(self.objective.kind, ObjectiveKind.dpo)
         reference_kind(self.reference, self.peft, needed=needs_reference(self.objective))
+        if self.reference.kind is ReferenceKind.cache and isinstance(self.data, FilesData):
+            sets = {"data": self.data} | {f"data.sets.{name}": one for name, one in self.data.sets.items()}
+            for name, one in sets.items():
+                check(
+                    not one.streaming,
+                    f"reference.kind=cache goes through all records before the first update, and {name}.streaming is "
+                    f"true: a stream has no end. Use {name}.streaming=false, or reference.kind=copy.",
+                )

@@ -286,16 +286,9 @@ class Cached(Forward):
         """Compute what is not there, and check a sample of what is.
 
         Raises:
-            UserError: a stream; numbers that this model does not give; a folder that ranks do not share.
+            UserError: numbers that this model does not give; a folder that ranks do not share.
         """
         encoders = [one for one in (data.train.encoder, data.heldout) if one is not None]
-        for encoder in encoders:
-            if encoder.dataset.streaming:
-                raise UserError(
-                    "reference.kind=cache goes through all records before the first update, and "
-                    f"{encoder.dataset.name} is streaming: it has no end. Use data.streaming=false, or "
-                    "reference.kind=copy."
-                )
         self._open(optimizer)
         was_training = self.policy.training
         self.policy.eval()

@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,8 @@ from data.pack import collate
 from tests.train import small
 from tests.train.test_reference import LORA, NONE, PAIRS, Run, numbers, settings
 from train import reference as module
-from train.config import PeftConfig, Precision, TaskData, UserError
+from train.config import FilesData, ModelConfig, PeftConfig, Precision, TaskData, UserError
+from train.dpo_config import DPOConfig
 from train.loop import train_step
 from train.reference import Cached, Reference
 from train.reference_cache import alone, key_of, records_of
@@ -306,14 +306,19 @@ def test_a_resumed_run_keeps_its_reference(tmp_path):
         other.load(first.state())
 
 
-def test_a_stream_is_refused(tmp_path):
-    run = Run()
-    endless = SimpleNamespace(train=SimpleNamespace(encoder=SimpleNamespace(dataset=SimpleNamespace(
-        streaming=True, name="big.jsonl"))), heldout=None)  # fmt: skip
-    with pytest.raises(
-        UserError, match=re.escape("and big.jsonl is streaming: it has no end. Use data.streaming=false")
-    ):
-        started(run, tmp_path, endless)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        (dict(path="big.jsonl", streaming=True), "data"),
+        (dict(sets={"big": {"path": "big.jsonl", "streaming": True}, "small": {"path": "b.jsonl"}}), "data.sets.big"),
+    ],
+)
+def test_a_stream_is_refused(data, key):
+    model = ModelConfig(config={}, processor="tiny")
+    DPOConfig(model=model, data=FilesData(**data))
+    said = f"and {key}.streaming is true: a stream has no end. Use {key}.streaming=false, or reference.kind=copy."
+    with pytest.raises(UserError, match=re.escape(said)):
+        DPOConfig(model=model, data=FilesData(**data), reference=settings("cache"))
 
 
 def test_the_folder_is_the_runs_where_none_is_given(tmp_path):
