@@ -60,44 +60,20 @@ class Score(score.Score):
     )
 
     @property
-    def accuracy(self) -> float:
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.correct, self.total)
+    def right(self) -> int:
+        return self.correct
 
     def metrics(self) -> dict[str, float]:
-        low, high = self.interval
-        return {
-            "eval_accuracy": self.accuracy,
-            "eval_accuracy_low": low,
-            "eval_accuracy_high": high,
-            "eval_correct": float(self.correct),
-            "eval_total": float(self.total),
-            "eval_nll": self.nll,
-        }
+        return self.accuracy_metrics() | {"eval_correct": float(self.correct), "eval_nll": self.nll}
 
     def line(self) -> str:
-        low, high = self.interval
         return (
             f"held out {self.correct}/{self.total} right = {self.accuracy:.1%} "
-            f"(95 % interval {low:.1%} to {high:.1%}), loss {self.nll:.3f}"
+            f"(95 % interval {self.interval_text}), loss {self.nll:.3f}"
         )
 
     def cells(self) -> tuple[str, ...]:
-        low, high = self.interval
-        return f"{self.correct} of {self.total}", f"{self.accuracy:.1%}", f"{low:.1%} to {high:.1%}", f"{self.nll:.3f}"
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share (E. B. Wilson, 1927): sensible near 0 and 1, where p ± z·σ leaves [0, 1]."""
-    if total == 0:
-        return 0.0, 1.0
-    share = correct / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return middle - half if correct else 0.0, middle + half if correct < total else 1.0
+        return f"{self.correct} of {self.total}", f"{self.accuracy:.1%}", self.interval_text, f"{self.nll:.3f}"
 
 
 @torch.no_grad()

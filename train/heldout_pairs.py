@@ -22,7 +22,6 @@ from data.errors import DataError
 from data.loader import eval_batches
 from data.pack import filler
 from train import score
-from train.heldout import wilson
 from train.loop import all_sum
 from train.objectives.pairs import gather_pairs
 from train.pair_groups import Measured
@@ -53,24 +52,15 @@ class PairScore(score.Score):
     )
 
     @property
-    def accuracy(self) -> float:
-        return self.ranked / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.ranked, self.total)
+    def right(self) -> int:
+        return self.ranked
 
     def metrics(self) -> dict[str, float]:
-        low, high = self.interval
-        return {
-            "eval_accuracy": self.accuracy,
-            "eval_accuracy_low": low,
-            "eval_accuracy_high": high,
+        return self.accuracy_metrics() | {
             "eval_likelier": self.likelier / self.total,
             "eval_margin": self.margin,
             "eval_reward_chosen": self.chosen,
             "eval_loss": self.loss,
-            "eval_total": float(self.total),
         }
 
     @property
@@ -79,10 +69,7 @@ class PairScore(score.Score):
         return self.ranked == 0 and self.margin == 0 and self.chosen == 0
 
     def line(self) -> str:
-        low, high = self.interval
-        ranked = (
-            f"{self.ranked}/{self.total} ranked right = {self.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%})"
-        )
+        ranked = f"{self.ranked}/{self.total} ranked right = {self.accuracy:.1%} (95 % interval {self.interval_text})"
         if self.agrees:
             ranked = f"{self.total} pairs, not ranked yet (the policy is the reference)"
         return (
@@ -91,10 +78,9 @@ class PairScore(score.Score):
         )
 
     def cells(self) -> tuple[str, ...]:
-        low, high = self.interval
         return (
             "not yet" if self.agrees else f"{self.ranked} of {self.total}",
-            "" if self.agrees else f"{low:.1%} to {high:.1%}",
+            "" if self.agrees else self.interval_text,
             f"{self.likelier / self.total:.1%}",
             f"{self.margin:.3f}",
             f"{self.chosen:.3f}",
@@ -104,7 +90,8 @@ class PairScore(score.Score):
 
 @dataclass(frozen=True)
 class LabelledScore(score.Score):
-    right: int
+    judged: int
+    """Judged right."""
     wanted: int
     total: int
     loss: float
@@ -121,38 +108,27 @@ class LabelledScore(score.Score):
     )
 
     @property
-    def accuracy(self) -> float:
-        return self.right / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(self.right, self.total)
+    def right(self) -> int:
+        return self.judged
 
     def metrics(self) -> dict[str, float]:
-        low, high = self.interval
-        return {
-            "eval_accuracy": self.accuracy,
-            "eval_accuracy_low": low,
-            "eval_accuracy_high": high,
+        return self.accuracy_metrics() | {
             "eval_reward_wanted": self.reward_wanted,
             "eval_reward_unwanted": self.reward_unwanted,
             "eval_loss": self.loss,
-            "eval_total": float(self.total),
         }
 
     def line(self) -> str:
-        low, high = self.interval
         return (
-            f"held out {self.right}/{self.total} judged right = {self.accuracy:.1%} (95 % interval {low:.1%} to "
-            f"{high:.1%}), reward of wanted answers {self.reward_wanted:.3f}, of unwanted {self.reward_unwanted:.3f}, "
-            f"loss {self.loss:.3f}"
+            f"held out {self.judged}/{self.total} judged right = {self.accuracy:.1%} (95 % interval "
+            f"{self.interval_text}), reward of wanted answers {self.reward_wanted:.3f}, of unwanted "
+            f"{self.reward_unwanted:.3f}, loss {self.loss:.3f}"
         )
 
     def cells(self) -> tuple[str, ...]:
-        low, high = self.interval
         return (
-            f"{self.right} of {self.total}",
-            f"{low:.1%} to {high:.1%}",
+            f"{self.judged} of {self.total}",
+            self.interval_text,
             f"{self.reward_wanted:.3f}",
             f"{self.reward_unwanted:.3f}",
             f"{self.loss:.3f}",

@@ -1,6 +1,5 @@
 """What a run says: its arithmetic before the first step, and its result at the end."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -141,9 +140,8 @@ def closing(
     """
     if state.evaluations:
         table = Table(*score.HEADER)
-        fields = [field.name for field in dataclasses.fields(score)]
         for name, entry in (("before training", state.evaluations[0]), ("after training", state.evaluations[-1])):
-            table.add_row(name, *score(**{field: entry[field] for field in fields}).cells())
+            table.add_row(name, *score(**{key: entry[key] for key in entry.keys() - {"step", "accuracy"}}).cells())
         console.print(table)
     if state.skipped:
         console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")

@@ -282,7 +282,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
             return
         score = algorithm.measure(setup)
         best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
-        state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **dataclasses.asdict(score)})
+        state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **vars(score)})
         log(state.step, score.metrics())
         progress.note(f"step {state.step}: {score.line()}")
         if state.step and score.accuracy > best:

@@ -7,8 +7,9 @@ import torch
 
 from ernie_model.context import Packed
 from tests.train import small
-from train.heldout import answer, exact, in_rows, prompt_length, wilson
+from train.heldout import answer, exact, in_rows, prompt_length
 from train.policy import on_device
+from train.score import wilson
 
 
 @pytest.mark.parametrize(

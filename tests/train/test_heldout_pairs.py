@@ -57,7 +57,7 @@ def test_labelled_answers_by_hand():
 
     wanted, unwanted = {Role.WANTED: evenly(-2.0, -3.0, 2)}, {Role.UNWANTED: evenly(-4.0, -4.5, 3)}
     score = labelled_score(labelled_sums(labelled, *row(wanted, unwanted, unwanted)))
-    assert (score.right, score.wanted, score.total) == (1, 1, 3)
+    assert (score.judged, score.wanted, score.total) == (1, 1, 3)
     assert score.reward_wanted == pytest.approx(0.1) and score.reward_unwanted == pytest.approx(0.05)
     assert len(score.cells()) == len(score.HEADER) - 1
     assert score == type(score)(**dataclasses.asdict(score))

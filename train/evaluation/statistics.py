@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import bdtr
 
-from train.heldout import wilson
+from train.score import wilson
 
 RESAMPLES = 10_000
 LEVEL = 0.95

@@ -17,7 +17,7 @@ from train.evaluation.statistics import (
     pass_at_k,
     permutation,
 )
-from train.heldout import wilson
+from train.score import wilson
 
 
 @pytest.mark.parametrize("attempts, right", [(5, 0), (5, 2), (5, 5), (4, 1)])
