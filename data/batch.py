@@ -22,6 +22,7 @@ Shape letters:  T tokens   S segments   I images and videos   P patches   X numb
 """
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from enum import Enum
 
@@ -80,6 +81,13 @@ class PackedBatch:
     @property
     def num_segments(self) -> int:
         return len(self.lengths)
+
+    @property
+    def record_segments(self) -> list[range]:
+        """The segments of each record, which lie side by side: records (0, 0, 0, 1) -> [range(0, 3), range(3, 4)]."""
+        counts = [len(list(of)) for _, of in itertools.groupby(self.records or range(self.num_segments))]
+        starts = itertools.accumulate(counts, initial=0)
+        return [range(start, start + count) for start, count in zip(starts, counts, strict=False)]
 
     @property
     def is_filler(self) -> bool:

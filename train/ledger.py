@@ -11,12 +11,10 @@ order on that rank. A start that goes on from a checkpoint drops the lines of th
 Shape letters:  T tokens   S segments
 """
 
-import itertools
 import json
 import math
 import os
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -48,14 +46,14 @@ class Evidence:
     """
 
     def __init__(self):
-        self.rows: list[
-            tuple[list[str], tuple[int, ...], Tensor, Tensor]
-        ] = []  # names, tokens of each, logprob_T, weight_T
+        self.rows: list[tuple[list[str], list[int], Tensor, Tensor]] = []
+        """Names of the records, tokens of each, logprob_T, weight_T."""
         self.gradients: dict[str, list[int]] = {}
         """By part of the model: [parameters whose gradient is not finite, parameters with a gradient]."""
 
     def add(self, batch: PackedBatch, logprob_T: Tensor) -> None:
-        self.rows.append((names(batch), record_lengths(batch), logprob_T.detach(), batch.weight_T))
+        lengths = [sum(batch.lengths[segment] for segment in segments) for segments in batch.record_segments]
+        self.rows.append((names(batch), lengths, logprob_T.detach(), batch.weight_T))
 
     def blame(self, finite: Mapping[str, bool]) -> None:
         """Args:
@@ -85,19 +83,7 @@ def names(batch: PackedBatch) -> list[str]:
     """DATASET/ID of every record; the id alone where there is no mixture."""
     datasets = batch.datasets or ("",) * len(batch.ids)
     of_segments = [f"{dataset}/{id_}" if dataset else id_ for dataset, id_ in zip(datasets, batch.ids, strict=True)]
-    return [of_segments[first] for first, _ in record_segments(batch)]
-
-
-def record_segments(batch: PackedBatch) -> list[tuple[int, int]]:
-    """The first segment of every record, and how many it has: records (0, 0, 0, 1) -> [(0, 3), (3, 1)]."""
-    counts = Counter(batch.records or range(batch.num_segments))
-    firsts = itertools.accumulate(counts.values(), initial=0)
-    return list(zip(firsts, counts.values(), strict=False))
-
-
-def record_lengths(batch: PackedBatch) -> tuple[int, ...]:
-    """Tokens of every record, all its segments together."""
-    return tuple(sum(batch.lengths[first : first + count]) for first, count in record_segments(batch))
+    return [of_segments[segments[0]] for segments in batch.record_segments]
 
 
 def bare(name: str) -> str:

@@ -59,17 +59,14 @@ class PairGroups(Beside):
 
     def members(self, batch: PackedBatch) -> Tensor:
         """float64 (S, G): 1 where the record that a segment comes from belongs to a group."""
-        records = batch.records or range(batch.num_segments)
-        modality = dict.fromkeys(records, 0)
-        for record, token_T in zip(records, batch.token_T.split(batch.lengths), strict=True):
-            for rank, id in ((1, self.image_id), (2, self.video_id)):
-                if id is not None and bool((token_T == id).any()):
-                    modality[record] = max(modality[record], rank)
         member_SG = torch.zeros(batch.num_segments, len(self.groups), dtype=torch.float64)
-        for segment, record in enumerate(records):
-            member_SG[segment, modality[record]] = 1
-            if self.datasets and (name := batch.datasets[segment]):  # a filler row comes from no dataset
-                member_SG[segment, self.datasets[name]] = 1
+        token_S = batch.token_T.split(batch.lengths)
+        for segments in batch.record_segments:
+            token_T = torch.cat([token_S[segment] for segment in segments])
+            held = [id is not None and bool((token_T == id).any()) for id in (self.image_id, self.video_id)]
+            member_SG[list(segments), 2 if held[1] else int(held[0])] = 1
+            if self.datasets and (name := batch.datasets[segments[0]]):  # a filler row comes from no dataset
+                member_SG[list(segments), self.datasets[name]] = 1
         return member_SG
 
     @torch.no_grad()

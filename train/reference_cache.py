@@ -59,23 +59,19 @@ class Record(NamedTuple):
 def records_of(batch: PackedBatch, config: ErnieConfig) -> list[Record]:
     """The records of a row on the host, in order. Pictures belong to the record that has their placeholders."""
     counts = torch.isin(batch.token_T, torch.tensor(config.placeholder_token_ids, dtype=torch.int64))
-    numbers = batch.records or tuple(range(batch.num_segments))
     found: list[Record] = []
-    segment = token = grid = patch = 0
-    while segment < batch.num_segments:
-        last = segment + 1
-        while last < batch.num_segments and numbers[last] == numbers[segment]:
-            last += 1
-        tokens = slice(token, token + sum(batch.lengths[segment:last]))
+    token = grid = patch = 0
+    for of in batch.record_segments:
+        segments = slice(of.start, of.stop)
+        tokens = slice(token, token + sum(batch.lengths[segments]))
         room, grids, patches = int(counts[tokens].sum()), grid, patch
         while room > 0:
             room -= num_media_tokens(batch.grids[grids])
             patches += _patches(batch.grids[grids])
             grids += 1
         row_R = batch.weight_T[tokens].nonzero()[:, 0] + tokens.start
-        one = Record(batch.ids[segment], slice(segment, last), tokens, slice(grid, grids), slice(patch, patches), row_R)
-        found.append(one)
-        segment, token, grid, patch = last, tokens.stop, grids, patches
+        found.append(Record(batch.ids[of.start], segments, tokens, slice(grid, grids), slice(patch, patches), row_R))
+        token, grid, patch = tokens.stop, grids, patches
     return found
 
 

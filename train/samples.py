@@ -166,7 +166,7 @@ def samples_of(batch: PackedBatch, processor: Witness, *, row: int) -> Iterator[
     config = processor.config
     grids, patch = iter(batch.grids), 0
     starts = list(itertools.accumulate(batch.lengths, initial=0))
-    for record, segments in enumerate(_segments(batch)):
+    for record, segments in enumerate(batch.record_segments):
         start, stop = starts[segments[0]], starts[segments[-1] + 1]
         sections, media, weights = [], [], []
         for segment in segments:
@@ -204,12 +204,6 @@ def kind_of(samples: Sequence[Sample]) -> str:
     if Role.CHOSEN in roles:
         return "pairs"
     return "labelled answers" if roles & {Role.WANTED, Role.UNWANTED} else "conversations"
-
-
-def _segments(batch: PackedBatch) -> list[list[int]]:
-    """The segments of each record."""
-    records = batch.records or range(batch.num_segments)
-    return [[segment for segment, _ in of] for _, of in itertools.groupby(enumerate(records), key=lambda one: one[1])]
 
 
 def _section(
@@ -264,7 +258,7 @@ def stretches_of(batch: PackedBatch, processor: Processor, samples: Mapping[int,
     grids = list(batch.grids)
     starts = list(itertools.accumulate(batch.lengths, initial=0))
     out = []
-    for record, segments in enumerate(_segments(batch)):
+    for record, segments in enumerate(batch.record_segments):
         start, stop = starts[segments[0]], starts[segments[-1] + 1]
         media_tokens = int((token_types(batch.token_T[start:stop], processor.config) != 0).sum())
         patches, left = 0, media_tokens

@@ -47,10 +47,8 @@ class PairSums(NamedTuple):
 
 def pair_segments(batch: PackedBatch) -> list[dict[Role, int]]:
     """Of each pair in the row, which segment has which role."""
-    records: dict[int, dict[Role, int]] = {}
-    for segment, (record, role) in enumerate(zip(batch.records, batch.roles, strict=True)):
-        records.setdefault(record, {})[role] = segment
-    pairs = [roles for roles in records.values() if Role.CHOSEN in roles or Role.REJECTED in roles]
+    records = [{batch.roles[segment]: segment for segment in of} for of in batch.record_segments] if batch.roles else []
+    pairs = [roles for roles in records if Role.CHOSEN in roles or Role.REJECTED in roles]
     assert all(Role.CHOSEN in roles and Role.REJECTED in roles for roles in pairs), "an answer without the other one"
     return pairs
 
