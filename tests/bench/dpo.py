@@ -40,6 +40,12 @@ from tests.parity.dpo_peer import TokenPair, pair_example, random_pairs, trainer
 
 VOCABULARY = 103_424
 LEARNING_RATE = 1e-4
+WARM_UP = 1
+KEYS = ("model", "reference", "threads")
+HEADER = (
+    "| | threads | against | TRL pairs/s | ours | ratio | TRL MiB of updates | ours | ratio | whole process "
+    "| losses differ by |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
 TRL, ANSWERS, OURS = "trl", "trl, answers", "ours"
 
 
@@ -302,13 +308,32 @@ def write_models(kind: str, folder: Path) -> None:
     get_peft_model(model, adapter_config()).save_pretrained(folder / "adapter")
 
 
-def compare(setting: Setting, sides: Sequence[str], warm_up: int) -> None:
+def describe(setting: Setting) -> str:
+    """Tokens of an update on either side, those that only warm up left out."""
+    pairs = pairs_of(setting)[WARM_UP * setting.pairs :]
+    updates = setting.updates - WARM_UP
+    padded = 0
+    for at in range(0, len(pairs), setting.batch):
+        batch = pairs[at : at + setting.batch]
+        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in batch)
+        padded += 2 * len(batch) * longest
+    answers = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    prompts = sum(len(pair.prompt) for pair in pairs)
+    ours = prompts + answers + len(pairs)
+    return (
+        f"An update: {setting.pairs} pairs, prompts of {prompts / len(pairs):.0f} tokens and answers of "
+        f"{answers / len(pairs) / 2:.0f} on average. Through the layers: {padded / updates:,.0f} tokens in TRL, "
+        f"{setting.batch} pairs at once, {ours / updates:,.0f} in ours; targets to score: {answers / updates:,.0f}."
+    )
+
+
+def compare(setting: Setting, sides: Sequence[str]) -> None:
     """Print a row of the table for each of their sides."""
     found = dict(zip(sides, in_turn([setting._replace(side=side) for side in sides]), strict=True))
     ours = found.pop(OURS)
 
     def timing(updates: list[Update]) -> Timing:
-        return Timing([u.cpu if setting.threads == 1 else u.wall for u in updates[warm_up:]])
+        return Timing([u.cpu if setting.threads == 1 else u.wall for u in updates[WARM_UP:]])
 
     for side, theirs in found.items():
         worst = check_losses(ours, theirs, side)
@@ -342,30 +367,28 @@ def main() -> None:
         torch.set_num_threads(setting.threads)
         (run_ours if setting.side == OURS else run_theirs)(setting, Turns())
         return
-    warm_up = 1
-    print(
-        "| | threads | against | TRL pairs/s | ours | ratio | TRL MiB of updates | ours | ratio | whole process "
-        "| losses differ by |\n|---|---|---|---|---|---|---|---|---|---|---|"
-    )
-    for model in args.model.split(","):
+    first = True
+    for model, reference, threads in itertools.product(*(getattr(args, key).split(",") for key in KEYS)):
         with tempfile.TemporaryDirectory() as folder:
             write_models(model, Path(folder))
-            for reference, threads in itertools.product(args.reference.split(","), args.threads.split(",")):
-                setting = Setting(
-                    side="",
-                    model=model,
-                    folder=f"{folder}/model",
-                    adapter=f"{folder}/adapter",
-                    reference=reference,
-                    threads=int(threads),
-                    pairs=args.pairs,
-                    updates=warm_up + args.rounds,
-                    batch=args.batch,
-                    max_tokens=args.max_tokens,
-                    experts=args.experts,
-                    recompute=args.recompute,
-                )
-                compare(setting, [OURS, *args.against.split(";")], warm_up)
+            setting = Setting(
+                side="",
+                model=model,
+                folder=f"{folder}/model",
+                adapter=f"{folder}/adapter",
+                reference=reference,
+                threads=int(threads),
+                pairs=args.pairs,
+                updates=WARM_UP + args.rounds,
+                batch=args.batch,
+                max_tokens=args.max_tokens,
+                experts=args.experts,
+                recompute=args.recompute,
+            )
+            if first:
+                print(f"{describe(setting)}\n\n{HEADER}", flush=True)
+            first = False
+            compare(setting, [OURS, *args.against.split(";")])
 
 
 if __name__ == "__main__":
