@@ -342,9 +342,10 @@ class ReferenceConfig:
             f"reference.cache_folder={self.cache_folder} would not be used: reference.kind is {kind}. Use "
             "reference.kind=cache, or leave the folder out.",
         )
+        every = "null" if self.every is None else self.every
         check(
             moving == (self.every is not None),
-            f"reference.every is {self.every} and reference.update {self.update.value}; "
+            f"reference.every is {every} and reference.update {self.update.value}; "
             + ("say after how many updates, for example 100." if moving else "a frozen reference has no use for it."),
         )
         check(self.every is None or self.every >= 1, f"reference.every is {self.every}; it must be 1 or more.")

@@ -100,7 +100,7 @@ class Degenerate(Beside):
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.found, self.told = 0, False
+        self.told = False
 
     def streams(self, microbatches: Sequence[PackedBatch]) -> Sequence[PackedBatch]:
         counts = [self.count(batch) for batch in microbatches]
@@ -113,7 +113,8 @@ class Degenerate(Beside):
         found = 0
         for roles in pairs:
             short, long = sorted((token_S[roles[Role.CHOSEN]], token_S[roles[Role.REJECTED]]), key=len)
-            found += torch.equal(short[:-1], long[: len(short) - 1])
+            # equally long, they differ in their pictures
+            found += len(short) < len(long) and torch.equal(short[:-1], long[: len(short) - 1])
         return found, len(pairs)
 
     def sums(self) -> Tensor:

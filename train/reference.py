@@ -183,7 +183,8 @@ class Copy(Forward):
         )
         if self.follows:
             share = "" if self.config.mix is None else f" by {self.config.mix:g}"
-            note += f" It follows the policy{share} every {self.config.every} updates."
+            often = "after every update" if self.config.every == 1 else f"after every {self.config.every} updates"
+            note += f" It follows the policy{share} {often}."
         return [note]
 
     def start(self, optimizer: Any, data: Data) -> None:

@@ -22,6 +22,8 @@ from data.batch import PackedBatch
 from data.encode import Example
 from data.quarantine import Quarantine
 from ernie_model.atomic import atomic_write
+from ernie_model.checkpoint import CheckpointError
+from ernie_model.config import ConfigError
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train import checkpoint, report
@@ -31,6 +33,7 @@ from train.compose import plain
 from train.config import (
     PeftKind,
     TrainingConfig,
+    UserError,
     check_heldout,
     check_steps,
 )
@@ -192,14 +195,19 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     check_shareable(config.model, layout.sequence)
     gpu = accelerator.device.type == "cuda"
     engine = deepspeed_config(config.parallel, max_grad_norm=config.optim.max_grad_norm, gpu=gpu)
-    model, processor, notes = build_model(
-        config.model,
-        seed=config.run.seed,
-        frozen=frozen,
-        held_in=config.parallel.held_in,
-        layout=layout,
-        partition=partitioner(engine) if layout.zero == 3 else None,
-    )
+    try:
+        model, processor, notes = build_model(
+            config.model,
+            seed=config.run.seed,
+            frozen=frozen,
+            held_in=config.parallel.held_in,
+            layout=layout,
+            partition=partitioner(engine) if layout.zero == 3 else None,
+        )
+    except (CheckpointError, ConfigError) as error:
+        if config.model.checkpoint is None:
+            raise
+        raise UserError(f"model.checkpoint={config.model.checkpoint}: {error}") from error
     weights = trained_weights(model, config.peft, seed=config.run.seed, base=config.model.checkpoint)
     if on_main and saved is None:
         Quarantine.start_anew(run.folder)

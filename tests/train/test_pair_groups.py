@@ -124,6 +124,7 @@ def answers(chosen: list[int], rejected: list[int], end: int = 2) -> Example:
 def test_an_answer_that_is_the_beginning_of_the_other_is_counted_and_told_once():
     row = collate([answers([7, 8, 9], [7, 8]), answers([7], [7, 8]), answers([7, 8], [7, 9]), answers([9], [7, 9])])
     degenerate = Degenerate(torch.device("cpu"))
+    assert degenerate.count(collate([answers([7], [7])])) == (0, 1)  # they differ in their pictures
     assert degenerate.count(row) == (2, 4) and degenerate.count(filler(0)) == (0, 0)
     degenerate.streams([row, filler(0), collate([answers([3], [4])])])
     metrics = degenerate.report(degenerate.sums())

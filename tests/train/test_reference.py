@@ -387,7 +387,7 @@ def test_what_auto_stands_for():
         (dict(kind="cache", update="sync", every=2), "reference.update=sync changes the weights of the reference, and"),
         (dict(kind="adapters_off", update="ema", every=2, mix=0.1), "and reference.kind=adapters_off has none"),
         (dict(cache_folder="x"), "reference.cache_folder=x would not be used: reference.kind is auto."),
-        (dict(update="sync"), "reference.every is None and reference.update sync; say after how many updates"),
+        (dict(update="sync"), "reference.every is null and reference.update sync; say after how many updates"),
         (dict(every=3), "reference.every is 3 and reference.update frozen; a frozen reference has no use for it."),
         (dict(update="sync", every=0), "reference.every is 0; it must be 1 or more."),
         (dict(update="ema", every=1), "reference.mix is None and reference.update ema; say which share"),
@@ -481,5 +481,5 @@ def test_what_the_reference_takes_is_told():
     run = Run()
     size = sum(p.nbytes for p in run.model.parameters())
     (note,) = run.reference(settings(update="ema", every=8, mix=0.5)).notes()
-    assert f"{size / 1e3:.3g} kB on each rank" in note and "follows the policy by 0.5 every 8 updates" in note
+    assert f"{size / 1e3:.3g} kB on each rank" in note and "follows the policy by 0.5 after every 8 updates" in note
     assert not Run(peft=LORA).reference().notes()
