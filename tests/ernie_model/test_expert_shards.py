@@ -22,6 +22,8 @@ def test_experts_that_cannot_be_shared_out_are_named():
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_experts_are_cut_and_marked(device):
     experts = Experts(4, width=3, hidden=2).to(device)
+    for value in experts.parameters():  # memory as it was found may hold NaN, which equals nothing
+        torch.nn.init.normal_(value)
     whole = {name: value.detach().clone() for name, value in experts.named_parameters()}
     assert shard_of(experts.down_EDF) == WHOLE
     experts.down_EDF.requires_grad_(False)

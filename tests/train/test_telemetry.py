@@ -15,7 +15,7 @@ from tests.train import small
 from train.loop import train_step
 from train.objectives.sft import SFT
 from train.policy import Policy
-from train.telemetry import Layers, Probe, RoutingRecord, SegmentLosses, _plain, choices
+from train.telemetry import Layers, Probe, RoutingRecord, SegmentLosses, choices, plain_names
 
 CPU = torch.device("cpu")
 
@@ -95,7 +95,7 @@ def test_each_update_is_reported_alone():
 
 
 def test_names_fit_in_a_key_and_stay_apart():
-    assert _plain(["a/b c", "a_b_c", "über", "x.y-2"]) == ["a_b_c", "a_b_c_2", "_ber", "x.y-2"]
+    assert plain_names(["a/b c", "a_b_c", "über", "x.y-2"]) == ["a_b_c", "a_b_c_2", "_ber", "x.y-2"]
 
 
 # ------------------------------------------------------------------------------------------------- what the routers do
