@@ -26,12 +26,13 @@ from data.records.files import CHUNK, Layout, Span
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 
-_STRING_TEXT = rb'[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*+'  # up to its quote, or what ends it wrongly
+# Groups are repeated without `*+`: before Python 3.11.5 it keeps what a last, failing round has read.
+_STRING_TEXT = rb'[^"\\\n]*+(?:\\[^\n][^"\\\n]*+)*'  # up to its quote, or what ends it wrongly
 _WHOLE_STRING = b'"' + _STRING_TEXT + b'"'
 _STRING = re.compile(_STRING_TEXT)
 # A run of whole strings and what lies between them; or a mark; or the quote of a string that does not end here.
 _TOKEN = re.compile(
-    rb'(?:[^"\[\]{}, \t\r\n]|' + _WHOLE_STRING + rb')(?:[^"\[\]{},\n]++|' + _WHOLE_STRING + rb')*+|["\[\]{},\n]'
+    rb'(?:[^"\[\]{}, \t\r\n]|' + _WHOLE_STRING + rb')(?:[^"\[\]{},\n]++|' + _WHOLE_STRING + rb')*|["\[\]{},\n]'
 )
 _QUOTE, _NEWLINE = b'"\n'
 
