@@ -55,7 +55,6 @@ class Example:
     stems: tuple[int, ...] = ()
     roles: tuple[Role, ...] = ()
     scores: tuple[float, ...] = ()
-    ref_logprob_T: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -67,7 +66,7 @@ class Example:
 
     @property
     def num_bytes(self) -> int:
-        streams = (self.token_T, self.target_T, self.weight_T, self.position_3T, self.patch_PX, self.ref_logprob_T)
+        streams = (self.token_T, self.target_T, self.weight_T, self.position_3T, self.patch_PX)
         return sum(stream.nbytes for stream in streams if stream is not None)
 
 

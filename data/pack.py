@@ -121,8 +121,6 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     if not examples:
         raise DataError("a packed row needs at least one example.")
     patches = [example.patch_PX for example in examples if example.patch_PX is not None]
-    refs = [example.ref_logprob_T for example in examples if example.ref_logprob_T is not None]
-    assert len(refs) in (0, len(examples)), "a row has reference log-probabilities of all its records, or of none"
     lengths = [example.lengths or (example.num_tokens,) for example in examples]
     batch = PackedBatch(
         token_T=torch.cat([example.token_T for example in examples]),
@@ -134,7 +132,6 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         patch_PX=torch.cat(patches) if patches else None,
         ids=tuple(example.id for example, own in zip(examples, lengths, strict=True) for _ in own),
         datasets=tuple(example.dataset for example, own in zip(examples, lengths, strict=True) for _ in own),
-        ref_logprob_T=torch.cat(refs) if refs else None,
     )
     if not any(example.lengths for example in examples):
         return batch

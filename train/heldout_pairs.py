@@ -240,5 +240,4 @@ def with_chosen(example: Example) -> Example:
         stems=(),
         roles=(),
         scores=(),
-        ref_logprob_T=None,
     )
