@@ -18,7 +18,8 @@ position, so that the first word of either answer is predicted from there, and e
     lengths     (5, 3, 3)     stems  (-1, 0, 0)     roles  (prompt, chosen, rejected)     records  (0, 0, 0)
     position     0  1     2     3     4      5  6  7     5  6  7
 
-Shape letters:  T tokens   S segments   I images and videos   P patches   X numbers in a patch
+Shape letters:  T tokens   S segments   I images and videos   P patches   X numbers in a patch   L sparse layers
+                K experts per token
 """
 
 import dataclasses
@@ -47,6 +48,8 @@ class Role(Enum):
     """or bad."""
     MISMATCHED = "mismatched"
     """Another record's answer to this one's prompt."""
+    ATTEMPT = "attempt"
+    """What the model itself wrote, and what tools answered, after a prompt (reinforcement learning)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,15 @@ class PackedBatch:
     scores: tuple[float, ...] = ()
     """How good each answer was found to be, where its record says so, and nan. Empty: none says so."""
     ref_logprob_T: Tensor | None = None  # float32, log p(target_T[t]) of the reference model; 0 where weight_T is 0
+    old_logprob_T: Tensor | None = None
+    """float32, log p(target_T[t]) of the policy that the row was sampled with, as the trainer computes it; 0 where
+    weight_T is 0. None in reinforcement learning: of the policy as it is in this very update."""
+    engine_logprob_T: Tensor | None = None
+    """float32, the same as whoever sampled the target computed it then; nan where it is not known."""
+    advantage_T: Tensor | None = None  # float32, how much better than expected the attempt of target_T[t] was
+    expert_TLK: Tensor | None = None
+    """int16: the experts that token t was sent to in every sparse layer when it was sampled, or -1; of the router's
+    replay. Vision experts come after the text experts."""
 
     @property
     def num_tokens(self) -> int:

@@ -55,6 +55,9 @@ class Example:
     stems: tuple[int, ...] = ()
     roles: tuple[Role, ...] = ()
     scores: tuple[float, ...] = ()
+    engine_logprob_T: Tensor | None = None
+    advantage_T: Tensor | None = None
+    expert_TLK: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

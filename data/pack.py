@@ -132,6 +132,11 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         patch_PX=torch.cat(patches) if patches else None,
         ids=tuple(example.id for example, own in zip(examples, lengths, strict=True) for _ in own),
         datasets=tuple(example.dataset for example, own in zip(examples, lengths, strict=True) for _ in own),
+        **{
+            name: torch.cat([getattr(example, name) for example in examples])
+            for name in ("engine_logprob_T", "advantage_T", "expert_TLK")
+            if getattr(examples[0], name) is not None
+        },
     )
     if not any(example.lengths for example in examples):
         return batch

@@ -35,6 +35,10 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPES = ("lora_vl_28b", "full_vl_28b", "lora_21b_text", "full_0_3b")  # for data that users bring
 PAIRS = ("optim=dpo", *(f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*dpo*.yaml")))
 PAIRS += tuple(f"objective={file.stem}" for file in CONFIGS.glob("objective/*.yaml") if file.stem != "sft")
+ROLLOUTS = ("optim=rl", *(f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*rl*.yaml")))
+ROLLOUTS += tuple(
+    f"objective={file.stem}" for file in CONFIGS.glob("objective/*.yaml") if "kind: rl" in file.read_text()
+)
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
@@ -49,8 +53,8 @@ def test_every_choice_of_every_group_composes(choice):
     theirs = ("data=files", *(f"experiment={name}" for name in RECIPES))
     task = ["data.task=counting"] if choice.endswith("=task") else []
     needed = ["data.path=chats.jsonl"] if choice in theirs else task
-    entry = "dpo" if choice in PAIRS else "sft"
-    needed += ["data.path=pairs.jsonl"] if entry == "dpo" else []
+    entry = "rl" if choice in ROLLOUTS else "dpo" if choice in PAIRS else "sft"
+    needed += ["data.path=pairs.jsonl"] if entry != "sft" else []
     assert isinstance(load(choice, *needed, entry=entry), ENTRIES[entry])
 
 

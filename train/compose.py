@@ -43,10 +43,12 @@ from train.inference_config import (
     PairsConfig,
     ServeConfig,
 )
+from train.rl_config import RLConfig
 
 ENTRIES = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
+    "rl": RLConfig,
     "convert": ConvertConfig,
     "export": ExportConfig,
     "evaluate": EvaluationConfig,

@@ -49,6 +49,7 @@ class Schedule(Enum):
 class ObjectiveKind(Enum):
     sft = "sft"
     dpo = "dpo"
+    rl = "rl"
 
 
 class PeftKind(Enum):
