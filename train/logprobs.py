@@ -1,15 +1,22 @@
 """Hidden states -> log-probability of each target, in chunks, so that (T, V) logits never exist whole.
 
-    logprob_t = h_t . W[target_t] - logsumexp_v(h_t . W[v])
+    logprob_t = x_t[target_t] - logsumexp_v(x_t[v])        x_t = h_t . W, or what a `Distribution` makes of it
+    entropy_t = logsumexp_v(x_t[v]) - sum_v p_t[v] x_t[v]
 
 At vocabulary 103,424 the logits of 4,096 tokens, their softmax and its gradient would take 5 GB in float32. Here a
-chunk of rows is multiplied out, reduced to three numbers per token, and thrown away; the backward pass multiplies it
+chunk of rows is multiplied out, reduced to a few numbers per token, and thrown away; the backward pass multiplies it
 out again and turns it into both gradients at once. The forward pass does that where it can: where the slope of the loss
 is known, and, whatever the loss, where the head is frozen: then a row of the gradient is one vector times its slope.
 
-Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk
+What was sampled must be scored under the distribution that it was drawn from: where the engine divides logits by a
+temperature, bans tokens or cuts off a tail, log-probabilities of the bare logits differ from its own before any
+rounding does. The way from logits to x is the engine's (ernie_model/distribution.py): bans, less the largest,
+/ temperature, truncation, then the sum of exp x over chunks of the vocabulary, added up in float64.
+
+Shape letters:  T tokens   D model width   V vocabulary   C tokens of a chunk   B banned ids
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ernie_model.distribution import Distribution, masses, temper_, thresholds
 from ernie_model.layers import cast, wide
 
 FEWEST_ROWS = 64
@@ -34,6 +42,10 @@ def chunk_size(device: torch.device) -> int:
 class TokenLogprobs(NamedTuple):
     logprob_T: Tensor  # float32 (float64 in a float64 model), with gradient
     correct_T: Tensor  # bool: the target is the most probable token
+    entropy_T: Tensor | None = None  # as logprob_T, in nats; None if not asked for
+
+
+AS_IT_IS = Distribution()
 
 
 def token_logprobs(
@@ -41,6 +53,8 @@ def token_logprobs(
     head_VD: Tensor,
     target_T: Tensor,
     *,
+    distribution: Distribution | None = None,
+    entropy: bool = False,
     slope_T: Tensor | None = None,
     chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
@@ -50,18 +64,52 @@ def token_logprobs(
         hidden_TD: final hidden states; their dtype is the dtype of the matmuls.
         head_VD: weight of the head; gradients arrive in its own dtype.
         target_T: int64 in [0, V).
+        distribution: what targets were drawn from; None is softmax of the logits. A target that it bans or cuts off is
+            kept beside what it keeps, and the probabilities of all these add up to 1. So a token of the edge, which
+            the engine's logits left inside and ours leave outside, has nearly the log-probability that it had there,
+            instead of minus infinity, and still a gradient.
+        entropy: also of that distribution. Which tokens are kept is taken as given: it has no gradient.
         slope_T: what d loss / d logprob_T will be, up to one factor, when it is known beforehand (cross-entropy: the
             target weights). The gradients are then made in the forward pass, from logits that are there anyway: one
-            matmul in four is saved. A hint, never trusted: if the real slope differs, the backward pass recomputes.
-        chunk_bytes: memory for one chunk of logits; None takes what suits the device.
+            matmul in four is saved. A hint, never trusted: if the real slope differs, or the loss depends on the
+            entropy too, the backward pass recomputes.
+        chunk_bytes: memory for one chunk of logits; None takes what suits the device. A distribution that cuts off
+            takes as much again, and so does the entropy.
     """
     chunk_bytes = chunk_bytes or chunk_size(hidden_TD.device)
     if not torch.is_grad_enabled():
         slope_T = None  # evaluation needs no gradients, early or late
     elif hidden_TD.requires_grad and not head_VD.requires_grad:
         slope_T = torch.ones_like(target_T, dtype=torch.float32)  # rows do not mix: each is multiplied by its own later
-    logprob_T, correct_T = _TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, chunk_bytes)  # pyright: ignore
-    return TokenLogprobs(logprob_T, correct_T)
+    shape = _Shape(distribution or AS_IT_IS, hidden_TD.device)
+    return TokenLogprobs(
+        *_TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, shape, entropy, chunk_bytes)  # pyright: ignore
+    )
+
+
+class _Shape:
+    """Rows of logits -> x, of which exp are the masses, under one distribution for all rows."""
+
+    def __init__(self, distribution: Distribution, device: torch.device):
+        self.distribution = distribution
+        banned = distribution.banned_ids
+        self.banned_B = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
+
+    def ban_(self, logit_CV: Tensor, target_C1: Tensor) -> None:
+        if self.banned_B is not None:
+            own_C1 = logit_CV.gather(1, target_C1)
+            logit_CV.index_fill_(1, self.banned_B, -math.inf).scatter_(1, target_C1, own_C1)
+
+    def temper_(self, logit_CV: Tensor, highest_C1: Tensor) -> Tensor:
+        return temper_(logit_CV, highest_C1, [self.distribution] * logit_CV.shape[0])
+
+    def thresholds(self, x_CV: Tensor, e_CV: Tensor) -> Tensor | None:
+        return thresholds(x_CV, e_CV, [self.distribution] * x_CV.shape[0])
+
+
+def _cut(x_CV: Tensor, least_C1: Tensor, target_C1: Tensor) -> Tensor:
+    """Which tokens have no mass."""
+    return (x_CV < least_C1).scatter_(1, target_C1, False)
 
 
 def _chunks(hidden_TD: Tensor, head_VD: Tensor, chunk_bytes: int) -> list[slice]:
@@ -93,10 +141,29 @@ class _Gradients:
         # Added up over chunks, so in the wide dtype; bfloat16 sums would lose small contributions.
         self.grad_VD = torch.zeros_like(head_VD, dtype=wide(head_VD[:0]).dtype) if need_head else None
 
-    def add(self, rows: slice, prob_CV: Tensor, target_C: Tensor, slope_C: Tensor) -> None:
-        """Consumes `prob_CV`: d logprob / d logit = onehot(target) - prob."""
-        grad_CV = prob_CV.mul_(-slope_C[:, None])
+    def add(
+        self,
+        rows: slice,
+        prob_CV: Tensor,
+        target_C: Tensor,
+        slope_C: Tensor,
+        entropy: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Consumes `prob_CV`. d logprob / dx = onehot(target) - p, and d entropy / dx = -p (log p + entropy).
+
+        Args:
+            slope_C: d loss / d logprob over the temperature, which makes x of logits.
+            entropy: (C,) entropies, and d loss / d entropy over the temperature.
+        """
+        of_prob_C, bent_CV = slope_C, None
+        if entropy is not None:
+            entropy_C, bend_C = entropy
+            of_prob_C = slope_C + bend_C * entropy_C
+            bent_CV = torch.special.entr(prob_CV).mul_(bend_C[:, None])
+        grad_CV = prob_CV.mul_(-of_prob_C[:, None])
         grad_CV.scatter_add_(1, target_C[:, None], slope_C[:, None].to(grad_CV.dtype))
+        if bent_CV is not None:
+            grad_CV += bent_CV
         grad_CV = grad_CV.to(self.hidden_TD.dtype)
         if self.grad_TD is not None:
             self.grad_TD[rows] = grad_CV @ self.weight_VD
@@ -108,11 +175,13 @@ class _Gradients:
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, target_T, slope_T, chunk_bytes):  # pyright: ignore
+    def forward(ctx, hidden_TD, head_VD, target_T, slope_T, shape, entropy, chunk_bytes):  # pyright: ignore
         weight_VD = cast(head_VD, hidden_TD)
         dtype = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         logprob_T = torch.empty(hidden_TD.shape[0], dtype=dtype, device=hidden_TD.device)
-        logsumexp_T = torch.empty_like(logprob_T)
+        highest_T, log_total_T = torch.empty_like(logprob_T), torch.empty_like(logprob_T)
+        least_T = torch.empty_like(logprob_T) if shape.distribution.truncates else None
+        entropy_T = torch.empty_like(logprob_T) if entropy else None
         correct_T = torch.empty_like(target_T, dtype=torch.bool)
         needed = ctx.needs_input_grad[:2]
         early = (
@@ -120,40 +189,67 @@ class _TokenLogprobs(torch.autograd.Function):
             if slope_T is not None and slope_T.shape[0] and any(needed)
             else None
         )
-        for rows, logit_CV in _logits(hidden_TD, weight_VD, chunk_bytes):
-            target_C = target_T[rows]
-            chosen_C = logit_CV.gather(1, target_C[:, None])[:, 0]
-            largest_C, argmax_C = logit_CV.max(dim=1)
-            exp_CV = logit_CV.sub_(largest_C[:, None]).exp_()
-            sum_C = exp_CV.sum(1)
-            logsumexp_T[rows] = sum_C.log().add_(largest_C)
-            logprob_T[rows] = chosen_C - logsumexp_T[rows]
-            correct_T[rows] = argmax_C == target_C
+        for rows, x_CV in _logits(hidden_TD, weight_VD, chunk_bytes):
+            target_C1 = target_T[rows, None]
+            shape.ban_(x_CV, target_C1)
+            highest_C1, argmax_C1 = x_CV.max(dim=1, keepdim=True)
+            shape.temper_(x_CV, highest_C1)
+            chosen_C1 = x_CV.gather(1, target_C1)
+            if least_T is None:
+                e_CV = x_CV.exp_()
+            else:
+                e_CV = x_CV.exp()
+                least_C1 = shape.thresholds(x_CV, e_CV)
+                e_CV.masked_fill_(_cut(x_CV, least_C1, target_C1), 0)
+                least_T[rows] = least_C1[:, 0]
+            total_C1 = masses(e_CV)[1][:, -1:]
+            log_total_C1 = total_C1.log()
+            logprob_T[rows] = (chosen_C1.double() - log_total_C1)[:, 0].to(dtype)
+            highest_T[rows], log_total_T[rows] = highest_C1[:, 0], log_total_C1[:, 0].to(dtype)
+            correct_T[rows] = (argmax_C1 == target_C1)[:, 0]
+            if early is None and entropy_T is None:
+                continue
+            prob_CV = e_CV.div_(total_C1.to(e_CV.dtype))
+            if entropy_T is not None:
+                entropy_T[rows] = torch.special.entr(prob_CV).sum(1)
             if early is not None and slope_T is not None:
-                early.add(rows, exp_CV.div_(sum_C[:, None]), target_C, slope_T[rows].to(dtype))
+                early.add(rows, prob_CV, target_T[rows], slope_T[rows].to(dtype) / shape.distribution.temperature)
         ctx.early = None if early is None else (early.grad_TD, early.grad_VD)
-        ctx.save_for_backward(hidden_TD, head_VD, target_T, slope_T, logsumexp_T)
-        ctx.chunk_bytes = chunk_bytes
+        ctx.save_for_backward(hidden_TD, head_VD, target_T, slope_T, highest_T, log_total_T, least_T, entropy_T)
+        ctx.shape, ctx.chunk_bytes = shape, chunk_bytes
         ctx.mark_non_differentiable(correct_T)
-        return logprob_T, correct_T
+        ctx.set_materialize_grads(False)
+        return logprob_T, correct_T, entropy_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_T, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_TD, head_VD, target_T, slope_T, logsumexp_T = ctx.saved_tensors
+    def backward(ctx, grad_T, _, bend_T):  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden_TD, head_VD, target_T, slope_T, highest_T, log_total_T, least_T, entropy_T = ctx.saved_tensors
         early, ctx.early = ctx.early, None
+        if grad_T is None:  # of a loss that depends on the entropy alone, or on neither
+            grad_T = torch.zeros_like(log_total_T)
+        if bend_T is not None:
+            early = None
         if early is not None and early[1] is None:  # the head is frozen
             grad_TD, grad_VD = early[0].mul_(grad_T[:, None]), None
         elif early is not None and (factor := _common_factor(grad_T, slope_T)) is not None:
             grad_TD, grad_VD = (None if x is None else x.mul_(factor) for x in early)
         else:
-            weight_VD = cast(head_VD, hidden_TD)
+            weight_VD, shape = cast(head_VD, hidden_TD), ctx.shape
             late = _Gradients(hidden_TD, head_VD, *ctx.needs_input_grad[:2])
-            for rows, logit_CV in _logits(hidden_TD, weight_VD, ctx.chunk_bytes):
-                prob_CV = logit_CV.sub_(logsumexp_T[rows, None]).exp_()
-                late.add(rows, prob_CV, target_T[rows], grad_T[rows])
+            temperature = shape.distribution.temperature
+            for rows, x_CV in _logits(hidden_TD, weight_VD, ctx.chunk_bytes):
+                target_C1 = target_T[rows, None]
+                shape.ban_(x_CV, target_C1)
+                shape.temper_(x_CV, highest_T[rows, None])
+                cut_CV = None if least_T is None else _cut(x_CV, least_T[rows, None], target_C1)
+                prob_CV = x_CV.sub_(log_total_T[rows, None]).exp_()
+                if cut_CV is not None:
+                    prob_CV.masked_fill_(cut_CV, 0)
+                entropy = None if bend_T is None else (entropy_T[rows], bend_T[rows] / temperature)
+                late.add(rows, prob_CV, target_T[rows], grad_T[rows] / temperature, entropy)
             grad_TD, grad_VD = late.grad_TD, late.grad_VD
-        return grad_TD, None if grad_VD is None else grad_VD.to(head_VD.dtype), None, None, None
+        return grad_TD, None if grad_VD is None else grad_VD.to(head_VD.dtype), *[None] * 5
 
 
 def _common_factor(grad_T: Tensor, slope_T: Tensor) -> Tensor | None:

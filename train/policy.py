@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 
 from data.batch import PackedBatch
 from ernie_model.context import Packed
+from ernie_model.distribution import Distribution
 from ernie_model.model import ErnieModel
 from ernie_model.moe import RouterStats
 from ernie_model.sequence_parallel import SharedRow, pixels_of, whole
@@ -36,6 +37,8 @@ class PolicyOutput(NamedTuple):
     """Of the tokens that this rank computed."""
     penalty: Tensor | None = None
     """`Policy.penalty()`, if there is one."""
+    entropy_T: Tensor | None = None
+    """float32, of what target_T[t] is drawn from, in nats, with gradient; 0 where weight_T is 0. None if not wanted."""
 
 
 class Policy(nn.Module):
@@ -44,13 +47,26 @@ class Policy(nn.Module):
         loss_is_linear: the loss is -sum(weight_T * logprob_T) up to a factor (`Objective.linear`), so that the head's
             gradients can be made while its logits exist; see `token_logprobs`.
         sequence_group: the ranks that share each row with this one; None is none.
+        distribution: what targets were drawn from; log-probabilities and entropies are under it. None: softmax of the
+            logits.
+        wants_entropy: compute entropies, too.
     """
 
-    def __init__(self, model: ErnieModel, *, loss_is_linear: bool = False, sequence_group: ProcessGroup | None = None):
+    def __init__(
+        self,
+        model: ErnieModel,
+        *,
+        loss_is_linear: bool = False,
+        sequence_group: ProcessGroup | None = None,
+        distribution: Distribution | None = None,
+        wants_entropy: bool = False,
+    ):
         super().__init__()
         self.model = model
         self.loss_is_linear = loss_is_linear
         self.sequence_group = sequence_group
+        self.distribution = distribution
+        self.wants_entropy = wants_entropy
         self.penalty: Callable[[], Tensor] | None = None
         """A function of the weights alone, to be minimised too. Computed in the forward pass, because DDP must be shown
         there which weights will get a gradient."""
@@ -76,21 +92,27 @@ class Policy(nn.Module):
         output = self.model(
             batch.token_T, batch.position_3T, context, patch_PX=batch.patch_PX, grids=batch.grids, join=join
         )
-        logprob_R, correct_R = token_logprobs(
+        logprob_R, correct_R, entropy_R = token_logprobs(
             output.hidden_TD[row_R - first],
             self.model.head_VD,
             batch.target_T[row_R],
+            distribution=self.distribution,
+            entropy=self.wants_entropy,
             slope_T=batch.weight_T[row_R] if self.loss_is_linear else None,
         )
-        logprob_T = logprob_R.new_zeros(batch.num_tokens).index_copy(0, row_R, logprob_R)
-        correct_T = torch.zeros_like(batch.token_T, dtype=torch.bool).index_copy(0, row_R, correct_R)
-        if group is not None:
-            logprob_T, correct_T = whole(logprob_T, group), whole(correct_T.to(logprob_T.dtype), group) > 0
+
+        def spread(value_R: Tensor) -> Tensor:
+            value_T = value_R.new_zeros(batch.num_tokens).index_copy(0, row_R, value_R)
+            return value_T if group is None else whole(value_T, group)
+
+        logprob_T = spread(logprob_R)
+        correct_T = spread(correct_R) if group is None else spread(correct_R.to(logprob_T.dtype)) > 0
+        entropy_T = None if entropy_R is None else spread(entropy_R)
         router = output.router
         if router is not None and batch.is_filler:  # its tokens are nobody's; the graph stays whole
             router = RouterStats(*(0 * value for value in router))
         penalty = self.penalty() if self.penalty is not None and torch.is_grad_enabled() else None
-        return PolicyOutput(logprob_T, correct_T, router, penalty)
+        return PolicyOutput(logprob_T, correct_T, router, penalty, entropy_T)
 
 
 def on_device(

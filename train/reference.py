@@ -535,8 +535,8 @@ def build_reference(
         return Cached(policy, weights, kept, accelerator, layout, anew=anew)
     copy = build_copy(config, model=model, peft=peft, parallel=parallel, seed=seed, layout=layout, engine=engine)
     check_same_tokens(copy, policy.model, config)
-    group = policy.sequence_group
-    return Copy(Policy(copy, sequence_group=group), policy.model, config, engine, device, layout)
+    same = Policy(copy, sequence_group=policy.sequence_group, distribution=policy.distribution)
+    return Copy(same, policy.model, config, engine, device, layout)
 
 
 def build_copy(

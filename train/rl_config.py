@@ -187,3 +187,14 @@ class RLConfig(TrainingConfig):
     def __post_init__(self):
         super().__post_init__()
         check_kind(self.objective.kind, ObjectiveKind.rl)
+        sampling = self.sampling
+        check(
+            sampling.temperature > 0,
+            f"sampling.temperature is {sampling.temperature}; attempts at a prompt must differ to be compared, and the "
+            "likeliest token is drawn from no distribution that could be learned. Use 1.0, or another positive number.",
+        )
+        check(
+            sampling.repetition_penalty == 1,
+            f"sampling.repetition_penalty is {sampling.repetition_penalty}; log-probabilities are learned without it, "
+            "so it must be 1.0. To discourage repetition, reward it less.",
+        )

@@ -160,7 +160,7 @@ class Engine:
         self._entry = Entry(
             config=model.config,
             tokenizer=tokenizer,
-            vocabulary=Vocabulary(tokenizer, model.config.vocab_size, never=model.config.vision_pool_token_ids),
+            vocabulary=Vocabulary.of(tokenizer, model.config),
             max_context=self.max_context,
             limited_by=limited_by,
         )

@@ -6,11 +6,7 @@
 Rows with different parameters are sampled in one go. Work over the whole vocabulary that only some rows need is done
 for those rows, and penalties, bias and bans touch only the tokens they name.
 
-What is kept by truncation, with ties kept together, so that the order of equal logits never matters:
-
-    top-k   tokens at least as likely as the k-th likeliest
-    top-p   tokens such that those strictly more likely have less than p of the mass (of what top-k kept)
-    min-p   tokens at least min_p times as likely as the likeliest
+From the temperature on, what happens to a row is its `Distribution` (distribution.py), which training computes too.
 
 Random numbers come from a counter, not a state: the draw of token number n of a request is a function of (seed, n), so
 neither the requests beside it nor a restart in between changes the text.
@@ -31,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ernie_model.config import ErnieConfig
+from ernie_model.distribution import Distribution, column, masses, temper_, thresholds
 from ernie_model.inference.automaton import PatternError
 from ernie_model.inference.grammar import KEPT_PATTERNS, Compiled, Guide, TokenBytes
 from ernie_model.inference.request import RequestError, SamplingParams, TokenLogprobs
@@ -48,14 +46,9 @@ NEVER_WRITTEN = (*MEDIA_TOKENS.values(), "<|AUDIO_PLACEHOLDER|>", UNKNOWN, START
 """What only an input may hold. A placeholder in an answer would ask for pixels that are not there, and a start or end
 token would go to the vision experts; padding and the begin of a text have no place in one either."""
 
-_COLDEST = 1e-30
-"""Temperatures below it are as good as 0, and float32 would take them for 0."""
-_CANDIDATES = 256
-"""Of so many tokens the nucleus is looked for first, on the CPU, where sorting a vocabulary takes 30 times as long."""
-
 
 class Vocabulary:
-    """What sampling must know of the tokenizer; one for each engine.
+    """What sampling must know of the tokenizer; `of` makes that of a model.
 
     Args:
         vocab_size: logits in a row, `config.vocab_size`; often larger than the tokenizer's, which is the default.
@@ -75,6 +68,10 @@ class Vocabulary:
         self._compiled: OrderedDict[str, Compiled | PatternError] = OrderedDict()
         self._lock = Lock()
         self._preparing = BoundedSemaphore(2)  # each may take 10 s and 3 GiB
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, config: ErnieConfig) -> "Vocabulary":
+        return Vocabulary(tokenizer, config.vocab_size, never=config.vision_pool_token_ids)
 
     @cached_property
     def token_bytes(self) -> TokenBytes:
@@ -125,6 +122,28 @@ def _ids_of(tokenizer: Tokenizer, strings: Sequence[str]) -> list[int]:
     return [i for i in map(tokenizer.special_id, strings) if i is not None]
 
 
+_PLAIN = Distribution()
+
+
+def distribution_of(params: SamplingParams, vocabulary: Vocabulary) -> Distribution:
+    """What tokens are drawn from, as far as it does not depend on what was written: without penalties, bias and
+    constraint.
+
+    Raises:
+        RequestError: the temperature is 0: the likeliest token is taken, none is drawn.
+    """
+    if params.temperature == 0:
+        raise RequestError("temperature is 0; no token is drawn then. It must be positive.")
+    banned = vocabulary.banned_ids
+    return Distribution(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        banned_ids=tuple(sorted({*banned, *params.banned_ids})) if params.banned_ids else banned,
+    )
+
+
 class Sampler:
     """One request's parameters and what its next token depends on besides the logits.
 
@@ -139,6 +158,7 @@ class Sampler:
         self.params = params
         self.vocabulary = vocabulary
         self.greedy = params.temperature == 0
+        self.distribution = _PLAIN if self.greedy else distribution_of(params, vocabulary)
         self.seed = secrets.randbits(63) if params.seed is None else params.seed
         self.num_sampled = 0
         _check_ids("logit_bias", params.logit_bias, vocabulary.size)
@@ -234,28 +254,23 @@ def sample(logit_SV: Tensor, samplers: Sequence[Sampler]) -> list[Sampled]:
         if forbidden is not None:
             x_SV[row].masked_fill_(torch.from_numpy(forbidden).to(x_SV.device), -math.inf)
 
-    # From here on the largest logit of a row is 0: no temperature, however low, makes infinities of it.
     highest_S1 = x_SV.amax(1, keepdim=True)
-    x_SV -= highest_S1
-    if any(sampler.params.temperature not in (0, 1) for sampler in samplers):
-        temperatures = [1.0 if sampler.greedy else max(sampler.params.temperature, _COLDEST) for sampler in samplers]
-        x_SV /= _column(temperatures, x_SV)
+    distributions = [sampler.distribution for sampler in samplers]
+    temper_(x_SV, highest_S1, distributions)
     e_SV = x_SV.exp()
-    if any(not sampler.greedy and _truncates(sampler.params) for sampler in samplers):
-        cut_SV = x_SV < _thresholds(x_SV, e_SV, samplers)
+    least_S1 = thresholds(x_SV, e_SV, distributions)
+    if least_S1 is not None:
+        cut_SV = x_SV < least_S1
         x_SV.masked_fill_(cut_SV, -math.inf)
         e_SV.masked_fill_(cut_SV, 0)
 
-    # Sums and searches go by chunks: many times as fast as over whole rows, and a cumulative sum in float64 is short.
-    W = math.gcd(V, 1024)
-    e_SCW = e_SV.unflatten(1, (-1, W))
-    mass_SC = e_SCW.sum(2).double().cumsum(1)
-    total_S = mass_SC[:, -1]
+    e_SCW, mass_SC = masses(e_SV)
+    W, total_S = e_SCW.shape[2], mass_SC[:, -1]
     greedy = [sampler.greedy for sampler in samplers]
     if all(greedy):
         token_S = _argmax(x_SV.unflatten(1, (-1, W)))
     else:
-        token_S = _draw(e_SCW, mass_SC, _column([sampler.uniform() for sampler in samplers], mass_SC))
+        token_S = _draw(e_SCW, mass_SC, column([sampler.uniform() for sampler in samplers], mass_SC))
         if any(greedy):
             greedy_S = torch.tensor(greedy, device=x_SV.device)
             token_S = torch.where(greedy_S, _argmax(x_SV.unflatten(1, (-1, W))), token_S)
@@ -272,10 +287,6 @@ def _complaint(highest: float) -> str:
     if highest == -math.inf:
         return "No token may be sampled: banned_ids, logit_bias and constraint together leave none."
     return f"The model's logits are not finite (the largest is {highest}): no token can be sampled."
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------- penalties and bias: only some tokens
@@ -312,71 +323,6 @@ def _add_bias(x_SV: Tensor, samplers: Sequence[Sampler]) -> None:
 def _places(rows: Sequence[int], ids: Sequence[np.ndarray], device: torch.device) -> tuple[Tensor, Tensor]:
     row_N = np.repeat(np.array(rows, np.int64), [len(some) for some in ids])
     return torch.from_numpy(row_N).to(device), torch.from_numpy(np.concatenate(ids)).to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------- truncation
-
-
-def _truncates(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def _thresholds(x_SV: Tensor, e_SV: Tensor, samplers: Sequence[Sampler]) -> Tensor:
-    """(S, 1): the smallest logit that is kept. Rows of x_SV have their largest at 0; e_SV is exp of it."""
-    least_S1 = _column(
-        [math.log(s.params.min_p) if s.params.min_p > 0 and not s.greedy else -math.inf for s in samplers], x_SV
-    )
-    rows = [row for row, s in enumerate(samplers) if not s.greedy and (s.params.top_k > 0 or s.params.top_p < 1)]
-    if rows:
-        V = x_SV.shape[1]
-        chosen = [samplers[row].params for row in rows]
-        k = max(params.top_k for params in chosen)
-        if any(params.top_p < 1 for params in chosen):
-            k = max(k, V if x_SV.is_cuda else _CANDIDATES)
-        row_N = torch.tensor(rows, device=x_SV.device)
-        own = len(rows) == len(samplers)
-        x_NV, e_NV = (x_SV, e_SV) if own else (x_SV[row_N], e_SV[row_N])
-        least_N1, found_N = _top_k_top_p(x_NV, e_NV, chosen, min(k, V))
-        if k < V:
-            for place in (~found_N).nonzero().squeeze(1).tolist():
-                least_N1[place] = _top_p_by_bins(x_NV[place], e_NV[place], chosen[place].top_p)
-        least_S1[row_N] = torch.maximum(least_S1[row_N], least_N1)
-    return least_S1
-
-
-def _top_k_top_p(
-    x_NV: Tensor, e_NV: Tensor, params: Sequence[SamplingParams], num_candidates: int
-) -> tuple[Tensor, Tensor]:
-    """(N, 1) smallest logits kept, and (N,) whether the candidates were enough to find them."""
-    V = x_NV.shape[1]
-    x_NK = x_NV.topk(num_candidates, 1).values
-    kth_N1 = torch.tensor([[min(p.top_k or V, num_candidates) - 1] for p in params], device=x_NV.device)
-    limited_N1 = torch.tensor([[p.top_k > 0] for p in params], device=x_NV.device)
-    least_k_N1 = x_NK.gather(1, kth_N1).masked_fill(~limited_N1, -math.inf)
-    if all(p.top_p == 1 for p in params):
-        return least_k_N1, torch.ones(len(params), dtype=torch.bool, device=x_NV.device)
-    total_N1 = e_NV.masked_fill(x_NV < least_k_N1, 0).sum(1, keepdim=True).double()
-    top_p_N1 = torch.tensor([[p.top_p] for p in params], dtype=torch.float64, device=x_NV.device)
-    mass_NK = x_NK.exp().double().cumsum(1)
-    # what is strictly more likely has less than p of the mass: true of the first, then false for good
-    inside_NK = torch.cat([torch.zeros_like(mass_NK[:, :1]), mass_NK[:, :-1]], 1) < top_p_N1 * total_N1
-    last_N1 = inside_NK.sum(1, keepdim=True) - 1
-    least_p_N1 = x_NK.gather(1, last_N1.clamp(min=0)).masked_fill(top_p_N1 == 1, -math.inf)
-    found_N = ((mass_NK[:, -1:] >= top_p_N1 * total_N1) | limited_N1 | (top_p_N1 == 1)).squeeze(1)
-    return torch.maximum(least_k_N1, least_p_N1), found_N
-
-
-def _top_p_by_bins(x_V: Tensor, e_V: Tensor, top_p: float) -> Tensor:
-    """The smallest logit kept, without a sort of all: only the bin in which the mass gets to p is sorted."""
-    num_bins = 4096
-    bin_V = (x_V * -128).nan_to_num(nan=0.0).clamp(max=num_bins - 1).long()
-    mass_B = torch.bincount(bin_V, e_V.double(), minlength=num_bins).cumsum(0)
-    wanted = top_p * mass_B[-1]
-    which = int((mass_B < wanted).sum().clamp(max=num_bins - 1))
-    inside = bin_V == which
-    x_I, order_I = x_V[inside].sort(descending=True)
-    mass_I = e_V[inside][order_I].double().cumsum(0) + (mass_B[which - 1] if which else 0)
-    return x_I[(mass_I < wanted).sum().clamp(max=len(x_I) - 1)]
 
 
 # -------------------------------------------------------------------------------------------------- from masses to ids

@@ -15,6 +15,7 @@ from data.batch import PackedBatch
 from data.encode import Example
 from data.errors import DataError
 from ernie_model.config import ErnieConfig
+from ernie_model.distribution import Distribution
 from ernie_model.model import ErnieModel
 from ernie_model.recompute import recompute
 from ernie_model.rope import Grid, num_media_tokens, position_ids
@@ -80,6 +81,8 @@ class Case(NamedTuple):
     recompute: bool = False
     noise: float = 0.0
     linear: bool = True
+    distribution: Distribution | None = None
+    """Of the targets; then the loss holds their entropies, too."""
 
 
 CASES = {
@@ -99,6 +102,10 @@ CASES = {
     "pairs beside a conversation, recomputed": Case(
         [answers(0, 9), segment(1, 3, IMAGE), answers(2, 1, VIDEO)], linear=False, recompute=True
     ),
+    "sampled, with entropies": Case(
+        [answers(0, 2, WIDE), segment(1, 9)], linear=False,
+        distribution=Distribution(temperature=0.7, top_p=0.9, banned_ids=(40, 41, 42)),
+    ),
 }  # fmt: skip
 
 
@@ -106,7 +113,11 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
     """Gradients and sums are those of this rank."""
     torch.manual_seed(0)
     policy = Policy(
-        ErnieModel(case.config).set_dtype(torch.float64), loss_is_linear=case.linear, sequence_group=group
+        ErnieModel(case.config).set_dtype(torch.float64),
+        loss_is_linear=case.linear,
+        sequence_group=group,
+        distribution=case.distribution,
+        wants_entropy=case.distribution is not None,
     ).train()
     if case.recompute:
         policy.model.run_layer = recompute
@@ -117,6 +128,8 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
     batch, row_R = on_device(small.in_double(small.row(*case.segments)), torch.device("cpu"), group)
     output = policy(batch, row_R)
     total = -(output.logprob_T * batch.weight_T).sum() if case.linear else pairs(output.logprob_T, batch)
+    if output.entropy_T is not None:
+        total = total + (output.entropy_T * batch.weight_T).sum()
     if output.router is not None:
         total = total + output.router.square_2.sum()  # losses of routers are sums over this rank's tokens
     total.backward()
@@ -124,6 +137,7 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
         "gradients": {name: None if p.grad is None else p.grad for name, p in policy.named_parameters()},
         "logprob_T": output.logprob_T.detach(),
         "correct_T": output.correct_T,
+        "entropy_T": None if output.entropy_T is None else output.entropy_T.detach(),
         "router": None if output.router is None else list(output.router.detach()),
         "patches": 0 if batch.patch_PX is None else batch.patch_PX.shape[0],
     }

@@ -68,6 +68,7 @@ def test_ranks_that_share_a_row_equal_one(ranks, case):
     for rank in several:
         torch.testing.assert_close(rank["logprob_T"], one["logprob_T"], rtol=0, atol=1e-12)
         assert torch.equal(rank["correct_T"], one["correct_T"])
+        torch.testing.assert_close(rank["entropy_T"], one["entropy_T"], rtol=0, atol=1e-12)
     scale = max(g.abs().max().item() for g in one["gradients"].values() if g is not None)
     for name, gradient in one["gradients"].items():
         found = [rank["gradients"][name] for rank in several if rank["gradients"][name] is not None]

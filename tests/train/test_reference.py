@@ -11,6 +11,7 @@ import torch
 
 from data.batch import PackedBatch
 from ernie_model.checkpoint import save_model
+from ernie_model.distribution import Distribution
 from ernie_model.model import ErnieModel
 from ernie_model.tokenizer import tiny_tokenizer_ids
 from tests.train import small
@@ -260,6 +261,16 @@ def test_other_weights_as_the_reference(tmp_path):
     moved, row_R = on_device(ROWS[0], torch.device("cpu"))
     expected = Policy(other)(moved, row_R).logprob_T
     assert torch.equal(numbers(reference, ROWS[:1])[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapters_off"])
+def test_a_reference_scores_under_what_the_policy_samples_from(kind):
+    run = Run(peft=LORA)
+    run.policy.distribution = Distribution(temperature=0.6, top_p=0.9, banned_ids=(40, 41))
+    (ours,) = numbers(run.reference(settings(kind=kind)), ROWS[:1])
+    assert torch.equal(ours, run.logprobs(ROWS[0]))
+    run.policy.distribution = None
+    assert not torch.allclose(ours, run.logprobs(ROWS[0]))
 
 
 # -------------------------------------------------------------------------------------------------- one that follows

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ernie_model.inference import sampling
+from ernie_model import distribution
+from ernie_model.distribution import Distribution
 from ernie_model.inference.request import Regex, RequestError, SamplingParams
 from ernie_model.inference.sampling import NEVER_WRITTEN, Sampler, Vocabulary, prompt_logprobs, sample
 from ernie_model.tokenizer import END_OF_SENTENCE, STOP, load_tiny_tokenizer
@@ -173,9 +174,9 @@ def test_the_nucleus_without_a_sort_is_that_with_one():
         x_V = x_V.round(decimals=1) if seed % 2 else x_V
         x_V -= x_V.max()
         for top_p in (0.001, 0.3, 0.9, 0.9999):
-            params = [SamplingParams(top_p=top_p)]
-            least, found = sampling._top_k_top_p(x_V[None], x_V[None].exp(), params, 5000)
-            assert found.item() and sampling._top_p_by_bins(x_V, x_V.exp(), top_p) == least.item()
+            rows = [Distribution(top_p=top_p)]
+            least, found = distribution._top_k_top_p(x_V[None], x_V[None].exp(), rows, 5000)
+            assert found.item() and distribution._top_p_by_bins(x_V, x_V.exp(), top_p) == least.item()
 
 
 # -------------------------------------------------------------------------------------------------------------- chance
