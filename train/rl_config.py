@@ -147,16 +147,112 @@ class RolloutConfig:
 
 class SamplerKind(Enum):
     difficulty = "difficulty"
-    """Prompts whose attempts are likely to be of different worth come first (reference 3.4)."""
+    """Prompts whose attempts are likely to be of different worth come first (train/reinforcement/difficulty.py)."""
     uniform = "uniform"
-    """All alike, epoch after epoch; groups of equal attempts are left out all the same."""
+    """All alike, epoch after epoch. Groups of equal attempts teach nothing all the same, and others are asked in their
+    place (DAPO's filtering)."""
 
 
 @dataclass
 class SamplerConfig:
-    """Which prompts are asked."""
+    """Which prompts are asked. Times are in rollouts."""
 
     kind: SamplerKind = SamplerKind.difficulty
+    prior: float = 0.5
+    """Share of right attempts that is expected of a prompt nobody has tried, where the record names no tier."""
+    tier_prior: list[float] = field(default_factory=lambda: [0.9, 0.7, 0.5, 0.3, 0.1])
+    """The same for each tier of difficulty that records name, 0 (easy) first."""
+    prior_attempts: float = 2.0
+    """As how many attempts that expectation counts."""
+    tier_gain: list[float] = field(default_factory=list)
+    """A curriculum: factor on the probability of each tier's prompts, tier 0 first; [] is 1 for all."""
+    decay: float = 0.99
+    """What is left, one rollout later, of the weight of what an attempt told: the policy has changed since."""
+    floor: float = 0.05
+    """Share of draws that are uniform over active prompts, so that none is forgotten."""
+    fresh: float = 0.1
+    """Share of draws for prompts that were never asked, as long as there are any."""
+    quotas: dict[str, float] = field(default_factory=dict)
+    """Share of the trained groups that each domain shall have, of their sum: {math: 2, charts: 1}; 0 leaves a domain
+    out. {}: by the number of its prompts that are not resting."""
+    smoothing: float = 0.3
+    """Weight of the newest rollout in the share of useless groups, by which more prompts are asked than needed."""
+    max_expansion: float = 3.0
+    """At most so many times more; 1 asks no more than needed."""
+    margin: float = 0.0
+    """Standard deviations of the number of useful groups that are asked beyond its mean. 0 is short in every other
+    rollout, and further rounds fill it up; more leaves groups for the next rollout (rollout.max_lag)."""
+    rest_after: int = 2
+    """Groups in a row that are all right, or all wrong, before a prompt rests. 1 rests more, also by chance."""
+    rest: int = 50
+    """Rollouts of the first rest; each further one is twice as long."""
+    max_rest: int = 400
+    retire_after: int | None = 4
+    """Rests of a prompt that is always right before it retires; null never."""
+    audit: float = 0.01
+    """Share of draws for retired prompts. One that is no longer all right comes back."""
+
+    def __post_init__(self):
+        check(
+            0 < self.prior < 1,
+            f"sampler.prior is {self.prior}; it must lie between 0 and 1, without them: no group of a prompt that is "
+            "surely right, or surely wrong, is useful.",
+        )
+        for tier, p in enumerate(self.tier_prior):
+            check(
+                0 < p < 1,
+                f"sampler.tier_prior has {p} for tier {tier}; each must lie between 0 and 1, without them.",
+            )
+        for tier, gain in enumerate(self.tier_gain):
+            check(
+                0 < gain < math.inf,
+                f"sampler.tier_gain has {gain} for tier {tier}; each must be finite and more than 0. To leave prompts "
+                "out, leave them out of the data.",
+            )
+        check(
+            not self.tier_gain or len(self.tier_gain) == len(self.tier_prior),
+            f"sampler.tier_gain has {len(self.tier_gain)} factors and sampler.tier_prior {len(self.tier_prior)}; give "
+            "one for each tier, or [] for no curriculum.",
+        )
+        check(
+            0 < self.prior_attempts < math.inf,
+            f"sampler.prior_attempts is {self.prior_attempts}; it must be finite and more than 0.",
+        )
+        for name in ("decay", "smoothing"):
+            value = getattr(self, name)
+            check(0 < value <= 1, f"sampler.{name} is {value}; it must be more than 0 and at most 1.")
+        for name in ("floor", "fresh", "audit"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"sampler.{name} is {value}; it is a share, from 0 to 1.")
+        for domain, share in self.quotas.items():
+            check(
+                0 <= share < math.inf, f"sampler.quotas gives {domain} {share}; a share must be finite and 0 or more."
+            )
+        check(
+            not self.quotas or sum(self.quotas.values()) > 0,
+            "sampler.quotas leaves all domains out; give at least one a share above 0, or {}.",
+        )
+        check(
+            1 <= self.max_expansion < math.inf,
+            f"sampler.max_expansion is {self.max_expansion}; it must be finite and at least 1, which asks no more "
+            "prompts than needed.",
+        )
+        check(
+            0 <= self.margin < math.inf,
+            f"sampler.margin is {self.margin} standard deviations; it must be 0 or more, and finite.",
+        )
+        for name in ("rest_after", "rest"):
+            value = getattr(self, name)
+            check(value >= 1, f"sampler.{name} is {value}; it must be at least 1.")
+        check(
+            self.max_rest >= self.rest,
+            f"sampler.max_rest is {self.max_rest} and sampler.rest {self.rest}; the longest rest cannot be shorter "
+            "than the first.",
+        )
+        check(
+            self.retire_after is None or self.retire_after >= 1,
+            f"sampler.retire_after is {self.retire_after}; it must be at least 1, or null to never retire a prompt.",
+        )
 
 
 @dataclass
