@@ -62,7 +62,7 @@ def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
         page = Image.new("L", (SIDE, SIDE), 255)
         for number, index in enumerate(chosen):
             page.paste(int(tone[number]), _around(number, TILE))
-            page.paste(_card(scans[index][0], float(ink[number])), _around(number, CARD))
+            page.paste(card(scans[index][0], float(ink[number])), _around(number, CARD))
         return trace(id, page, f"Which digit is {PLACES[place]}?", list(_around(place, CARD)), answer, domain)
 
     return Item(f"{chosen.tolist()} {PLACES[place]}", render)
@@ -96,8 +96,8 @@ def _definition() -> dict[str, Any]:
     return zoom_tool().definition
 
 
-def _card(scan: Image.Image, ink: float) -> Image.Image:
-    """Light ink on black, as in data/tasks/digits.py."""
+def card(scan: Image.Image, ink: float) -> Image.Image:
+    """A scan in light ink on black, as in data/tasks/digits.py; `ink` is how bright its brightest is."""
     large = np.asarray(scan.resize((CARD, CARD), Image.Resampling.BICUBIC), dtype=np.float64) / 255
     return Image.fromarray((large * ink * 255).round().astype(np.uint8))
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.conversation import Conversation
 from data.encode import encode
-from data.tasks import charts, circuits, counting, documents, grounding, search, video, zoom
+from data.tasks import cards, charts, circuits, counting, digits, documents, glance, grounding, search, video, zoom
 from data.tasks.base import drawn
 from data.tasks.drawing import COLOURS
 from ernie_model.images import ImageSettings, pictures
@@ -189,6 +189,24 @@ def test_the_crop_of_a_trace_is_what_the_tool_returns():
         assert not result.error and len(result.parts) == 1
         assert result.images[0].tobytes() == picture(one, message=2).tobytes()
         assert one.tools == tuple(box.definitions())
+
+
+def test_a_card_is_what_the_tool_cuts_out():
+    scans = digits.scans("heldout", 0)
+    item = zoom.draw(np.random.default_rng(3), "heldout", 0)
+    rng = np.random.default_rng(3)
+    chosen, ink = rng.integers(len(scans), size=9), rng.uniform(*zoom.INK, size=9).round(3)
+    trace = item.render("x")
+    place = zoom.PLACES.index(trace.messages[0].text.removeprefix("Which digit is ").rstrip("?"))
+    read = cards.shown(scans[chosen[place]][0], ink[place])
+    assert read.tobytes() == picture(trace, message=2).tobytes()
+
+
+def test_a_glance_is_a_trace_without_its_tool():
+    rng, same = np.random.default_rng(4), np.random.default_rng(4)
+    one, trace = glance.draw(rng, "train", 0).render("x"), zoom.draw(same, "train", 0).render("x")
+    assert one.messages[0] == trace.messages[0] and one.tools == trace.tools and len(one.messages) == 2
+    assert not one.messages[1].tool_calls and one.messages[1].text == trace.messages[-1].text == one.answer
 
 
 def test_the_digit_can_be_read_in_the_crop_and_not_in_the_picture_as_the_model_gets_it():
