@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ernie_model.attention import Attention, Context
 from ernie_model.config import ErnieConfig
 from ernie_model.layers import Linear, RMSNorm, SwiGLU, cast, touch
-from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats
+from ernie_model.moe import Experts, MoE, Pools, Router, RouterStats, check_replay
 from ernie_model.recompute import Runner, keep_activations
 from ernie_model.resampler import Resampler
 from ernie_model.rope import Grid, Rotation, check_grid, num_media_tokens, text_rotation
@@ -37,6 +37,8 @@ class ModelOutput(NamedTuple):
     expert_LTK: Tensor | None = None
     """The experts that every token visited in the sparse layers, if asked for; vision experts come after the text
     experts."""
+    chosen_LTK: Tensor | None = None
+    """Those that routers would have chosen, where they were asked for and others replayed."""
 
 
 class Layer(nn.Module):
@@ -143,6 +145,7 @@ class ErnieModel(nn.Module):
         token_ids: Sequence[int] | None = None,
         stats: bool = True,
         experts: bool = False,
+        replay_TLK: Tensor | None = None,
     ) -> ModelOutput:
         """Run one packed row.
 
@@ -160,16 +163,24 @@ class ErnieModel(nn.Module):
             token_ids: `token_T` once more, on the host: then nothing waits for a device. For a row on one rank.
             stats: count what the routers did.
             experts: report which experts every token visited.
+            replay_TLK: int16, the experts that the tokens of the whole row must visit in the sparse layers, numbered as
+                `expert_LTK`; a token with -1 throughout a layer chooses there by itself. See `MoE.choose`.
 
         Raises:
-            ValueError: pixels, grids and placeholders disagree.
+            ValueError: pixels, grids and placeholders disagree; a replay that this row cannot have.
         """
         here = slice(context.cuts[context.part], context.cuts[context.part + 1])
         x_TD = self.embed_tokens(token_T[here])
         x_TD = x_TD.to(self.compute_dtype) if self.compute_dtype is not None else x_TD
         given = None if feature_MD is None else feature_MD.shape[0]
         pools, media_T, media_P = self._pools(token_T, token_ids, grids, given, context)
-        pools = pools._replace(join=join, stats=stats, visited=[] if experts else None)
+        replays = self._replays(replay_TLK, token_T.shape[0], here, pools.vision_T)
+        pools = pools._replace(
+            join=join,
+            stats=stats,
+            visited=[] if experts else None,
+            chosen=[] if experts and replay_TLK is not None else None,
+        )
         if grids and feature_MD is None:
             feature_MD = context.deliver(self._compute_media(patch_PX, context.media(grids), x_TD), grids, media_P)
         if feature_MD is not None:
@@ -180,15 +191,29 @@ class ErnieModel(nn.Module):
             x_TD = touch(x_TD, self._features_of_nothing(x_TD))
         rotation = text_rotation(position_3T[:, here], self.config, dtype=x_TD.dtype)
         counted: list[RouterStats] = []
-        for layer in self.layers:
-            x_TD, layer_stats = self.run_layer(layer, x_TD, rotation, context, pools)
+        for index, layer in enumerate(self.layers):
+            own = pools._replace(replay_TK=replays[index]) if index in replays else pools
+            x_TD, layer_stats = self.run_layer(layer, x_TD, rotation, context, own)
             if layer_stats is not None:
                 counted.append(layer_stats)
         return ModelOutput(
             self.norm(x_TD),
             RouterStats.stack(counted) if counted else None,
             torch.stack(pools.visited) if pools.visited else None,
+            torch.stack(pools.chosen) if pools.chosen else None,
         )
+
+    def _replays(self, replay_TLK: Tensor | None, tokens: int, here: slice, vision_T: Tensor) -> dict[int, Tensor]:
+        """Of each sparse layer, by its index, for the tokens that are here."""
+        if replay_TLK is None:
+            return {}
+        config = self.config
+        needed = (tokens, len(config.sparse_layers), config.experts_per_token)
+        if tuple(replay_TLK.shape) != needed:
+            raise ValueError(f"experts to replay come as {tuple(replay_TLK.shape)}; this row has (T, L, K) = {needed}.")
+        replay_TLK = replay_TLK[here]
+        check_replay(replay_TLK, vision_T, config.num_experts)
+        return dict(zip(config.sparse_layers, replay_TLK.unbind(1), strict=True))
 
     def media_features(self, patch_PX: Tensor, grids: Sequence[Grid]) -> Tensor:
         """(M, D): what the vision tower and the resampler make of whole images and videos, one row a placeholder.

@@ -42,7 +42,11 @@ class Pools(NamedTuple):
     stats: bool = True
     """Count what the routers did."""
     visited: list[Tensor] | None = None
-    """Every sparse layer appends its (T, K) experts."""
+    """Every sparse layer appends its (T, K) experts,"""
+    chosen: list[Tensor] | None = None
+    """and those that its routers would have chosen."""
+    replay_TK: Tensor | None = None
+    """int16, of one layer: the experts that tokens must visit, numbered as in `Routing`; -1: the router chooses."""
 
 
 class Routing(NamedTuple):
@@ -79,6 +83,27 @@ class RouterStats(NamedTuple):
     def stack(layers: "list[RouterStats]") -> "RouterStats":
         """One leading dimension for the layers."""
         return RouterStats(*(torch.stack(values) for values in zip(*layers, strict=True)))
+
+
+def check_replay(replay_TLK: Tensor, vision_T: Tensor, num_experts: int) -> None:
+    """Waits for the device.
+
+    Raises:
+        ValueError: a token is to visit experts that it cannot, some twice, or fewer than the others.
+    """
+    first_T11 = (vision_T * num_experts)[:, None, None]
+    of_pool_TL = ((replay_TLK >= first_T11) & (replay_TLK < first_T11 + num_experts)).all(-1)
+    twice_TL = (replay_TLK.sort(-1).values.diff(dim=-1) == 0).any(-1)
+    right_TL = (of_pool_TL & ~twice_TL) | (replay_TLK == -1).all(-1)
+    if right_TL.all():
+        return
+    token, layer = (~right_TL).nonzero()[0].tolist()
+    pool, first = ("vision", num_experts) if vision_T[token] else ("text", 0)
+    raise ValueError(
+        f"token {token}, of the {pool} pool, is to visit experts {replay_TLK[token, layer].tolist()} in sparse layer "
+        f"{layer}; they must be {replay_TLK.shape[2]} different ones from {first} to {first + num_experts - 1}, or all "
+        "-1 where they are not known."
+    )
 
 
 class Rows(NamedTuple):
@@ -268,13 +293,15 @@ class MoE(nn.Module):
 
     def forward(self, x_TD: Tensor, pools: Pools) -> tuple[Tensor, RouterStats | None]:
         routing, stats = self.choose(x_TD, pools)
-        if pools.visited is not None:
-            pools.visited.append(routing.expert_TK)
         vision = self.vision.experts if self.vision is not None else None
         return self.route(x_TD, routing, self.text.experts, vision, self.shared_experts), stats
 
     def choose(self, x_TD: Tensor, pools: Pools) -> tuple[Routing, RouterStats | None]:
-        """Softmax over the token's own pool; the K best by probability + correction bias; weights without the bias."""
+        """Softmax over the token's own pool; the K best by probability + correction bias; weights without the bias.
+
+        Where experts are replayed, weights are the probabilities of those, over their sum: softmax restricted to them,
+        whose gradient reaches the router. The bias has no part in it (router replay: arXiv 2510.11370, reference 6.3).
+        """
         score_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
         logit_TE = self.text.router(score_TD)
         bias = self.text.router.correction_bias_E
@@ -286,9 +313,15 @@ class MoE(nn.Module):
             offset = vision_T1 * self.num_experts
         prob_TE = logit_TE.softmax(dim=-1)
         chosen_TK = (prob_TE.detach() + bias).topk(self.experts_per_token, dim=-1).indices
+        if pools.chosen is not None:
+            pools.chosen.append(chosen_TK + offset)
+        if pools.replay_TK is not None:
+            chosen_TK = torch.where(pools.replay_TK >= 0, pools.replay_TK - offset, chosen_TK)
         weight_TK = prob_TE.gather(1, chosen_TK)
         weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
         expert_TK = chosen_TK if isinstance(offset, int) else chosen_TK + offset
+        if pools.visited is not None:
+            pools.visited.append(expert_TK)
         routing = Routing(expert_TK, weight_TK, pools.num_vision, pools.join)
         if not pools.stats:
             return routing, None

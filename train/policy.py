@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup, get_rank, get_world_size
 from data.batch import PackedBatch
 from ernie_model.context import Packed
 from ernie_model.distribution import Distribution
-from ernie_model.model import ErnieModel
+from ernie_model.model import ErnieModel, ModelOutput
 from ernie_model.moe import RouterStats
 from ernie_model.sequence_parallel import SharedRow, pixels_of, whole
 from train.logprobs import token_logprobs
@@ -39,6 +39,9 @@ class PolicyOutput(NamedTuple):
     """`Policy.penalty()`, if there is one."""
     entropy_T: Tensor | None = None
     """float32, of what target_T[t] is drawn from, in nats, with gradient; 0 where weight_T is 0. None if not wanted."""
+    chosen_LTK: Tensor | None = None
+    """int64, what the routers choose for the tokens that this rank computed, whatever experts were replayed; vision
+    experts come after the text experts. Of rows with `expert_TLK`, if wanted."""
 
 
 class Policy(nn.Module):
@@ -50,6 +53,9 @@ class Policy(nn.Module):
         distribution: what targets were drawn from; log-probabilities and entropies are under it. None: softmax of the
             logits.
         wants_entropy: compute entropies, too.
+        replays: tokens visit the experts of `PackedBatch.expert_TLK`, where rows have it. False leaves them to the
+            routers.
+        wants_experts: tell what routers choose, where rows have `expert_TLK` to compare it with.
     """
 
     def __init__(
@@ -60,6 +66,8 @@ class Policy(nn.Module):
         sequence_group: ProcessGroup | None = None,
         distribution: Distribution | None = None,
         wants_entropy: bool = False,
+        replays: bool = True,
+        wants_experts: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -67,6 +75,8 @@ class Policy(nn.Module):
         self.sequence_group = sequence_group
         self.distribution = distribution
         self.wants_entropy = wants_entropy
+        self.replays = replays
+        self.wants_experts = wants_experts
         self.penalty: Callable[[], Tensor] | None = None
         """A function of the weights alone, to be minimised too. Computed in the forward pass, because DDP must be shown
         there which weights will get a gradient."""
@@ -89,8 +99,15 @@ class Policy(nn.Module):
         if group is not None:
             ends = torch.tensor([first, context.cuts[context.part + 1]], device=row_R.device)
             row_R = row_R[slice(*torch.searchsorted(row_R, ends).tolist())]
-        output = self.model(
-            batch.token_T, batch.position_3T, context, patch_PX=batch.patch_PX, grids=batch.grids, join=join
+        output: ModelOutput = self.model(
+            batch.token_T,
+            batch.position_3T,
+            context,
+            patch_PX=batch.patch_PX,
+            grids=batch.grids,
+            join=join,
+            experts=self.wants_experts and batch.expert_TLK is not None,
+            replay_TLK=batch.expert_TLK if self.replays else None,
         )
         logprob_R, correct_R, entropy_R = token_logprobs(
             output.hidden_TD[row_R - first],
@@ -112,7 +129,8 @@ class Policy(nn.Module):
         if router is not None and batch.is_filler:  # its tokens are nobody's; the graph stays whole
             router = RouterStats(*(0 * value for value in router))
         penalty = self.penalty() if self.penalty is not None and torch.is_grad_enabled() else None
-        return PolicyOutput(logprob_T, correct_T, router, penalty, entropy_T)
+        chosen_LTK = output.expert_LTK if output.chosen_LTK is None else output.chosen_LTK
+        return PolicyOutput(logprob_T, correct_T, router, penalty, entropy_T, chosen_LTK)
 
 
 def on_device(

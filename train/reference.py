@@ -7,7 +7,8 @@
 
 A reference is exact: no dropout, no noise on embeddings. It runs through the kernels that the policy runs through, on
 weights that round to the same numbers, so before the first update a copy (or the model without its new adapter) agrees
-with the policy to the last bit, in bfloat16 too, and every log-ratio is 0.
+with the policy to the last bit, in bfloat16 too, and every log-ratio is 0. (Unless the policy replays another engine's
+experts: a reference is itself, and its routers choose.)
 
 What `streams` returns has `ref_logprob_T`. It runs in whatever grad mode its caller is in, because the model has a way
 of its own through either; nothing of a reference requires a gradient, so no graph is kept.
@@ -121,6 +122,7 @@ class Forward(Reference):
         """(T,) of a row on the host, on the device."""
         if batch.is_filler and not self.layout.joint:
             return torch.zeros(batch.num_tokens, device=self.device)
+        batch = dataclasses.replace(batch, expert_TLK=None)
         batch, row_R = on_device(batch, self.device, self.layout.sequence_group)
         logprob_T = self.policy(batch, row_R, join=self.layout.joint).logprob_T
         assert not logprob_T.requires_grad

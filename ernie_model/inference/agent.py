@@ -125,6 +125,8 @@ class Episode:
     """Of sampled tokens, under the distribution they were sampled from; 0 elsewhere."""
     versions: list[int] = field(default_factory=list)
     """Weights that each token was sampled with; -1 where none was."""
+    experts: list[Tensor] = field(default_factory=list)
+    """What each turn adds to what is known of the experts that tokens visited, (t, L, K); see `expert_TLK`."""
     turns: list[Turn] = field(default_factory=list)
     status: Status = Status.FAILED
     answer: str = ""
@@ -140,6 +142,17 @@ class Episode:
     def action_T(self) -> Tensor:
         """bool: True where the model wrote the token."""
         return torch.tensor(self.sampled, dtype=torch.bool)
+
+    @property
+    def expert_TLK(self) -> Tensor | None:
+        """int16: the experts of each sparse layer that each token visited when it was first computed, vision experts
+        after the text experts; -1 where nothing was computed, as of the last token. None unless the engine reports them
+        (`SamplingParams.routed_experts`)."""
+        if not self.experts:
+            return None
+        known_TLK = torch.cat(self.experts)
+        unknown = len(self.token_ids) - len(known_TLK)
+        return torch.cat([known_TLK, known_TLK.new_full((unknown, *known_TLK.shape[1:]), -1)])
 
     @property
     def num_sampled(self) -> int:
@@ -164,6 +177,18 @@ class Episode:
         self.sampled += [completion is not None] * count
         self.logprobs += completion.logprobs if completion else [0.0] * count
         self.versions += completion.versions if completion else [-1] * count
+        if completion is not None and completion.experts is not None:
+            self._add_experts(completion.experts)
+
+    def _add_experts(self, expert_TLK: Tensor) -> None:
+        """Those of prompt and answer. What is known already stays: it is what led to the tokens sampled until then."""
+        if len(expert_TLK) != len(self.token_ids):
+            raise ValueError(
+                f"the engine told the experts of {len(expert_TLK)} tokens; there are {len(self.token_ids)}."
+            )
+        new_TLK = expert_TLK[sum(map(len, self.experts)) :]
+        computed = int((new_TLK >= 0).all(dim=(1, 2)).sum())
+        self.experts.append(new_TLK[:computed].clone())
 
 
 class EventKind(Enum):
@@ -358,6 +383,7 @@ class _Run:
         else:
             blocked = None
         episode.append(completion.token_ids, completion=completion)
+        completion = replace(completion, experts=None)  # the episode has them; each turn has those of all before it
         parsed = parse(completion.text, in_reasoning=self.thinking, calls=bool(self.definitions))
         turn = Turn(
             completion.text,

@@ -45,6 +45,8 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     compute_dtype: torch.dtype | None = None
     gradients: bool = True
+    replays: bool = False
+    """Tokens are told which experts to visit, most of them."""
 
     @property
     def join(self) -> bool:
@@ -102,6 +104,8 @@ CASES = {
     "adapters on attention": Case(MIXED, adapted(["attention"])),
     "adapters on vision experts": Case(("long", "both", "text", "text"), adapted(["vision_experts"])),
     "only attention trains": Case(MIXED, frozen),
+    "experts replayed, recomputed": Case(MIXED, recomputed, replays=True),
+    "experts replayed, no image on three ranks": Case(("text", "both", "nothing", "text"), replays=True),
     "without gradients": Case(MIXED, gradients=False),
     "float32": Case(MIXED, dtype=torch.float32),
     "bfloat16 activations": Case(MIXED, dtype=torch.float32, compute_dtype=torch.bfloat16),
@@ -127,6 +131,8 @@ def run(case: Case, names: list[str], group: dist.ProcessGroup | None) -> dict:
     with torch.set_grad_enabled(case.gradients):
         for name in names:
             row = small.in_double(ROWS[name]) if case.dtype == torch.float64 else ROWS[name]
+            if case.replays and not row.is_filler:
+                row = small.replaying(row, CONFIG, unknown=0.2)
             row, row_R = on_device(row, torch.device("cpu"))
             output = policy(row, row_R, join=group is not None and case.join)
             stats = output.router if stats is None else stats.plus(output.router)

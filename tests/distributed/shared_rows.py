@@ -83,6 +83,8 @@ class Case(NamedTuple):
     linear: bool = True
     distribution: Distribution | None = None
     """Of the targets; then the loss holds their entropies, too."""
+    replays: bool = False
+    """Tokens are told which experts to visit, most of them."""
 
 
 CASES = {
@@ -106,6 +108,9 @@ CASES = {
         [answers(0, 2, WIDE), segment(1, 9)], linear=False,
         distribution=Distribution(temperature=0.7, top_p=0.9, banned_ids=(40, 41, 42)),
     ),
+    "experts replayed, recomputed": Case(
+        [answers(0, 2, WIDE), segment(1, 9)], linear=False, recompute=True, replays=True
+    ),
 }  # fmt: skip
 
 
@@ -118,6 +123,7 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
         sequence_group=group,
         distribution=case.distribution,
         wants_entropy=case.distribution is not None,
+        wants_experts=True,
     ).train()
     if case.recompute:
         policy.model.run_layer = recompute
@@ -125,7 +131,10 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
         policy.model.vision.run_block = recompute
     if case.noise:
         install(policy, case.noise, seed=3, step=lambda: 7)
-    batch, row_R = on_device(small.in_double(small.row(*case.segments)), torch.device("cpu"), group)
+    batch = small.in_double(small.row(*case.segments))
+    if case.replays:
+        batch = small.replaying(batch, case.config, unknown=0.2)
+    batch, row_R = on_device(batch, torch.device("cpu"), group)
     output = policy(batch, row_R)
     total = -(output.logprob_T * batch.weight_T).sum() if case.linear else pairs(output.logprob_T, batch)
     if output.entropy_T is not None:
@@ -139,6 +148,7 @@ def one_row(case: Case, group: dist.ProcessGroup | None = None) -> dict:
         "correct_T": output.correct_T,
         "entropy_T": None if output.entropy_T is None else output.entropy_T.detach(),
         "router": None if output.router is None else list(output.router.detach()),
+        "chosen_LTK": output.chosen_LTK,
         "patches": 0 if batch.patch_PX is None else batch.patch_PX.shape[0],
     }
 

@@ -78,6 +78,8 @@ def test_ranks_that_share_a_row_equal_one(ranks, case):
     if one["router"] is not None:
         for name, values in zip(one["router"], zip(*(rank["router"] for rank in several), strict=True), strict=True):
             torch.testing.assert_close(sum(values), name, rtol=1e-12, atol=1e-12)
+    if one["chosen_LTK"] is not None:
+        assert torch.equal(torch.cat([rank["chosen_LTK"] for rank in several], dim=1), one["chosen_LTK"])
     # no pixel is computed twice
     assert sum(rank["patches"] for rank in several) == one["patches"]
 

@@ -1,5 +1,7 @@
 """A model of a few thousand parameters and packed rows of made-up tokens, for tests of the loop."""
 
+import dataclasses
+
 import torch
 from accelerate import Accelerator
 
@@ -64,9 +66,22 @@ def row(*segments: Example) -> PackedBatch:
     return collate(segments)
 
 
-def in_double(batch: PackedBatch) -> PackedBatch:
-    import dataclasses
+def some_experts(token_T: torch.Tensor, config: ErnieConfig, seed: int = 0, unknown: float = 0.0) -> torch.Tensor:
+    """int16 (T, L, K): experts that tokens may visit, drawn; of a share of tokens and layers, -1 instead."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(token_T), len(config.sparse_layers))
+    drawn = torch.rand(*shape, config.num_experts, generator=generator).argsort(-1)[..., : config.experts_per_token]
+    vision_T = torch.isin(token_T, torch.tensor(config.vision_pool_token_ids, dtype=torch.int64))
+    drawn += (vision_T * config.num_experts)[:, None, None]
+    drawn[torch.rand(shape, generator=generator) < unknown] = -1
+    return drawn.to(torch.int16)
 
+
+def replaying(batch: PackedBatch, config: ErnieConfig, seed: int = 0, unknown: float = 0.0) -> PackedBatch:
+    return dataclasses.replace(batch, expert_TLK=some_experts(batch.token_T, config, seed, unknown))
+
+
+def in_double(batch: PackedBatch) -> PackedBatch:
     patches = None if batch.patch_PX is None else batch.patch_PX.double()
     return dataclasses.replace(batch, weight_T=batch.weight_T.double(), patch_PX=patches)
 

@@ -273,6 +273,16 @@ def test_a_reference_scores_under_what_the_policy_samples_from(kind):
     assert not torch.allclose(ours, run.logprobs(ROWS[0]))
 
 
+@pytest.mark.parametrize("kind", ["copy", "adapters_off"])
+def test_the_reference_routes_by_itself(kind):
+    run = Run(peft=LORA)
+    reference = run.reference(settings(kind=kind))
+    row = small.replaying(ROWS[0], run.model.config)
+    (ours,) = numbers(reference, [row])
+    assert torch.equal(ours, numbers(reference, ROWS[:1])[0])
+    assert not torch.allclose(ours, run.logprobs(row))
+
+
 # -------------------------------------------------------------------------------------------------- one that follows
 
 

@@ -1,16 +1,17 @@
 """The loop on the real engine: what was sampled turn by turn, pictures put in between, is what one forward computes."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from ernie_model.context import Packed
-from ernie_model.inference.agent import Agent, Limits, Status
+from ernie_model.inference.agent import Agent, Episode, Limits, Status
 from ernie_model.inference.async_engine import AsyncEngine
 from ernie_model.inference.engine import Engine, EngineSettings
-from ernie_model.inference.request import SamplingParams
+from ernie_model.inference.request import Completion, Finish, SamplingParams
 from ernie_model.inference.sampling import Vocabulary
 from ernie_model.inference.tools import ToolBox, zoom_tool
 from ernie_model.model import ErnieModel
@@ -41,7 +42,16 @@ class TwoLooks:
         self.turn += 1
         # The engine sees every prompt, so that later turns go on from what it has computed.
         answer = await self.engine.generate(prompt, params, timeout_s=timeout_s)
-        return answer if self.turn == 3 else await self.written.generate(prompt, SamplingParams())
+        if self.turn == 3:
+            return answer
+        written = await self.written.generate(prompt, SamplingParams())
+        if not params.routed_experts:
+            return written
+        whole = await self.engine.generate(prompt.extended(written.token_ids), replace(params, max_new_tokens=1))
+        assert whole.experts is not None
+        experts = whole.experts[:-1].clone()
+        experts[-1] = -1  # nothing would have been computed of the last token
+        return replace(written, experts=experts)
 
     def stream(self, prompt, params, *, timeout_s=None):
         raise NotImplementedError
@@ -89,3 +99,57 @@ def test_logprobs_of_the_last_turn_are_those_of_the_whole_sequence(model, proces
         grids=grids,
     ).hidden_TD
     assert (model.logits(changed)[-1] - model.logits(hidden_TD)[-1]).abs().max() > 1e-3
+
+
+def test_an_episode_tells_the_experts_of_all_its_turns(model, processor):
+    picture = Image.effect_noise((170, 90), 80).convert("RGB")
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    params = SamplingParams(max_new_tokens=12, temperature=1.0, seed=3, ignore_end=True, routed_experts=True)
+
+    async def ask():
+        engine = AsyncEngine(Engine(model, processor.tokenizer, EngineSettings(cache_gib=0.05)))
+        try:
+            engines = TwoLooks(engine, processor.tokenizer)
+            return await Agent(engines, processor, ToolBox([zoom_tool()]), Limits(), params).run(messages)
+        finally:
+            await engine.close()
+
+    episode = asyncio.run(ask())
+    assert len(episode.turns) == 3 and len(episode.experts) == 3
+    assert all(turn.completion.experts is None for turn in episode.turns), "kept once, not once a turn"
+    token_T, grids = torch.tensor(episode.token_ids), [item.grid for item in episode.media]
+    expert_LTK = model(
+        token_T,
+        position_ids(token_T, grids, processor.config),
+        Packed([len(token_T)]),
+        patch_PX=torch.cat([item.patch_PX for item in episode.media]),
+        grids=grids,
+        experts=True,
+    ).expert_LTK
+    found = episode.expert_TLK
+    assert found is not None and found.dtype == torch.int16 and len(found) == len(token_T) == len(episode.sampled)
+    assert (found[-1] == -1).all()
+    wanted = expert_LTK.transpose(0, 1).to(torch.int16)
+    assert torch.equal(found[:-1].sort(-1).values, wanted[:-1].sort(-1).values)
+
+
+def test_experts_stay_what_they_were_when_tokens_were_first_computed():
+    def completion(token_ids: list[int], experts: list[int]) -> Completion:
+        count = len(token_ids)
+        return Completion(
+            tuple(token_ids), "", Finish.STOP, (0.0,) * count, (0,) * count,
+            experts=torch.tensor(experts, dtype=torch.int16).view(-1, 1, 1),
+        )  # fmt: skip
+
+    episode = Episode([], [], [])
+    assert episode.expert_TLK is None
+    episode.append([5, 6])
+    episode.append([7, 8], completion=completion([7, 8], [0, 1, 2, -1]))
+    episode.append([9])
+    # computed once more with other weights, say: the first three are known already
+    episode.append([10], completion=completion([10], [3, 3, 3, 0, 1, -1]))
+    episode.append([11])
+    assert episode.expert_TLK is not None
+    assert episode.expert_TLK.flatten().tolist() == [0, 1, 2, 0, 1, -1, -1]
+    with pytest.raises(ValueError, match="experts of 3 tokens; there are 8"):
+        episode.append([12], completion=completion([12], [0, 0, -1]))
