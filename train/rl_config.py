@@ -1,6 +1,7 @@
 """Typed schemas of `ernie rl`: what is rolled out, how it is judged, and how that becomes a loss."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -105,6 +106,31 @@ class VLLMConfig:
 
     urls: list[str] = field(default_factory=list)
     """http://host:port of each; groups are dealt out to them in turn."""
+    folder: str | None = None
+    """Where weights are written for the servers, which must see it under the same name; null: in the run folder."""
+    timeout_s: float = 3600.0
+    """For one answer, and for one push of the weights."""
+    retries: int = 3
+    """Times that a push, or a request to one server, is tried again."""
+    patience_s: float = 600.0
+    """How long a run waits for a server when none is left."""
+
+    def __post_init__(self):
+        for url in self.urls:
+            check(
+                re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url) is not None,
+                f"rollout.vllm.urls has {url!r}; each must be http://host:port.",
+            )
+        twice = [
+            url
+            for number, url in enumerate(self.urls)
+            if url.rstrip("/") in [u.rstrip("/") for u in self.urls[:number]]
+        ]
+        check(not twice, f"rollout.vllm.urls names {twice[:1]} twice; name each server once.")
+        for name in ("timeout_s", "patience_s"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"rollout.vllm.{name} is {value}; it must be more than 0, and finite.")
+        check(self.retries >= 0, f"rollout.vllm.retries is {self.retries}; it must be 0 or more.")
 
 
 @dataclass
@@ -143,6 +169,17 @@ class RolloutConfig:
         )
         check(self.max_lag >= 0, f"rollout.max_lag is {self.max_lag}; it must be 0 or more.")
         check(self.ahead in (0, 1), f"rollout.ahead is {self.ahead}; it must be 0 or 1.")
+        if self.backend is RolloutBackend.vllm:
+            check(
+                bool(self.vllm.urls),
+                "rollout.backend is vllm, and rollout.vllm.urls names no server. Start one (docs/rl_vllm.md) and name "
+                "it: rollout.vllm.urls=[http://localhost:8000].",
+            )
+            for name in ("exact", "replay_experts"):
+                check(
+                    not getattr(self, name),
+                    f"rollout.{name} is true, which vLLM cannot do. Set it to false, or use rollout.backend=local.",
+                )
 
 
 class SamplerKind(Enum):

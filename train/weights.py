@@ -4,6 +4,7 @@ trained_weights(model, peft)  ──  peft=none   AllWeights        checkpoints:
                               └─  peft=lora   lora.Adapters     checkpoints: the adapter    adapter/ (+ merged export/)
 """
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.config import PeftConfig, PeftKind
 from train.run import export
-from train.values import values_of
+from train.values import Values, values_of
 
 
 class Weights(Protocol):
@@ -34,6 +35,10 @@ class Weights(Protocol):
         """
         ...
 
+    def whole(self, folder: Path, name: str, optimizer: Any = None) -> AbstractContextManager[Values]:
+        """Inside, all values of the model as others compute with it, adapters merged. All ranks; see `values_of`."""
+        ...
+
     def table(self) -> Table | None:
         """What is adapted, for the terminal."""
         ...
@@ -51,8 +56,11 @@ class AllWeights:
     def rests_on(self) -> None:
         return None
 
+    def whole(self, folder: Path, name: str, optimizer: Any = None) -> AbstractContextManager[Values]:
+        return values_of(self.tensors(), optimizer, folder, name)
+
     def publish(self, run_folder: Path, name: str, processor: Processor, optimizer: Any = None) -> list[Path]:
-        with values_of(self.tensors(), optimizer, run_folder, name) as values:
+        with self.whole(run_folder, name, optimizer) as values:
             export(run_folder / name, self.model.config, values, processor)
         return [run_folder / name]
 

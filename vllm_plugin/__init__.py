@@ -1,7 +1,8 @@
 """What vLLM needs to compute ERNIE-4.5-VL as it was trained: a plugin that vLLM finds by itself where it is installed.
 
     this suite installed beside vLLM  (or this folder on PYTHONPATH and `vllm_plugin.register()`)  ->  vLLM calls
-    `register` in each of its processes, before a model is built  ->  fixes.py mends what is wrong in that version
+    `register` in each of its processes, before a model is built  ->  fixes.py mends what is wrong in that version,
+    transfer.py lets a training run change the weights of a server that runs (docs/rl_vllm.md)
 
 ERNIE_VLLM_FIXES names the fixes to apply: `all` (default), `none`, or a list such as `delimiters,router`.
 
@@ -24,6 +25,7 @@ def register() -> None:
     Raises:
         ValueError: ERNIE_VLLM_FIXES names a fix that does not exist.
     """
+    from vllm_plugin import transfer
     from vllm_plugin.fixes import FIXES, why_not
 
     said = os.environ.get("ERNIE_VLLM_FIXES", "all")
@@ -41,3 +43,7 @@ def register() -> None:
         FIXES[name].apply()
         applied.append(name)
     log.info("vllm_plugin: applied %s", ", ".join(applied) or "nothing")
+    try:
+        transfer.register()
+    except ImportError as error:
+        log.info("vllm_plugin: weights cannot be pushed to this version of vLLM: %s", error)

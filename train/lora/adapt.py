@@ -308,6 +308,13 @@ class Adapters:
 
     # --------------------------------------------------------------------------------------------------------- files
 
+    @contextmanager
+    def whole(self, folder: Path, name: str, optimizer: Any = None) -> Iterator[Values]:
+        """See `Weights.whole`."""
+        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        with values_of(everything, optimizer, folder, name) as values:
+            yield self.merged(values)
+
     def publish(self, run_folder: Path, name: str, processor: Processor, optimizer: Any = None) -> list[Path]:
         """The adapter as `adapter` or `NAME_adapter`, and with peft.merge the merged weights as NAME.
 
@@ -326,9 +333,7 @@ class Adapters:
                 all_or_none(folder, needed, lambda: check_adapter(temporary, self))
         if not self.config.merge:
             return [folder]
-        everything = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        with values_of(everything, optimizer, run_folder, name) as values:
-            merged = self.merged(values)
+        with self.whole(run_folder, name, optimizer) as merged:
             export(
                 run_folder / name,
                 self.model.config,
