@@ -48,6 +48,18 @@ class StreamReport(NamedTuple):
     imbalance: float
     """Cost of the dearest rank over the mean of all, over all steps so far; 1 is even."""
 
+    def metrics(self) -> dict[str, float]:
+        """How far and how well the data was packed, since the beginning of the run."""
+        return {
+            "data_epoch": self.epoch,
+            "data_fill": self.fill,
+            "data_imbalance": self.imbalance,
+            "data_refused": float(self.num_refused),
+        }
+
+    def line(self) -> str:
+        return f"{self.num_rows} packed, {self.fill:.1%} full, {self.epoch:.2f} times through the data"
+
 
 class PackedStream:
     """This rank's micro-batches, step after step. `patch_cost`: tokens that a patch is worth when rows are dealt."""
@@ -138,6 +150,11 @@ class PackedStream:
             num_refused=self._num_refused,
             imbalance=self._dearest / self._mean if self._mean else 1.0,
         )
+
+    def describe(self) -> str:
+        """What it is a stream of, for people."""
+        count = self.encoder.dataset.num_records
+        return f"{'a stream' if count is None else f'{count} records'} of {self.encoder.dataset.name}"
 
     def count_steps(self, epochs: float) -> int:
         """Optimizer steps, from the start of the stream, after which `epochs` times all records have been packed.

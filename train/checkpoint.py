@@ -4,6 +4,7 @@
       step-000100/
         shard-00000.safetensors   pieces of NAME/weight, NAME/exp_avg, NAME/exp_avg_sq, NAME/step: those of rank 0
         shard-00001.safetensors   rank 1's, and so on; together every element once (train/parallel/fragments.py)
+        algorithm-00000.safetensors   what the algorithm of rank 0 keeps beside its weights, if anything
         random.safetensors        generators of every rank
         state.json                everything else: shapes of the whole tensors, size and checksum of every file, its own
                                   included; written last
@@ -66,6 +67,10 @@ class Resumable(Protocol):
 
 def shard_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
+
+
+def file_name(rank: int) -> str:
+    return f"algorithm-{rank:05d}.safetensors"
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -214,38 +219,45 @@ def save(
     optimizer: Any,
     state: dict[str, Any],
     keep: int,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Saved:
     """Write the checkpoint of `step`, then delete all but the newest `keep`. All ranks call it.
 
     Args:
         optimizer: PyTorch's, or that of DeepSpeed's engine.
         state: anything JSON can hold; rank 0's is written.
+        tensors: of this rank, beside the weights: `load_files` gives those of all ranks back.
 
     Raises:
         UserError: the disk is full, or a rank cannot write. Nothing was changed; earlier checkpoints are as they were.
     """
     begin = time.perf_counter()
-    (rank, world), path, tensors = here(), folder_of(root, step), weights.tensors()
-    pieces, base = list(pieces_to_write(tensors, optimizer, rank=rank, world=world)), weights.rests_on()
+    (rank, world), path, trained = here(), folder_of(root, step), weights.tensors()
+    pieces, base = list(pieces_to_write(trained, optimizer, rank=rank, world=world)), weights.rests_on()
     generators = {
         f"{one}/{name}": value
         for one, values in enumerate(everyones(generator_state()))
         for name, value in values.items()
     }
-    needed = sum(everyones(sum(piece.value.nbytes for piece in pieces)))
+    own = {name: tensor.cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    needed = sum(everyones(sum(piece.value.nbytes for piece in pieces) + sum(x.nbytes for x in own.values())))
     with shared_folder(path, needed) as folder:
 
-        def write_shard() -> dict[str, Any]:
+        def write_shard() -> dict[str, dict[str, Any]]:
             written = write_pieces(folder / shard_name(rank), pieces)
-            return {"bytes": written.num_bytes, CHECKSUM: written.checksum}
+            files = {shard_name(rank): {"bytes": written.num_bytes, CHECKSUM: written.checksum}}
+            if own:
+                save_file(own, file := folder / file_name(rank))
+                files[file.name] = {"bytes": file.stat().st_size, CHECKSUM: checksum(file)}
+            return files
 
         def seal() -> int:
             if rank:
                 return 0
             save_file(generators, folder / RANDOM)
-            files = {shard_name(one): file for one, file in enumerate(shards)}
+            files = {name: file for of_rank in shards for name, file in of_rank.items()}
             files[RANDOM] = {"bytes": (folder / RANDOM).stat().st_size, CHECKSUM: checksum(folder / RANDOM)}
-            shapes = {name: whole_shape(tensor) for name, tensor in tensors.items()}
+            shapes = {name: whole_shape(tensor) for name, tensor in trained.items()}
             about = {"format": FORMAT, "step": step, "files": files, "shapes": shapes, "rests_on": base}
             atomic_write(folder / STATE, _sealed(about | state))
             return sum(file["bytes"] for file in files.values())
@@ -413,13 +425,27 @@ def load(path: Path, *, weights: Resumable, optimizer: Any) -> None:
         restore(pieces_of(path), tensors, optimizer, rank=rank, world=world)
 
 
+def load_files(path: Path) -> list[dict[str, Tensor]]:
+    """The `tensors` of every rank that wrote this checkpoint; empty where there were none.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    with _readable(path):
+        return [
+            load_file(path / name)
+            for name in sorted(read_state(path)["files"])
+            if re.fullmatch(r"algorithm-\d{5,}\.safetensors", name)
+        ]
+
+
 def pieces_of(path: Path) -> Pieces:
     """The tensors of a checkpoint, read by range: NAME/weight and AdamW's state of it.
 
     Raises:
         PieceError, OSError: a file cannot be read.
     """
-    return Pieces(path / name for name in read_state(path)["files"] if name != RANDOM)
+    return Pieces(path / name for name in read_state(path)["files"] if name.startswith("shard-"))
 
 
 def load_generators(path: Path, *, rank: int) -> None:

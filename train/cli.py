@@ -16,6 +16,7 @@ import sys
 COMMANDS = {
     "sft": ("train.sft", "fine-tune on conversations with text, images and video"),
     "dpo": ("train.dpo", "make one of two answers to a prompt likelier than the other"),
+    "rl": ("train.rl", "let a model answer, judge its answers, and make the better ones likelier"),
     "doctor": ("train.doctor", "look at machine, settings, checkpoint and every record before training"),
     "plan": ("train.plan", "what a layout of ranks takes: memory, traffic, time; and which layouts fit"),
     "preview": ("train.preview", "see what a run would be shown: pictures, tokens, packed rows, as a page"),

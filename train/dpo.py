@@ -113,10 +113,11 @@ class DPO(Algorithm[DPOConfig]):
         self.divergence.load_state_dict(state["divergence"])
 
     def measure(self, setup: Setup) -> Score:
-        assert setup.data.heldout is not None
+        heldout = setup.data.heldout_encoder
+        assert heldout is not None
         sums = sum_heldout(
             setup.policy,
-            setup.data.heldout,
+            heldout,
             setup.accelerator,
             setup.layout,
             sums_of=partial(labelled_sums if self.unpaired else pair_sums, self.measured),

@@ -291,7 +291,7 @@ class Cached(Forward):
         Raises:
             UserError: numbers that this model does not give; a folder that ranks do not share.
         """
-        encoders = [one for one in (data.train.encoder, data.heldout) if one is not None]
+        encoders = [one for one in (data.encoder, data.heldout_encoder) if one is not None]
         self._open(optimizer)
         was_training = self.policy.training
         self.policy.eval()

@@ -7,7 +7,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from data.loader import StreamReport
 from data.quarantine import Quarantine
 from ernie_model.model import ErnieModel
 from ernie_model.parts import Part
@@ -18,7 +17,7 @@ from train.loop import TrainState
 from train.memory import held_bytes
 from train.parallel.layout import Layout
 from train.score import Score
-from train.sources import Data
+from train.sources import Data, Told
 from train.trained import MOMENT_BYTES, PartRow, trained_parts
 
 
@@ -32,8 +31,13 @@ def opening(
     layout: Layout,
     device: torch.device,
     notes: Sequence[str],
+    update: str | None = None,
 ) -> None:
-    """The arithmetic of the run, so that a wrong setting is seen before it costs an hour."""
+    """The arithmetic of the run, so that a wrong setting is seen before it costs an hour.
+
+    Args:
+        update: what one goes through, where that is not data.accumulation rows.
+    """
     sums = arithmetic(
         model,
         config.model,
@@ -48,14 +52,16 @@ def opening(
     if sums.active_vision:
         active += f", {human(sums.active_vision)} per image token"
     start = config.model.checkpoint or f"random weights, seed {config.run.seed}"
-    plural = "s" if layout.data_world > 1 else ""
-    who = f"rank{plural}" if layout.sequence == 1 else f"group{plural} of {layout.sequence} ranks that share a row"
-    rows = f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {layout.data_world} {who}"
-    rows += f" = {sums.largest_update_tokens} tokens at most"
     heldout = "none held out" if data.heldout is None else f"{len(data.heldout)} held out"
-    count = data.train.encoder.dataset.num_records
-    conversations = "a stream" if count is None else f"{count} records"
-    total = f"{steps} updates, {human(steps * sums.largest_update_tokens)} tokens at most"
+    total = f"{steps} updates"
+    if update is None:
+        plural = "s" if layout.data_world > 1 else ""
+        who = f"rank{plural}" if layout.sequence == 1 else f"group{plural} of {layout.sequence} ranks that share a row"
+        update = (
+            f"{config.data.max_tokens} tokens per row x {config.data.accumulation} rows x {layout.data_world} {who}"
+        )
+        update += f" = {sums.largest_update_tokens} tokens at most"
+        total += f", {human(steps * sums.largest_update_tokens)} tokens at most"
     memory = f"about {human(sums.memory.peak, 'B')} on each rank at the highest point of a step, "
     memory += f"{human(sums.memory.state, 'B')} of it for weights, gradients and AdamW"
     if device.type == "cpu" and (held := held_bytes()):
@@ -65,8 +71,8 @@ def opening(
     lines = {
         "model": f"{config.model.name or start}: {human(sums.total)} parameters, {active}",
         "start": start,
-        "data": f"{conversations} of {data.train.encoder.dataset.name}, {heldout}",
-        "update": rows,
+        "data": f"{data.train.describe()}, {heldout}",
+        "update": update,
         "run": f"{total}; {config.model.precision.value} on {device}",
         "memory": memory,
         "folder": config.run.folder,
@@ -154,20 +160,9 @@ def closing(
         console.print(f"weights   {folder}   ({kind})")
 
 
-def stream_metrics(stream: StreamReport) -> dict[str, float]:
-    """How far and how well the data was packed, since the beginning of the run."""
-    return {
-        "data_epoch": stream.epoch,
-        "data_fill": stream.fill,
-        "data_imbalance": stream.imbalance,
-        "data_refused": float(stream.num_refused),
-    }
-
-
-def left_out(console: Console, stream: StreamReport, quarantine: Quarantine) -> None:
+def left_out(console: Console, stream: Told, quarantine: Quarantine) -> None:
     """How full the rows were, and what no row holds."""
-    rows = f"{stream.num_rows} packed, {stream.fill:.1%} full, {stream.epoch:.2f} times through the data"
-    console.print(f"rows      {rows}")
+    console.print(f"rows      {stream.line()}")
     if refused := len(quarantine):
         records = "record was" if refused == 1 else "records were"
         console.print(f"left out  {refused} {records} refused; {quarantine.path} says which and why")

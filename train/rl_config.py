@@ -7,7 +7,7 @@ from enum import Enum
 
 from ernie_model.inference.engine import EngineSettings
 from train.config import ObjectiveKind, TrainingConfig, check, check_kind
-from train.dpo_config import ReferenceConfig
+from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
 from train.inference_config import AgentConfig, SamplingConfig
 
 
@@ -152,6 +152,11 @@ class RolloutConfig:
     """1: answers are sampled while the policy learns from those before, with weights that are one rollout older."""
     mask_truncated: bool = False
     """Attempts that a limit cut off teach nothing (overlong filtering); statistics keep them, as wrong."""
+    keep_equal: bool = False
+    """Learn from groups whose attempts are all worth the same, too: they teach nothing, but take a place."""
+    noise: float = 0.0
+    """Of backend=local: disturb the engine's weights by normal noise of so many standard deviations of each matrix, to
+    see what an engine that disagrees with the trainer does to training. An experiment, never a help."""
     exact: bool = False
     """Engine and trainer compute the same log-probabilities to the last bit. Slower."""
     replay_experts: bool = False
@@ -166,6 +171,12 @@ class RolloutConfig:
             self.groups % self.updates == 0,
             f"rollout.groups is {self.groups} and rollout.updates {self.updates}; each update gets equally many "
             "groups, so groups must be divisible by updates.",
+        )
+        check(0 <= self.noise < math.inf, f"rollout.noise is {self.noise}; it must be 0 (none) or a positive number.")
+        check(
+            not self.noise or (self.backend is RolloutBackend.local and not self.exact),
+            f"rollout.noise is {self.noise}: it disturbs our own engine (rollout.backend=local), and exact=true "
+            "forbids any difference. Leave it out.",
         )
         check(self.max_lag >= 0, f"rollout.max_lag is {self.max_lag}; it must be 0 or more.")
         check(self.ahead in (0, 1), f"rollout.ahead is {self.ahead}; it must be 0 or 1.")
@@ -331,3 +342,29 @@ class RLConfig(TrainingConfig):
             f"sampling.repetition_penalty is {sampling.repetition_penalty}; log-probabilities are learned without it, "
             "so it must be 1.0. To discourage repetition, reward it less.",
         )
+        check(
+            self.data.accumulation == 1,
+            f"data.accumulation is {self.data.accumulation}, but an update of `ernie rl` goes through as many rows as "
+            "its attempts fill. Leave it out; rollout.groups, attempts and updates say how much that is.",
+        )
+        check(
+            self.agent.max_tokens <= self.data.max_tokens,
+            f"agent.max_tokens is {self.agent.max_tokens} and data.max_tokens {self.data.max_tokens}: an attempt with "
+            "its prompt must fit in one row, or it could not be learned from. Lower the first or raise the second.",
+        )
+        check(
+            self.peft.dropout == 0,
+            f"peft.dropout is {self.peft.dropout}: it would make training disagree with the engine about every token. "
+            "Use 0.",
+        )
+        check(
+            self.parallel.sequence == 1,
+            f"parallel.sequence is {self.parallel.sequence}, and `ernie rl` does not share rows among ranks. Use 1; "
+            "parallel.expert and parallel.zero make room.",
+        )
+        check(
+            self.reference.kind is not ReferenceKind.cache,
+            "reference.kind=cache holds log-probabilities of records, and attempts are new every time. Use "
+            "reference.kind=auto.",
+        )
+        reference_kind(self.reference, self.peft, needed=self.objective.kl > 0)

@@ -47,8 +47,9 @@ class SFT(Algorithm[SFTConfig]):
         ]
 
     def measure(self, setup: Setup) -> Score:
-        assert setup.data.heldout is not None
-        return measure(setup.policy, setup.data.heldout, setup.accelerator, setup.layout)
+        heldout = setup.data.heldout_encoder
+        assert heldout is not None
+        return measure(setup.policy, heldout, setup.accelerator, setup.layout)
 
     def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
         show_answers(self.config, setup, console, trackers)

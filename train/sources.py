@@ -6,10 +6,10 @@
 The work is in data/; this file turns settings into those parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from data import fit, mixture
 from data.conversation import Learns
@@ -32,21 +32,59 @@ from train.config import (
     TrainingConfig,
 )
 from train.dpo_config import DPOConfig
+from train.loop import Source
 from train.objectives import dpo
 
 OF_A_SET = ("path", "format", "columns", "split", "subset", "media_root", "limit")
 """Settings of a set that its errors may name."""
 
 
-class Data(NamedTuple):
-    train: PackedStream
-    heldout: Encoder | None
-    quarantine: Quarantine
+class Told(Protocol):
+    """How far a source has come (`StreamReport`)."""
+
+    def metrics(self) -> dict[str, float]: ...
+    def line(self) -> str: ...
+
+
+class TrainSource(Source, Protocol):
+    """What batches are drawn from: packed records, or attempts at prompts."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of the datasets that are trained on, as `PackedBatch.datasets` has them."""
-        return tuple(one.name for one in self.train.encoder.dataset.sets)
+    def report(self) -> Told: ...
+
+    def close(self) -> None: ...
+
+
+class TrainData(TrainSource, Protocol):
+    """The same before the run begins."""
+
+    def describe(self) -> str:
+        """What it is made of, for people."""
+        ...
+
+    def count_steps(self, epochs: float) -> int:
+        """Updates that go through all of it so many times."""
+        ...
+
+
+class Data(NamedTuple):
+    train: TrainData
+    heldout: Sized | None
+    quarantine: Quarantine
+    names: tuple[str, ...]
+    """Of the datasets that are trained on, as `PackedBatch.datasets` has them."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """Of packed records that are trained on."""
+        assert isinstance(self.train, PackedStream)
+        return self.train.encoder
+
+    @property
+    def heldout_encoder(self) -> Encoder | None:
+        """Of records that are held out."""
+        assert self.heldout is None or isinstance(self.heldout, Encoder)
+        return self.heldout
 
 
 def open_parts(config: DataConfig, learns: Learns = Learns.CONVERSATIONS) -> Parts:
@@ -200,12 +238,12 @@ def build_data(
         shuffle=config.shuffle,
         patch_cost=patch_cost(processor.config),
     )
-    data = Data(stream, None if heldout is None else encoder(heldout), quarantine)
-    for part in (data.train.encoder, data.heldout):
+    held = None if heldout is None else encoder(heldout)
+    for part in (stream.encoder, held):
         if part is not None:
             for index in range(len(part.dataset.sets)):
                 part.size(Key(index, 0))
-    return data
+    return Data(stream, held, quarantine, tuple(one.name for one in parts.train.sets))
 
 
 def patch_cost(config: ErnieConfig) -> float:

@@ -17,9 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.console import Console
+from torch import Tensor
 
 from data.batch import PackedBatch
 from data.encode import Example
+from data.loader import PackedStream
 from data.quarantine import Quarantine
 from ernie_model.atomic import atomic_write
 from ernie_model.checkpoint import CheckpointError
@@ -64,7 +66,7 @@ from train.run import (
     write_start,
 )
 from train.score import Score
-from train.sources import Data, ahead, build_data, rules_of
+from train.sources import Data, TrainSource, ahead, build_data, rules_of
 from train.telemetry import RoutingRecord
 from train.tracking import Tracker
 from train.trained import freeze
@@ -100,8 +102,22 @@ class Algorithm(Generic[ConfigT]):
     def __init__(self, config: ConfigT):
         self.config = config
 
+    def rows_per_update(self, layout: Layout) -> int:
+        """On all ranks together; 0 where it depends on the data. A resumed run must have as many."""
+        return self.config.data.accumulation * layout.data_world
+
+    def open_data(self, processor: Processor, layout: Layout, folder: Path) -> Data:
+        """What is trained on and what is held out, looked at as far as it takes to refuse what cannot work."""
+        config, place = self.config, dict(rank=layout.data_rank, world=layout.data_world)
+        heldout = config.evaluate.max_examples
+        return build_data(config.data, processor, rules=rules_of(config), **place, folder=folder, max_heldout=heldout)
+
     def objective(self, rows_per_update: int) -> Objective:
         raise NotImplementedError
+
+    def update_text(self) -> str | None:
+        """What an update goes through, for people; None: data.accumulation rows."""
+        return None
 
     def begin(self, setup: Setup) -> Sequence[Beside]:
         """What goes on beside the objective. The weights are those that training starts from."""
@@ -114,6 +130,11 @@ class Algorithm(Generic[ConfigT]):
             optimizer: PyTorch's, or the one of DeepSpeed's engine.
         """
 
+    def source(self, setup: Setup) -> TrainSource:
+        """`setup.data.train`, ready to be drawn from: after a checkpoint's state was loaded into it."""
+        assert isinstance(setup.data.train, PackedStream)
+        return ahead(setup.data.train, self.config.data.prefetch)
+
     def resumable(self, weights: Resumable) -> Resumable:
         """The tensors of a checkpoint, from those of the trained weights."""
         return weights
@@ -124,6 +145,13 @@ class Algorithm(Generic[ConfigT]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """After the tensors. All ranks together."""
+
+    def files(self) -> dict[str, Tensor]:
+        """Tensors of this rank that a checkpoint must hold beside those of `resumable`."""
+        return {}
+
+    def load_files(self, files: Sequence[dict[str, Tensor]]) -> None:
+        """What `files` gave, of every rank that there was. After `load_state_dict`."""
 
     def measure(self, setup: Setup) -> Score:
         """On `setup.data.heldout`, which there is. All ranks call it and get the same."""
@@ -149,7 +177,7 @@ def show_answers(
     Args:
         conversation: see `draw_answers`.
     """
-    heldout, joint, step = setup.data.heldout, setup.layout.joint, setup.state.step
+    heldout, joint, step = setup.data.heldout_encoder, setup.layout.joint, setup.state.step
     if heldout is None or not (setup.accelerator.is_main_process or joint):
         return
     drawn = draw_answers(
@@ -186,7 +214,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
     run = open_folder(config.run, at_end, main=on_main)
     check_same_start(accelerator, run)
-    settings = plain(config) | {"rows_per_update": config.data.accumulation * layout.data_world}
+    settings = plain(config) | {"rows_per_update": algorithm.rows_per_update(layout)}
     saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)
     if saved is not None:
         check_same_maths(run.resume_from, saved["settings"], settings)
@@ -212,9 +240,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     if on_main and saved is None:
         Quarantine.start_anew(run.folder)
     accelerator.wait_for_everyone()
-    heldout = config.evaluate.max_examples
-    place: dict[str, Any] = dict(rank=layout.data_rank, world=layout.data_world)
-    data = build_data(config.data, processor, rules=rules_of(config), **place, folder=run.folder, max_heldout=heldout)
+    data = algorithm.open_data(processor, layout, run.folder)
     steps = config.run.steps or data.train.count_steps(config.run.epochs)
     check_steps(config, steps)
     check_heldout(config, data.heldout is not None)
@@ -246,7 +272,17 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     routing = RoutingRecord(
         model, run.folder if on_main else None, every=often, last=steps, step=state.step, joint=layout.joint
     )
-    report.opening(console, config, model, data, steps=steps, layout=layout, device=accelerator.device, notes=notes)
+    report.opening(
+        console,
+        config,
+        model,
+        data,
+        steps=steps,
+        layout=layout,
+        device=accelerator.device,
+        notes=notes,
+        update=algorithm.update_text(),
+    )
     if table := weights.table():
         console.print(table)
     updates = build_updates(policy, optimizer, accelerator, layout, engine)
@@ -262,7 +298,8 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     if run.resume_from is not None and saved is not None:
         checkpoint.load(run.resume_from, weights=resumable, optimizer=updates.optimizer)
         algorithm.load_state_dict(saved.get("algorithm", {}))
-    source = ahead(data.train, config.data.prefetch)  # after loading: it begins to pack at once
+        algorithm.load_files(checkpoint.load_files(run.resume_from))
+    source = algorithm.source(setup)  # after loading: it begins to pack at once
     at_end.callback(source.close)
     shared = SharedSource(source, layout, accelerator.device)
 
@@ -278,7 +315,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     # What happens around the updates.
     def log(step: int, metrics: dict[str, float]) -> None:
         if "loss" in metrics:  # of an update, not of an evaluation
-            metrics = metrics | report.stream_metrics(source.report)
+            metrics = metrics | source.report.metrics()
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
@@ -324,6 +361,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
             state.step,
             weights=resumable,
             optimizer=updates.optimizer,
+            tensors=algorithm.files(),
             state={
                 "settings": settings,
                 "loop": dataclasses.asdict(state),

@@ -54,8 +54,8 @@ def forwards(monkeypatch) -> list[PackedBatch]:
 
 
 def rows_of(data: Data) -> list[PackedBatch]:
-    assert data.heldout is not None
-    return [row for part in (data.train.encoder, data.heldout) for row in eval_batches(part) if row is not None]
+    assert data.heldout_encoder is not None
+    return [row for part in (data.encoder, data.heldout_encoder) for row in eval_batches(part) if row is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------ numbers

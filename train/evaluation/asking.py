@@ -197,14 +197,12 @@ async def _ask(
     """One attempt, and the pictures that its tools returned."""
     own_seed = attempt_seed(seed, question.task, question.id, number)
     own = replace(params, max_new_tokens=question.max_new_tokens, seed=own_seed)
-    given = [dict(tool) for tool in question.conversation.tools]
-    names = {tool.get("function", tool).get("name") for tool in given}
-    tools = given + [tool for tool in agent.toolbox.definitions() if tool["function"]["name"] not in names]
     episode, problem = Episode([], [], []), None
     try:
         chat = await asyncio.to_thread(question.asked.to_chat, question.media.open)
         while True:
             try:
+                tools = tools_of(question, agent)
                 episode = await agent.run(chat, tools=tools, params=own, thinking=question.thinking)
                 break
             except EngineFull:
@@ -235,6 +233,13 @@ async def _ask(
         pictures=[],
     )
     return answer, [image for turn in episode.turns for result in turn.results for image in result.images]
+
+
+def tools_of(question: Question, agent: Agent) -> list[dict[str, Any]]:
+    """Definitions that the question is asked with: its own, and the agent's others."""
+    given = [dict(tool) for tool in question.conversation.tools]
+    names = {tool.get("function", tool).get("name") for tool in given}
+    return given + [tool for tool in agent.toolbox.definitions() if tool["function"]["name"] not in names]
 
 
 def attempt_seed(seed: int, task: str, id: str, attempt: int) -> int:

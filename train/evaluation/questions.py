@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data.conversation import Conversation, Message, Part, PartKind
 from data.dataset import SetSpec, open_set
@@ -22,7 +22,7 @@ from data.formats import messages
 from data.media import MediaFolder
 from data.tasks import TASKS, Task, question_of
 from train.config import UserError, suggestion
-from train.inference_config import AskedConfig, EvaluationConfig, PairsConfig
+from train.inference_config import AgentConfig, AskedConfig, EvaluationConfig, PairsConfig, SamplingConfig
 from train.rewards.base import Attempt, Reward
 from train.rewards.registry import check_options, needs_answer, reward_named
 
@@ -30,6 +30,14 @@ NAMED = 3
 """How many bad records an error names."""
 
 Asking = EvaluationConfig | PairsConfig
+
+
+class Asks(Protocol):
+    """Settings of whoever asks: evaluate, pairs, reinforcement learning."""
+
+    reward: str | None
+    sampling: SamplingConfig
+    agent: AgentConfig
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +118,7 @@ def _open(name: str, given: str, config: Asking) -> AskedTask:
     if not conversations:
         raise UserError(f"tasks={given} has no question in split={config.split.value}.")
     conversations = evenly(conversations, asked.limit or config.limit)
-    questions = _questions(name, conversations, media, config, asked, task)
+    questions = questions_of(name, conversations, media, config, asked, task)
     digest = hashlib.blake2b(digest_size=16)
     for one in questions:
         record = messages.write(replace(one.conversation, id=""))
@@ -172,14 +180,15 @@ def evenly(items: Sequence[Any], limit: int | None) -> list[Any]:
     return [items[place * len(items) // limit] for place in range(limit)]
 
 
-def _questions(
+def questions_of(
     name: str,
     conversations: Sequence[Conversation],
     media: MediaFolder,
-    config: Asking,
+    config: Asks,
     asked: AskedConfig,
     task: Task | None,
 ) -> list[Question]:
+    """Raises DataError, UserError: a conversation that cannot be scored, or a reward that cannot score it."""
     questions: list[Question] = []
     problems: list[str] = []
     thinking = asked.thinking

@@ -1,14 +1,34 @@
-"""Who samples attempts. Agents ask a `Generates`; this is what a rollout needs beside it."""
+"""Who samples attempts. Agents ask a `Generates`; this is what a rollout needs beside it.
 
-from typing import Protocol
+The suite's own engine runs on the very weights that train (`LocalEngine`). It takes a step only when every attempt
+waits for a token: none is in a tool, and none is about to ask. So which requests share a step does not depend on how
+fast anything was, and the same rollout gives the same numbers to the last bit, however often it is repeated.
+"""
 
-from ernie_model.inference.request import Generates
+import asyncio
+import copy
+import gc
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from ernie_model.inference.engine import Engine, EngineSettings
+from ernie_model.inference.entry import Request
+from ernie_model.inference.request import Completion, Delta, Generates, Prompt, SamplingParams
+from ernie_model.model import ErnieModel
+from ernie_model.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class RolloutEngine(Protocol):
-    """All ranks call `begin`, `end` and `close` together, in this order; between them, `generates` answers."""
+    """All ranks call `begin`, `together`, `end` and `close` in this order, at the same places."""
 
-    generates: Generates
+    @property
+    def generates(self) -> Generates:
+        """What agents ask, between `begin` and `end`."""
+        ...
 
     def begin(self, version: int) -> None:
         """A rollout begins: what is sampled from here on comes from the policy as it is now.
@@ -18,10 +38,170 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Run attempts, which may ask `generates`; what each returns, in order."""
+        ...
+
     def end(self) -> None:
         """The rollout is over: memory that only sampling needs is given back."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last rollout: tokens, seconds of pushing weights."""
         ...
 
     def close(self) -> None:
         """The run is over."""
         ...
+
+
+class Turns:
+    """An engine that moves when all who ask wait. It is a `Generates`, for one event loop.
+
+    Args:
+        meet: whether any rank has attempts left, told whether this one has; a step is a collective then, and a rank
+            without work takes part in it by `idle`. None: this rank is alone, as far as stepping goes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        meet: Callable[[bool], bool] | None = None,
+        idle: Callable[[], None] = lambda: None,
+    ):
+        self.engine, self.meet, self.idle = engine, meet, idle
+        self._arrived: list[tuple[Request, asyncio.Future[Completion]]] = []
+        self._waiting: dict[int, asyncio.Future[Completion]] = {}
+        self._changed = asyncio.Event()
+
+    @property
+    def max_context(self) -> int:
+        return self.engine.max_context
+
+    async def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float | None = None) -> Completion:
+        request = await asyncio.to_thread(self.engine.prepare, prompt, params, timeout_s=timeout_s)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._arrived.append((request, future))
+        self._changed.set()
+        return await future
+
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams, *, timeout_s: float | None = None
+    ) -> AsyncIterator[Delta]:
+        completion = await self.generate(prompt, params, timeout_s=timeout_s)
+        yield Delta(completion.text, completion.token_ids, completion.logprobs, (), completion)
+
+    async def run(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """See `RolloutEngine.together`."""
+        tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
+        for task in tasks:
+            task.add_done_callback(lambda _: self._changed.set())
+        try:
+            while self._any_left(any(not task.done() for task in tasks)):
+                await self._until_all_wait(tasks)
+                self._step()
+                await asyncio.sleep(0)  # whoever was answered goes on
+            return [task.result() for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _any_left(self, mine: bool) -> bool:
+        return mine if self.meet is None else self.meet(mine)
+
+    async def _until_all_wait(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
+        while True:
+            failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
+            if failed is not None:
+                failed.result()
+            asking = len(self._arrived) + len(self._waiting)
+            if asking == sum(not task.done() for task in tasks):
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _step(self) -> None:
+        # In an order that does not depend on who asked first; every attempt has a seed of its own.
+        for request, future in sorted(self._arrived, key=lambda one: one[0].params.seed or 0):
+            self._waiting[self.engine.enqueue(request)] = future
+        self._arrived.clear()
+        if not self._waiting:
+            self.idle()
+            return
+        for request_id, delta in self.engine.step():
+            if delta.completion is not None:
+                self._waiting.pop(request_id).set_result(delta.completion)
+
+
+class LocalEngine:
+    """The suite's engine, on the weights that train.
+
+    Args:
+        model: what trains. Its mode is restored after a rollout.
+        noise: standard deviation of noise on the engine's copy of each matrix, relative to the matrix's own: an engine
+            that disagrees with the trainer, to try out what corrects for it. 0 samples from the weights themselves.
+    """
+
+    def __init__(
+        self,
+        model: ErnieModel,
+        tokenizer: Tokenizer,
+        settings: EngineSettings,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        meet: Callable[[bool], bool] | None = None,
+        idle: Callable[[], None] = lambda: None,
+    ):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.noise, self.seed, self.meet, self.idle = noise, seed, meet, idle
+        self._turns: Turns | None = None
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def generates(self) -> Turns:
+        assert self._turns is not None, "between begin and end"
+        return self._turns
+
+    def begin(self, version: int) -> None:
+        self._modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        with torch.no_grad():
+            model = self.model if not self.noise else _noisy(self.model, self.noise, self.seed + version)
+            engine = Engine(model, self.tokenizer, self.settings)
+        engine.version = version
+        self._turns = Turns(engine, meet=self.meet, idle=self.idle)
+
+    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        return await self.generates.run(attempts)
+
+    def end(self) -> None:
+        stats = self.generates.engine.stats()
+        self._metrics = {
+            "engine_sampled_tokens": float(stats.sampled_tokens),
+            "engine_prompt_tokens": float(stats.prompt_tokens),
+            "engine_cached_tokens": float(stats.cached_tokens),
+            "engine_preemptions": float(stats.preemptions),
+        }
+        self._turns = None
+        for module, training in self._modes:
+            module.training = training
+        gc.collect()  # the engine is made of circles; its cache must not stay beside the gradients
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+    def close(self) -> None:
+        pass
+
+
+def _noisy(model: ErnieModel, noise: float, seed: int) -> ErnieModel:
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in other.parameters():
+        if parameter.ndim >= 2:
+            shake = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.data += noise * parameter.std() * shake
+    return other.eval()

@@ -1,9 +1,8 @@
 """The words of a rollout: a ticket is drawn, attempts are made and scored, and a group of them is learned from."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from ernie_model.inference.agent import Episode
+from ernie_model.inference.agent import Episode, Status
 
 SAME = 1e-6
 """Accuracies closer than this are equal."""
@@ -74,7 +73,6 @@ class Group:
     version: int
     """Of the weights that the first token was sampled with: updates done before the rollout."""
     attempts: tuple[Scored, ...]
-    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def outcome(self) -> Outcome:
@@ -83,3 +81,65 @@ class Group:
             prompt=self.ticket.prompt,
             accuracies=tuple(one.scores.accuracy for one in self.attempts),
         )
+
+    def summary(self, domain: str) -> "Summary":
+        return Summary(
+            outcome=self.outcome,
+            domain=domain,
+            version=self.version,
+            attempts=tuple(AttemptSummary.of(one) for one in self.attempts),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptSummary:
+    """What every rank knows of an attempt."""
+
+    worth: float | None
+    accuracy: float | None
+    parts: dict[str, float | None]
+    status: str
+    """`agent.Status`."""
+    tokens: int
+    """Sampled."""
+    calls: int
+    failed_calls: int
+    pictures: int
+    """That tools returned."""
+    problem: str | None
+
+    @staticmethod
+    def of(one: Scored) -> "AttemptSummary":
+        episode, scores = one.episode, one.scores
+        results = [result for turn in episode.turns for result in turn.results]
+        return AttemptSummary(
+            worth=scores.total,
+            accuracy=scores.accuracy,
+            parts=scores.parts,
+            status=episode.status.value,
+            tokens=episode.num_sampled,
+            calls=sum(max(len(turn.calls), turn.problem is not None) for turn in episode.turns),
+            failed_calls=sum(result.error for result in results),
+            pictures=sum(len(result.images) for result in results),
+            problem=scores.problem or episode.error,
+        )
+
+    @property
+    def truncated(self) -> bool:
+        """A limit of length or time cut it off."""
+        return self.status in (Status.TRUNCATED.value, Status.TIMEOUT.value)
+
+    @property
+    def failed(self) -> bool:
+        """It was not the model that ended it."""
+        return self.status == Status.FAILED.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What every rank knows of a group, wherever it was made."""
+
+    outcome: Outcome
+    domain: str
+    version: int
+    attempts: tuple[AttemptSummary, ...]

@@ -1,0 +1,105 @@
+"""The engine of a rollout takes a step when all attempts wait: what shares a step does not depend on the clock."""
+
+import asyncio
+import random
+
+import pytest
+import torch
+
+from ernie_model.inference.engine import EngineSettings
+from ernie_model.inference.request import Prompt, RequestError, SamplingParams
+from ernie_model.model import ErnieModel
+from tests.tiny import SPARSE, tiny_processor
+from train.reinforcement.engines import LocalEngine
+
+SETTINGS = EngineSettings(cache_gib=0.02, step_tokens=64, max_running=8)
+
+
+@pytest.fixture(scope="module")
+def model() -> ErnieModel:
+    torch.manual_seed(1)
+    model = ErnieModel(SPARSE)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2)
+    return model
+
+
+def rollout(engine: LocalEngine, shake: random.Random | None = None, attempts: int = 12):
+    """Two turns each, with something between them that takes its time."""
+
+    async def pause():
+        if shake is not None:
+            await asyncio.sleep(shake.random() * 0.02)
+
+    async def attempt(number: int):
+        await pause()
+        prompt = Prompt(tuple(range(10, 20 + number % 3)))
+        first = await engine.generates.generate(prompt, SamplingParams(max_new_tokens=3 + number % 4, seed=number))
+        await pause()
+        follow = prompt.extended(first.token_ids + (11, 12))
+        second = await engine.generates.generate(follow, SamplingParams(max_new_tokens=4, seed=100 + number))
+        return first, second
+
+    engine.begin(5)
+    try:
+        return asyncio.run(engine.together([attempt(number) for number in range(attempts)]))
+    finally:
+        engine.end()
+
+
+def told(found):
+    return [[(one.token_ids, one.logprobs, one.versions) for one in pair] for pair in found]
+
+
+def test_the_same_to_the_last_bit_however_long_anything_takes(model):
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+    quick = told(rollout(engine))
+    assert quick == told(rollout(engine, random.Random(1))) == told(rollout(engine, random.Random(2)))
+    assert all(version == 5 for pair in quick for one in pair for version in one[2])
+
+
+def test_what_fails_ends_the_rollout_and_leaves_nothing_behind(model):
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+
+    async def fails():
+        await engine.generates.generate(Prompt((10, 11)), SamplingParams(max_new_tokens=2, seed=0))
+        raise RequestError("broken")
+
+    async def waits():
+        return await engine.generates.generate(Prompt((10, 11)), SamplingParams(max_new_tokens=50, seed=1))
+
+    engine.begin(0)
+    with pytest.raises(RequestError, match="broken"):
+        asyncio.run(engine.together([fails(), waits()]))
+    engine.end()
+    assert len(rollout(engine)) == 12
+
+
+def test_modes_are_as_before_and_nothing_records_a_gradient(model):
+    model.train()
+    model.layers[0].eval()
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+    rollout(engine, attempts=2)
+    assert model.training and not model.layers[0].training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    model.layers[0].train()
+
+
+def test_the_weights_that_train_are_those_that_answer(model):
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+    before = told(rollout(engine))
+    saved = model.embed_tokens.weight.detach().clone()
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(1.5)
+    assert told(rollout(engine)) != before
+    with torch.no_grad():
+        model.embed_tokens.weight.copy_(saved)
+    assert told(rollout(engine)) == before
+
+
+def test_noise_disturbs_the_copy_alone(model):
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = told(rollout(LocalEngine(model, tiny_processor().tokenizer, SETTINGS)))
+    noisy = LocalEngine(model, tiny_processor().tokenizer, SETTINGS, noise=0.3)
+    assert told(rollout(noisy)) != plain
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

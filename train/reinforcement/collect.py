@@ -1,0 +1,93 @@
+"""Questions to groups of scored attempts: one rollout's asking.
+
+Every attempt of a group has a seed that follows from the run's seed, the group's number and the attempt's; prompts are
+encoded once for all attempts of a group, and their keys and values are computed once by an engine that shares prefixes.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ernie_model.images import MediaError
+from ernie_model.inference.agent import Agent, Episode, Status
+from ernie_model.inference.request import Prompt, RequestError, SamplingParams
+from ernie_model.processor import Processor
+from train.evaluation.asking import to_attempt, tools_of
+from train.evaluation.questions import Question
+from train.reinforcement.engines import RolloutEngine
+from train.reinforcement.groups import Group, Scored, Ticket
+from train.reinforcement.scoring import RewardPool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One ticket with what it takes to ask it."""
+
+    ticket: Ticket
+    question: Question
+    seeds: Sequence[int]
+    """Of its attempts."""
+
+
+async def collect(
+    asked: Sequence[Asked],
+    engine: RolloutEngine,
+    agents: Mapping[tuple[str, ...], Agent],
+    pool: RewardPool,
+    processor: Processor,
+    params: SamplingParams,
+    *,
+    version: int,
+    told: Callable[[int], None] = lambda done: None,
+) -> list[Group]:
+    """Groups in the order of `asked`. All ranks call it together, also with nothing to ask.
+
+    Args:
+        agents: by the tools of a question.
+        params: `max_new_tokens` and `seed` are each attempt's own.
+        told: how many attempts are done, as they end.
+    """
+    scoring: list[asyncio.Task[Scored]] = []
+    done = 0
+
+    async def score(question: Question, episode: Episode) -> Scored:
+        return Scored(episode=episode, scores=await pool.score(question, to_attempt(episode)))
+
+    async def attempt(one: Asked, prompt: "asyncio.Task[_Opened]", seed: int) -> asyncio.Task[Scored]:
+        nonlocal done
+        question, agent = one.question, agents[one.question.tools]
+        own = replace(params, max_new_tokens=question.max_new_tokens, seed=seed)
+        try:
+            opened = await prompt
+            episode = await agent.run(
+                opened.chat, tools=opened.tools, params=own, thinking=question.thinking, prompt=opened.prompt
+            )
+        except (RequestError, MediaError, ValueError) as error:
+            episode = Episode([], [], [], status=Status.FAILED, error=str(error))
+        done += 1
+        told(done)
+        task = asyncio.ensure_future(score(question, episode))
+        scoring.append(task)
+        return task
+
+    async def opened(question: Question) -> "_Opened":
+        return await asyncio.to_thread(_open, question, agents[question.tools], processor)
+
+    prompts = [asyncio.ensure_future(opened(one.question)) for one in asked]
+    attempts = [attempt(one, prompt, seed) for one, prompt in zip(asked, prompts, strict=True) for seed in one.seeds]
+    scored = iter(await asyncio.gather(*await engine.together(attempts)))
+    return [Group(ticket=one.ticket, version=version, attempts=tuple(next(scored) for _ in one.seeds)) for one in asked]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    chat: list[dict]
+    tools: list[dict]
+    prompt: Prompt
+
+
+def _open(question: Question, agent: Agent, processor: Processor) -> _Opened:
+    chat = question.asked.to_chat(question.media.open)
+    tools = tools_of(question, agent)
+    encoded = processor.encode(chat, tools=tools, thinking=question.thinking, add_generation_prompt=True)
+    return _Opened(chat, tools, Prompt.of(encoded))

@@ -1,0 +1,110 @@
+"""What the policy is asked: every record as a question with its reward, by number.
+
+A record is a question as `ernie evaluate` asks it (train/evaluation/questions.py): a conversation that ends before the
+assistant's turn, or is cut there, with the right answer and the reward that compares. All are looked at before the
+first rollout, so that a record that no reward can score is refused then.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from data.conversation import Conversation
+from data.errors import DataError, RefusedError
+from data.formats import messages
+from data.mixture import Mixture
+from data.tasks import TASKS
+from data.tasks.base import Task
+from ernie_model.processor import Processor
+from train.config import DataConfig, FilesData, TaskData, UserError
+from train.evaluation.questions import NAMED, AskedTask, Question, check_fits, evenly, questions_of
+from train.inference_config import AskedConfig
+from train.reinforcement.difficulty import PromptInfo
+from train.rl_config import RLConfig
+
+TIER = "difficulty"
+"""In a record: how hard it is, 0 (easy) to 4, where that is known beforehand."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    questions: Sequence[Question]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def infos(self) -> list[PromptInfo]:
+        """What the sampler knows of each."""
+        return [
+            PromptInfo(id=f"{one.task}/{one.id}", domain=one.domain or one.task, tier=_tier(one.conversation))
+            for one in self.questions
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is asked and what is right."""
+        digest = hashlib.blake2b(digest_size=16)
+        for one in self.questions:
+            record = messages.write(replace(one.conversation, id=""))
+            digest.update(
+                json.dumps([one.id, record, one.expected, one.reward_name, one.options], sort_keys=True).encode()
+            )
+        return digest.hexdigest()
+
+
+def _tier(conversation: Conversation) -> int | None:
+    tier = conversation.extra.get(TIER)
+    return tier if isinstance(tier, int) and 0 <= tier <= 4 else None
+
+
+def _tasks(config: DataConfig) -> Callable[[str], Task | None]:
+    """Name of a set -> the task that it is made by."""
+    names: dict[str, str | None] = {}
+    if isinstance(config, TaskData):
+        names[config.task] = config.task
+    elif isinstance(config, FilesData):
+        names = {name: one.task for name, one in config.sets.items()}
+    return lambda name: TASKS.get(names.get(name) or "")
+
+
+def open_prompts(mixture: Mixture, config: RLConfig, processor: Processor, *, limit: int | None = None) -> Prompts:
+    """Every record of the mixture, in the order of `Mixture.keys`.
+
+    Args:
+        limit: so many of them, evenly over all; None: all.
+
+    Raises:
+        DataError, UserError: a stream; records that cannot be read or scored; pictures for a text model.
+    """
+    if mixture.streaming:
+        raise DataError(
+            f"{mixture.name} is streaming, and reinforcement learning asks prompts again by how hard they are, so it "
+            "must be able to look them up. Set data.streaming=false."
+        )
+    tasks = []
+    task_of = _tasks(config.data)
+    for one in mixture.sets:
+        conversations, bad = [], []
+        for number in range(len(one.dataset)):  # type: ignore[arg-type]
+            try:
+                item = one.dataset[number]
+            except RefusedError as error:
+                bad.append(str(error))
+                continue
+            assert isinstance(item, Conversation)
+            conversations.append(item)
+        if bad:
+            raise DataError(
+                f"{one.name}: {len(bad)} records cannot be read, and no prompt is left out in silence:\n  "
+                + "\n  ".join(bad[:NAMED])
+            )
+        questions = questions_of(one.name, conversations, one.dataset.media, config, AskedConfig(), task_of(one.name))
+        tasks.append(AskedTask(one.name, questions, ""))
+    check_fits(tasks, text_model=processor.config.vision is None)
+    questions = [one for task in tasks for one in task.questions]
+    if not questions:
+        raise UserError(f"{mixture.name} holds no prompt.")
+    return Prompts(evenly(questions, limit), mixture.name)

@@ -1,0 +1,453 @@
+"""Where the batches of reinforcement learning come from: prompts are asked, attempts judged, and what is worth learning
+is laid out in rows.
+
+    rollout 0                                              rollout 1
+    pick ─► collect ─► accept ─► rows of update 0 1 2 3    pick ─► ...
+              ▲  too few that differ?  │
+              └──── another round ─────┘ surplus waits, for `rollout.max_lag` rollouts
+
+All ranks run the same sampler on the same outcomes. Group g is asked, and learned from, by rank g modulo ranks; which
+groups are accepted depends on their numbers alone, not on who finished first. So neither the number of ranks nor their
+speed changes what is learned.
+
+The rows of a rollout's first update have no `old_logprob_T`: the policy that sampled them is the one that learns. Those
+of later updates get theirs now, before the first update, by the forward pass that training makes.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.batch import PackedBatch
+from data.encode import Example
+from data.pack import filler, pack
+from ernie_model.inference.agent import Agent
+from ernie_model.inference.request import SamplingParams
+from ernie_model.processor import Processor
+from train.checkpoint import everyones
+from train.config import UserError
+from train.parallel.layout import Layout
+from train.policy import Policy, on_device
+from train.reinforcement import keep
+from train.reinforcement.advantage import advantages
+from train.reinforcement.collect import Asked, collect
+from train.reinforcement.difficulty import DifficultySampler
+from train.reinforcement.engines import RolloutEngine
+from train.reinforcement.examples import encode_group, with_advantages
+from train.reinforcement.groups import Group, Summary, Ticket
+from train.reinforcement.prompts import Prompts
+from train.reinforcement.scoring import RewardPool
+from train.rl_config import RLConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """What came of asking, for whoever records it. All ranks have it."""
+
+    number: int
+    """From 0."""
+    summaries: Sequence[Summary]
+    """Of all groups that were asked, in the order of their numbers."""
+    accepted: Sequence[int]
+    """Groups that are learned from, those that waited in the queue included."""
+    groups: Sequence[Group]
+    """This rank's, attempts and all."""
+    advantages: Mapping[int, Sequence[float]]
+    """By accepted group, of each attempt."""
+    seconds: Mapping[str, float]
+    """asking, encoding, old_logprobs, and weights: what `begin` and `end` of the engine took."""
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutReport:
+    """How far the source has come; the metrics are of the last rollout."""
+
+    last: Mapping[str, float]
+    rollouts: int
+    asked: int
+    learned: int
+
+    def metrics(self) -> dict[str, float]:
+        return dict(self.last)
+
+    def line(self) -> str:
+        return f"{self.rollouts} rollouts, {self.asked} groups asked, {self.learned} learned from"
+
+
+@dataclass(kw_only=True)
+class _Finished:
+    """A group of this rank that waits to be learned from."""
+
+    summary: Summary
+    rollout: int
+    examples: list[tuple[Example, list[int]]] = field(default_factory=list)
+
+
+class RolloutSource:
+    """
+    Args:
+        sampler: the same on all ranks.
+    """
+
+    def __init__(self, prompts: Prompts, sampler: DifficultySampler, config: RLConfig, layout: Layout):
+        self.prompts, self.sampler, self.config, self.layout = prompts, sampler, config, layout
+        self.updates = 0
+        """Drawn so far."""
+        self.rollouts = self.asked = self.learned = 0
+        self.told: Callable[[Rollout], None] = lambda rollout: None
+        """Hears of every rollout, on all ranks."""
+        self._pending: list[list[PackedBatch]] = []
+        """Rows of this rank for the updates that are left of the last rollout."""
+        self._ready: list[_Finished] = []
+        """This rank's groups of the queue."""
+        self._waiting: list[tuple[int, int]] = []
+        """(group, rollout) of the queue's groups, on all ranks, oldest first."""
+        self._summaries: dict[int, Summary] = {}
+        """Of the queue's groups, on all ranks."""
+        self._metrics: dict[str, float] = {}
+
+    def attach(
+        self,
+        *,
+        engine: RolloutEngine,
+        agents: Callable[[RolloutEngine], Mapping[tuple[str, ...], Agent]],
+        pool: RewardPool,
+        processor: Processor,
+        params: SamplingParams,
+        policy: Policy,
+        accelerator: Accelerator,
+    ) -> None:
+        """Who samples, judges and learns. Before the first `next_step`."""
+        self.engine, self.agents, self.pool, self.processor, self.params = engine, agents, pool, processor, params
+        self.policy, self.accelerator = policy, accelerator
+
+    # -------------------------------------------------------------------------------------------------- as a source
+
+    def next_step(self) -> list[PackedBatch]:
+        if not self._pending:
+            self._roll_out()
+        self.updates += 1
+        return self._pending.pop(0)
+
+    def describe(self) -> str:
+        return f"{len(self.prompts)} prompts of {self.prompts.name}"
+
+    def count_steps(self, epochs: float) -> int:
+        """Updates after which as many groups were learned from as `epochs` times all prompts."""
+        rollouts = -(-int(epochs * len(self.prompts)) // self.config.rollout.groups)
+        return max(1, rollouts) * self.config.rollout.updates
+
+    @property
+    def report(self) -> RolloutReport:
+        return RolloutReport(last=self._metrics, rollouts=self.rollouts, asked=self.asked, learned=self.learned)
+
+    def close(self) -> None:
+        self.pool.close()
+        self.engine.close()
+
+    # ---------------------------------------------------------------------------------------------------- a rollout
+
+    def _roll_out(self) -> None:
+        config, clock = self.config.rollout, _Clock()
+        self._drop_stale()
+        need = config.groups - len(self._waiting)
+        tickets = self.sampler.pick(need) if need > 0 else []
+        made: list[Group] = []
+        summaries: list[Summary] = []
+        rounds = 0
+        self.engine.begin(self.updates)
+        clock.lap("weights")
+        agents = self.agents(self.engine)
+        while tickets:
+            rounds += 1
+            groups = asyncio.run(self._collect(tickets, agents))
+            made += groups
+            own = [group.summary(self._domain(group.ticket.prompt)) for group in groups]
+            summaries += [one for of_rank in everyones(own) for one in of_rank]
+            usable = sum(self._usable(one) for one in summaries)
+            if usable >= need or rounds == config.max_rounds:
+                break
+            tickets = self.sampler.top_up(need - usable)
+        clock.lap("asking")
+        self.engine.end()
+        clock.lap("weights")
+        summaries.sort(key=lambda one: one.outcome.group)
+        self.sampler.update([one.outcome for one in summaries])
+        accepted = self._accept(made, summaries)
+        worth = self._advantages(accepted)
+        updates = [accepted[number :: config.updates] for number in range(config.updates)]
+        self._pending = [self._rows(groups, worth) for groups in updates]
+        clock.lap("encoding")
+        taken = {group: self._summaries.pop(group) for group in accepted}
+        self._ready = [one for one in self._ready if one.summary.outcome.group not in taken]
+        self._add_old_logprobs()
+        clock.lap("old_logprobs")
+        self.asked += len(summaries)
+        self.learned += len(accepted)
+        self._metrics = rollout_metrics(summaries, list(taken.values()), rounds, clock.seconds, self.rollouts)
+        self._metrics |= self.sampler.metrics() | self.engine.metrics()
+        self._metrics["rollout_queue"] = float(len(self._waiting))
+        self.told(
+            Rollout(
+                number=self.rollouts,
+                summaries=summaries,
+                accepted=accepted,
+                groups=made,
+                advantages=worth,
+                seconds=clock.seconds,
+                metrics=self._metrics,
+            )
+        )
+        self.rollouts += 1
+
+    async def _collect(self, tickets: Sequence[Ticket], agents: Mapping[tuple[str, ...], Agent]) -> list[Group]:
+        mine = [one for one in tickets if one.group % self.layout.data_world == self.layout.data_rank]
+        attempts = range(self.config.rollout.attempts)
+        asked = [
+            Asked(
+                ticket=one,
+                question=self.prompts.questions[one.prompt],
+                seeds=[self.sampler.attempt_seed(one.group, attempt) for attempt in attempts],
+            )
+            for one in mine
+        ]
+        return await collect(asked, self.engine, agents, self.pool, self.processor, self.params, version=self.updates)
+
+    def _domain(self, prompt: int) -> str:
+        question = self.prompts.questions[prompt]
+        return question.domain or question.task
+
+    def _usable(self, summary: Summary) -> bool:
+        outcome = summary.outcome
+        return outcome.valid if self.config.rollout.keep_equal else outcome.trainable
+
+    def _drop_stale(self) -> None:
+        """Groups that have waited for too long."""
+        oldest = self.rollouts - self.config.rollout.max_lag
+        stale = {group for group, rollout in self._waiting if rollout < oldest}
+        self._waiting = [one for one in self._waiting if one[0] not in stale]
+        self._ready = [one for one in self._ready if one.summary.outcome.group not in stale]
+        for group in stale:
+            del self._summaries[group]
+
+    def _accept(self, made: Sequence[Group], summaries: Sequence[Summary]) -> list[int]:
+        """The groups that this rollout's updates learn from, in the order of their numbers; others wait."""
+        config = self.config.rollout
+        for one in summaries:
+            if self._usable(one):
+                self._waiting.append((one.outcome.group, self.rollouts))
+                self._summaries[one.outcome.group] = one
+        for group in made:
+            if group.ticket.group in self._summaries:
+                self._ready.append(self._finished(group))
+        accepted = [group for group, _ in self._waiting[: config.groups]]
+        self._waiting = self._waiting[config.groups :] if config.max_lag else []
+        kept = {group for group, _ in self._waiting} | set(accepted)
+        self._summaries = {group: one for group, one in self._summaries.items() if group in kept}
+        self._ready = [one for one in self._ready if one.summary.outcome.group in kept]
+        return accepted
+
+    def _finished(self, group: Group) -> _Finished:
+        question = self.prompts.questions[group.ticket.prompt]
+        summary = self._summaries[group.ticket.group]
+        wrote = [i for i, one in enumerate(group.attempts) if one.episode.num_sampled]
+        learned = [self._learns(summary, i) for i in wrote]
+        examples = encode_group(
+            [group.attempts[i].episode for i in wrote],
+            learned,
+            self.policy.model.config,
+            id=question.id,
+            dataset=question.task,
+            max_tokens=self.config.data.max_tokens,
+            max_patches=self.config.data.max_patches,
+        )
+        return _Finished(
+            summary=summary,
+            rollout=self.rollouts,
+            examples=[(example, [wrote[i] for i in held]) for example, held in examples],
+        )
+
+    def _learns(self, summary: Summary, attempt: int) -> bool:
+        one = summary.attempts[attempt]
+        cut = one.truncated and self.config.rollout.mask_truncated
+        return one.worth is not None and not one.failed and not cut
+
+    def _advantages(self, accepted: Sequence[int]) -> dict[int, list[float]]:
+        summaries = [self._summaries[group] for group in accepted]
+        values = advantages(
+            [[one.worth for one in summary.attempts] for summary in summaries],
+            self.config.objective,
+            parts=[[one.parts for one in summary.attempts] for summary in summaries],
+            weights=self.config.rewards.weights,
+            domains=[summary.domain for summary in summaries],
+        )
+        return dict(zip(accepted, values, strict=True))
+
+    def _rows(self, groups: Iterable[int], worth: Mapping[int, Sequence[float]]) -> list[PackedBatch]:
+        ready = {one.summary.outcome.group: one for one in self._ready}
+        examples = [
+            with_advantages(example, [worth[group][i] for i in held])
+            for group in groups
+            if group in ready
+            for example, held in ready[group].examples
+        ]
+        return pack(examples, max_tokens=self.config.data.max_tokens, max_patches=self.config.data.max_patches)
+
+    @torch.no_grad()
+    def _add_old_logprobs(self) -> None:
+        """To the rows of all updates but the first. Where a forward takes all ranks, all make equally many."""
+        modes = [(module, module.training) for module in self.policy.modules()]
+        self.policy.eval()
+        for number, rows in enumerate(self._pending[1:], 1):
+            most = max(everyones(len(rows))) if self.layout.joint else len(rows)
+            media = any(everyones(any(row.grids for row in rows))) if self.layout.joint else False
+            for place in range(most):
+                row = rows[place] if place < len(rows) else filler(0)
+                batch, row_R = on_device(row, self.accelerator.device)
+                old_T = self.policy(batch, row_R, join=self.layout.lockstep or media).logprob_T
+                if place < len(rows):
+                    self._pending[number][place] = replace(row, old_logprob_T=old_T.cpu())
+        for module, training in modes:
+            module.training = training
+
+    # --------------------------------------------------------------------------------------------------- saving it
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able; the tensors that it speaks of are `files`. All ranks ask together."""
+        return {
+            "prompts": self.prompts.fingerprint,
+            "updates": self.updates,
+            "counts": [self.rollouts, self.asked, self.learned],
+            "sampler": self.sampler.state_dict(),
+            "waiting": self._waiting,
+            "metrics": self._metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises UserError: other prompts, or other right answers, than those that the run began with."""
+        if state["prompts"] != self.prompts.fingerprint:
+            raise UserError(
+                "cannot resume: the prompts, their right answers or rewards (data.*) are others than in the "
+                "interrupted run. Restore them, or start a new run in another run.folder."
+            )
+        self.updates = state["updates"]
+        self.rollouts, self.asked, self.learned = state["counts"]
+        self.sampler.load_state_dict(state["sampler"])
+        self._waiting = [(group, rollout) for group, rollout in state["waiting"]]
+        self._metrics = state["metrics"]
+
+    def files(self) -> dict[str, Tensor]:
+        """Rows that are still to be learned from, and groups that wait: this rank's."""
+        ready = [keep.Kept(one.summary, one.rollout, one.examples) for one in self._ready]
+        return keep.to_tensors(self._pending, ready)
+
+    def load_files(self, files: Sequence[dict[str, Tensor]]) -> None:
+        """What the ranks of the interrupted run kept, dealt out to those that there are now."""
+        rank, world = self.layout.data_rank, self.layout.data_world
+        rows_of: list[list[PackedBatch]] = []
+        self._ready, self._summaries = [], {}
+        for of_rank in files:
+            pending, ready = keep.from_tensors(of_rank)
+            rows_of += [[] for _ in range(len(pending) - len(rows_of))]
+            for number, rows in enumerate(pending):
+                rows_of[number] += rows
+            for one in ready:
+                group = one.summary.outcome.group
+                self._summaries[group] = one.summary
+                if group % world == rank:
+                    self._ready.append(_Finished(summary=one.summary, rollout=one.rollout, examples=one.examples))
+        same = len(files) == world
+        if same:
+            self._pending = keep.from_tensors(files[rank])[0]
+        else:
+            self._pending = [rows[rank::world] for rows in rows_of]
+
+
+class _Clock:
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._begin
+        self._begin = now
+
+
+def rollout_metrics(
+    asked: Sequence[Summary],
+    learned: Sequence[Summary],
+    rounds: int,
+    seconds: Mapping[str, float],
+    rollout: int,
+) -> dict[str, float]:
+    """Numbers of one rollout.
+
+    reward, accuracy           means over all attempts that could be scored; accuracy_DOMAIN where there are several
+    reward_NAME                of each part
+    groups_*                   asked, and of them: mixed (attempts differ), right, wrong (all alike), equal (alike, in
+                               between), unscored; learned
+    attempts_STATUS            share of the attempts that ended so
+    tokens_mean, tokens_right, tokens_wrong   sampled per attempt
+    tool_use, tool_success     share of the attempts that call a tool; of calls that worked
+    seconds_*                  where the rollout's time went
+    """
+    attempts = [attempt for one in asked for attempt in one.attempts]
+    metrics: dict[str, float] = {"rollout": float(rollout), "rollout_rounds": float(rounds)}
+    metrics |= {f"seconds_{name}": value for name, value in seconds.items()}
+    metrics["groups_asked"], metrics["groups_learned"] = float(len(asked)), float(len(learned))
+    if not attempts:
+        return metrics
+
+    def mean(name: str, values: Sequence[float]) -> None:
+        if values:
+            metrics[name] = sum(values) / len(values)
+
+    kinds = Counter(kind_of(one) for one in asked)
+    for kind in KINDS:
+        metrics[f"groups_{kind}"] = kinds[kind] / len(asked)
+    mean("reward", [one.worth for one in attempts if one.worth is not None])
+    mean("accuracy", [one.accuracy for one in attempts if one.accuracy is not None])
+    domains = sorted({one.domain for one in asked})
+    if len(domains) > 1:
+        for domain in domains:
+            own = [a.accuracy for one in asked if one.domain == domain for a in one.attempts if a.accuracy is not None]
+            mean(f"accuracy_{domain}", own)
+    for name in sorted({name for one in attempts for name in one.parts}):
+        mean(f"reward_{name}", [value for one in attempts if (value := one.parts.get(name)) is not None])
+    statuses = Counter(one.status for one in attempts)
+    for status, count in sorted(statuses.items()):
+        metrics[f"attempts_{status}"] = count / len(attempts)
+    mean("tokens_mean", [one.tokens for one in attempts])
+    mean("tokens_right", [one.tokens for one in attempts if one.accuracy is not None and one.accuracy >= 1])
+    mean("tokens_wrong", [one.tokens for one in attempts if one.accuracy is not None and one.accuracy < 1])
+    mean("tool_use", [float(one.calls > 0) for one in attempts])
+    calls = sum(one.calls for one in attempts)
+    if calls:
+        metrics["tool_success"] = 1 - sum(one.failed_calls for one in attempts) / calls
+    sampled, trained = (sum(a.tokens for one in part for a in one.attempts) for part in (asked, learned))
+    if trained:
+        metrics["tokens_sampled_per_learned"] = sampled / trained
+    return metrics
+
+
+KINDS = ("mixed", "right", "wrong", "equal", "unscored")
+
+
+def kind_of(summary: Summary) -> str:
+    """What a group's attempts are: see `rollout_metrics`."""
+    outcome = summary.outcome
+    if not outcome.valid:
+        return "unscored"
+    if outcome.trainable:
+        return "mixed"
+    value = outcome.scored[0]
+    return "right" if value >= 1 else "wrong" if value <= 0 else "equal"

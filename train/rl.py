@@ -1,0 +1,183 @@
+"""Reinforcement learning: the policy answers, answers are judged, good ones become likelier.
+
+The run: train/training.py. What a rollout is: train/reinforcement/source.py.
+
+ernie rl model.checkpoint=runs/sft/export data.path=prompts.jsonl reward=math       GSPO with IcePop
+ernie rl ... objective=grpo                                                         other losses: docs/rl.md
+ernie rl ... agent.tools=[image_zoom_in_tool] rewards.weights.tool_bonus=0.5        with tools that return pictures
+ernie rl ... rollout.backend=vllm rollout.vllm.urls=[http://host:8000]              vLLM samples
+accelerate launch -m train.rl ...                                                   the same program on several devices
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+
+from data.quarantine import Quarantine
+from ernie_model.inference.agent import Agent
+from ernie_model.inference.tools import ToolBox
+from ernie_model.processor import Processor
+from train.agents import open_toolbox, sampling_params
+from train.checkpoint import Resumable
+from train.compose import register, to_typed
+from train.loop import Beside
+from train.objectives import Objective, policy_gradient
+from train.parallel.layout import Layout
+from train.reference import Reference, build_reference
+from train.reinforcement.difficulty import DifficultySampler
+from train.reinforcement.engines import LocalEngine, RolloutEngine
+from train.reinforcement.prompts import Prompts, open_prompts
+from train.reinforcement.score import RolloutScore, measure
+from train.reinforcement.scoring import RewardPool
+from train.reinforcement.source import RolloutSource
+from train.rl_config import RLConfig, RolloutBackend
+from train.run import program
+from train.score import Score
+from train.served import Served
+from train.sources import Data, TrainSource, open_parts
+from train.training import Algorithm, Setup, run
+
+register()
+
+
+@program("rl")
+def main(cfg: DictConfig) -> None:
+    run(RL(to_typed(cfg, RLConfig)))
+
+
+class RL(Algorithm[RLConfig]):
+    score = RolloutScore
+    prompts: Prompts
+    heldout: Prompts | None
+    rollouts: RolloutSource
+    engine: RolloutEngine
+    pool: RewardPool
+    reference: Reference
+
+    def __init__(self, config: RLConfig):
+        super().__init__(config)
+        self.toolboxes: dict[tuple[str, ...], ToolBox] = {}
+
+    def rows_per_update(self, layout: Layout) -> int:
+        return 0  # as many as the attempts fill
+
+    def open_data(self, processor: Processor, layout: Layout, folder: Path) -> Data:
+        config = self.config
+        parts = open_parts(config.data)
+        self.prompts = open_prompts(parts.train, config, processor)
+        limit = config.evaluate.max_examples or None
+        self.heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, limit=limit)
+        sampler = DifficultySampler(
+            self.prompts.infos, config.sampler, attempts=config.rollout.attempts, seed=config.run.seed
+        )
+        self.rollouts = RolloutSource(self.prompts, sampler, config, layout)
+        names = tuple(one.name for one in parts.train.sets)
+        return Data(self.rollouts, self.heldout, Quarantine(folder, num_records=len(self.prompts)), names)
+
+    def update_text(self) -> str:
+        rollout = self.config.rollout
+        per_update = rollout.groups // rollout.updates
+        return (
+            f"{per_update} groups of {rollout.attempts} attempts; a rollout of {rollout.groups} groups makes "
+            f"{rollout.updates} updates"
+        )
+
+    def objective(self, rows_per_update: int) -> Objective:
+        rollout = self.config.rollout
+        attempts = rollout.groups // rollout.updates * rollout.attempts
+        return policy_gradient.build(self.config.objective, attempts_per_update=attempts)
+
+    def begin(self, setup: Setup) -> Sequence[Beside]:
+        config = self.config
+        self.reference = build_reference(
+            config.reference,
+            needed=config.objective.kl > 0,
+            model=config.model,
+            peft=config.peft,
+            parallel=config.parallel,
+            seed=config.run.seed,
+            policy=setup.policy,
+            weights=setup.weights,
+            accelerator=setup.accelerator,
+            layout=setup.layout,
+            engine=setup.engine,
+            folder=setup.folder,
+        )
+        setup.notes.extend(self.reference.notes())
+        self.params = sampling_params(config.sampling)
+        self.pool = RewardPool(config.rewards, self.prompts.questions)
+        self.engine = self.open_engine(setup)
+        self.served = Served(setup.model, setup.processor)
+        self.rollouts.attach(
+            engine=self.engine,
+            agents=self.agents,
+            pool=self.pool,
+            processor=setup.processor,
+            params=self.params,
+            policy=setup.policy,
+            accelerator=setup.accelerator,
+        )
+        self.agents(None)  # tools that cannot be opened are told of now
+        return [self.reference]
+
+    def open_engine(self, setup: Setup) -> RolloutEngine:
+        rollout = self.config.rollout
+        assert rollout.backend is RolloutBackend.local
+        return LocalEngine(
+            setup.model,
+            setup.processor.tokenizer,
+            self.config.engine,
+            noise=rollout.noise,
+            seed=self.config.run.seed,
+        )
+
+    def agents(self, engine: RolloutEngine | None) -> Mapping[tuple[str, ...], Agent]:
+        """One for each choice of tools among the questions; without an engine, only to see that they can be opened."""
+        config = self.config
+        asked = [*self.prompts.questions, *(() if self.heldout is None else self.heldout.questions)]
+        agents = {}
+        for tools in dict.fromkeys(one.tools for one in asked):
+            if tools not in self.toolboxes:
+                self.toolboxes[tools] = open_toolbox(replace(config.agent, tools=list(tools)), self.served)
+            if engine is not None:
+                agents[tools] = Agent(
+                    engine.generates, self.served.processor, self.toolboxes[tools], config.agent, self.params
+                )
+        return agents
+
+    def start(self, setup: Setup, optimizer: Any) -> None:
+        self.reference.start(optimizer, setup.data)
+
+    def source(self, setup: Setup) -> TrainSource:
+        return self.rollouts
+
+    def resumable(self, weights: Resumable) -> Resumable:
+        return self.reference.resumable(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference.load(state["reference"])
+
+    def files(self) -> dict[str, Tensor]:
+        return self.rollouts.files()
+
+    def load_files(self, files: Sequence[dict[str, Tensor]]) -> None:
+        self.rollouts.load_files(files)
+
+    def measure(self, setup: Setup) -> Score:
+        assert self.heldout is not None
+        self.engine.begin(self.rollouts.updates)
+        agents = self.agents(self.engine)
+        found = measure(self.heldout, self.engine, agents, self.pool, setup.processor, self.params, setup.layout)
+        self.engine.end()
+        return found
+
+
+if __name__ == "__main__":
+    main()
