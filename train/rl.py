@@ -9,6 +9,7 @@ ernie rl ... rollout.backend=vllm rollout.vllm.urls=[http://host:8000]          
 accelerate launch -m train.rl ...                                                   the same program on several devices
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,7 @@ class RL(Algorithm[RLConfig]):
     def __init__(self, config: RLConfig):
         super().__init__(config)
         self.toolboxes: dict[tuple[str, ...], ToolBox] = {}
+        self.runner = asyncio.Runner()
 
     def rows_per_update(self, layout: Layout) -> int:
         return 0  # as many as the attempts fill
@@ -120,6 +122,7 @@ class RL(Algorithm[RLConfig]):
             params=self.params,
             policy=setup.policy,
             accelerator=setup.accelerator,
+            runner=self.runner,
         )
         self.agents(None)  # tools that cannot be opened are told of now
         return [self.reference]
@@ -174,7 +177,9 @@ class RL(Algorithm[RLConfig]):
         assert self.heldout is not None
         self.engine.begin(self.rollouts.updates)
         agents = self.agents(self.engine)
-        found = measure(self.heldout, self.engine, agents, self.pool, setup.processor, self.params, setup.layout)
+        found = measure(
+            self.heldout, self.engine, agents, self.pool, setup.processor, self.params, setup.layout, self.runner
+        )
         self.engine.end()
         return found
 

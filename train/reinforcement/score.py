@@ -94,6 +94,7 @@ def measure(
     processor: Processor,
     params: SamplingParams,
     layout: Layout,
+    runner: asyncio.Runner,
 ) -> RolloutScore:
     """All ranks call it between `begin` and `end` of the engine; each asks its share and all get the same."""
     asked = [
@@ -102,7 +103,7 @@ def measure(
         if number % layout.data_world == layout.data_rank
     ]
     greedy = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-    groups = asyncio.run(collect(asked, engine, agents, pool, processor, greedy, version=0))
+    groups = runner.run(collect(asked, engine, agents, pool, processor, greedy, version=0))
     own = [AttemptSummary.of(group.attempts[0]) for group in groups]
     return score_of([one for of_rank in everyones(own) for one in of_rank])
 

@@ -124,10 +124,15 @@ class RolloutSource:
         params: SamplingParams,
         policy: Policy,
         accelerator: Accelerator,
+        runner: asyncio.Runner,
     ) -> None:
-        """Who samples, judges and learns. Before the first `next_step`."""
+        """Who samples, judges and learns. Before the first `next_step`.
+
+        Args:
+            runner: of the one event loop that all rollouts run in; tools and workers belong to it.
+        """
         self.engine, self.agents, self.pool, self.processor, self.params = engine, agents, pool, processor, params
-        self.policy, self.accelerator = policy, accelerator
+        self.policy, self.accelerator, self.runner = policy, accelerator, runner
 
     # -------------------------------------------------------------------------------------------------- as a source
 
@@ -168,7 +173,7 @@ class RolloutSource:
         agents = self.agents(self.engine)
         while tickets:
             rounds += 1
-            groups = asyncio.run(self._collect(tickets, agents))
+            groups = self.runner.run(self._collect(tickets, agents))
             made += groups
             own = [group.summary(self._domain(group.ticket.prompt)) for group in groups]
             summaries += [one for of_rank in everyones(own) for one in of_rank]
