@@ -20,6 +20,7 @@ from torch import Tensor
 
 from data.quarantine import Quarantine
 from ernie_model.inference.agent import Agent
+from ernie_model.inference.sampling import Vocabulary, distribution_of
 from ernie_model.inference.tools import ToolBox
 from ernie_model.processor import Processor
 from train.agents import open_toolbox, sampling_params
@@ -94,7 +95,12 @@ class RL(Algorithm[RLConfig]):
         return policy_gradient.build(self.config.objective, attempts_per_update=attempts)
 
     def begin(self, setup: Setup) -> Sequence[Beside]:
-        config = self.config
+        config, processor = self.config, setup.processor
+        self.params = sampling_params(config.sampling)
+        never = setup.model.config.vision_pool_token_ids
+        vocabulary = Vocabulary(processor.tokenizer, setup.model.config.vocab_size, never=never)
+        # Before the reference, which is compared under the same.
+        setup.policy.distribution = distribution_of(self.params, vocabulary)
         self.reference = build_reference(
             config.reference,
             needed=config.objective.kl > 0,
@@ -110,7 +116,6 @@ class RL(Algorithm[RLConfig]):
             folder=setup.folder,
         )
         setup.notes.extend(self.reference.notes())
-        self.params = sampling_params(config.sampling)
         self.pool = RewardPool(config.rewards, self.prompts.questions)
         self.engine = self.open_engine(setup)
         self.served = Served(setup.model, setup.processor)
@@ -136,6 +141,7 @@ class RL(Algorithm[RLConfig]):
             self.config.engine,
             noise=rollout.noise,
             seed=self.config.run.seed,
+            joint=setup.layout.joint,
         )
 
     def agents(self, engine: RolloutEngine | None) -> Mapping[tuple[str, ...], Agent]:

@@ -133,6 +133,7 @@ class Engine:
     Args:
         model: in evaluation mode. Whoever changes its weights calls `weights_changed`.
         runner: made from the model unless given.
+        kind: what is made of it.
         clock: seconds, for time-outs.
 
     Raises:
@@ -146,6 +147,7 @@ class Engine:
         settings: EngineSettings | None = None,
         *,
         runner: RunsSteps | None = None,
+        kind: type[Runner] = Runner,
         clock: Callable[[], float] = time.monotonic,
     ):
         settings = settings or EngineSettings()
@@ -171,7 +173,7 @@ class Engine:
             max_running=settings.max_running,
             share=settings.share_prefixes,
         )
-        self._runner: RunsSteps = runner or Runner(
+        self.runner: RunsSteps = runner or kind(
             model, num_pages=num_pages, page_tokens=settings.page_tokens, max_rows=self._scheduler.max_running
         )
         self._features = FeatureCache(settings.media_cache_mib * 2**20)
@@ -254,7 +256,7 @@ class Engine:
         if not plan:
             return
         rows = [self._row(request, count) for request, count in plan.items()]
-        output = self._runner.run(rows)
+        output = self.runner.run(rows)
         self._counts["steps"] += 1
         self._counts["computed_tokens"] += sum(plan.values())
         at, ends, sampling = 0, [], []
@@ -311,11 +313,11 @@ class Engine:
         computed: dict[Key, Tensor] = {}
         errors: dict[Key, str] = {}
         try:
-            computed.update(zip(missing, self._runner.media_features(list(missing.values())), strict=True))
+            computed.update(zip(missing, self.runner.media_features(list(missing.values())), strict=True))
         except Exception:  # of one of them, perhaps: the others shall not suffer
             for key, item in missing.items():
                 try:
-                    computed[key] = self._runner.media_features([item])[0]
+                    computed[key] = self.runner.media_features([item])[0]
                 except Exception as error:
                     errors[key] = said(error)
         for key, feature_MD in computed.items():
@@ -404,7 +406,7 @@ class Engine:
             sampled = sample(logit_SV, [request.sampler for request in requests])
         except Exception:
             # One request's sampler, perhaps. Logits are overwritten by sampling, so they are computed once more.
-            logit_SV = self._runner.run(rows).logit_SV[ends]
+            logit_SV = self.runner.run(rows).logit_SV[ends]
             sampled = [_sample_alone(logit_SV[i : i + 1], request) for i, request in enumerate(requests)]
         for request, token in zip(requests, sampled, strict=True):
             if token.error is not None:
@@ -550,7 +552,7 @@ class Engine:
         self._features.clear()
         for request in self._live.values():
             request.forget_what_old_weights_did()
-        self._runner.weights_changed()
+        self.runner.weights_changed()
 
     def stats(self) -> EngineStats:
         """Other threads may ask as well; counts are then of about the same moment."""

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class PagedCache:
         self.num_pages, self.page_tokens, self.num_kv_heads = num_pages, page_tokens, config.num_key_value_heads
         # Heads before pages: a head's tokens lie one after the other, as the products of attention want them.
         shape = (config.num_hidden_layers, 2 * self.num_kv_heads, num_pages, page_tokens, config.head_dim)
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.data = _zeros(shape, dtype, device)
         self.flash = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
         """Attention is torch's kernel for rows of varied length."""
         self.block_tables = self.flash and _takes_block_tables(self)
@@ -56,6 +57,13 @@ class PagedCache:
         """What an earlier owner left there is multiplied by 0 where a page is not full yet; a NaN would survive it."""
         if pages:
             self.data.index_fill_(2, torch.tensor(pages, device=self.data.device), 0)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU, memory that the system fills page by page when it is touched: what no request needs costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(*shape)
 
 
 def page_bytes(config: ErnieConfig, dtype: torch.dtype, page_tokens: int) -> int:

@@ -64,7 +64,7 @@ class Runner:
     def __init__(self, model: ErnieModel, *, num_pages: int, page_tokens: int, max_rows: int):
         self.model, self.max_rows = model, max_rows
         self.dtype, self.device = model.activation_dtype, model.norm.weight.device
-        self._answering = answering(model)
+        self._answering = self._kernels(model)
         self.cache = PagedCache(
             model.config, num_pages=num_pages, page_tokens=page_tokens, dtype=self.dtype, device=self.device
         )
@@ -106,6 +106,7 @@ class Runner:
                 context,
                 feature_MD=torch.cat(features).to(self.device) if features else None,
                 token_ids=token_ids,
+                join=self._joins,
                 stats=False,
                 experts=any(row.experts for row in rows),
             )
@@ -116,7 +117,7 @@ class Runner:
             wanted = [t for end, row in zip(ends, rows, strict=True) for t in range(end - row.num_logits, end)]
             hidden_SD = out.hidden_TD.index_select(0, torch.tensor(wanted, dtype=torch.int64, device=self.device))
         with torch.no_grad():  # not in inference mode: whoever samples may change the logits in place
-            logit_SV = wide(self._answering.logits(hidden_SD))
+            logit_SV = wide(self._logits(hidden_SD))
         return StepOutput(
             logit_SV, [self._experts(out.expert_LTK, row, end) for row, end in zip(rows, ends, strict=True)]
         )
@@ -129,4 +130,18 @@ class Runner:
 
     def weights_changed(self) -> None:
         """What was derived from the weights is made anew."""
-        self._answering = answering(self.model)
+        self._answering = self._kernels(self.model)
+
+    # A subclass may run a model that lies on several ranks.
+
+    def _kernels(self, model: ErnieModel) -> ErnieModel:
+        """What computes: the model, or the same weights in faster modules."""
+        return answering(model)
+
+    def _logits(self, hidden_SD: Tensor) -> Tensor:
+        return self._answering.logits(hidden_SD)
+
+    @property
+    def _joins(self) -> bool:
+        """See `ErnieModel.forward`."""
+        return False

@@ -16,8 +16,10 @@ import torch
 from ernie_model.inference.engine import Engine, EngineSettings
 from ernie_model.inference.entry import Request
 from ernie_model.inference.request import Completion, Delta, Generates, Prompt, SamplingParams
+from ernie_model.inference.runner import Runner
 from ernie_model.model import ErnieModel
 from ernie_model.tokenizer import Tokenizer
+from train.reinforcement.joint import JointRunner, Want
 
 T = TypeVar("T")
 
@@ -59,18 +61,12 @@ class Turns:
     """An engine that moves when all who ask wait. It is a `Generates`, for one event loop.
 
     Args:
-        meet: whether any rank has attempts left, told whether this one has; a step is a collective then, and a rank
-            without work takes part in it by `idle`. None: this rank is alone, as far as stepping goes.
+        any_left: whether any rank has attempts left, told whether this one has. Where a forward pass takes all ranks,
+            one that has none left goes on taking part in it.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        *,
-        meet: Callable[[bool], bool] | None = None,
-        idle: Callable[[], None] = lambda: None,
-    ):
-        self.engine, self.meet, self.idle = engine, meet, idle
+    def __init__(self, engine: Engine, *, any_left: Callable[[bool], bool] = lambda mine: mine):
+        self.engine, self.any_left = engine, any_left
         self._arrived: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._changed = asyncio.Event()
@@ -98,7 +94,7 @@ class Turns:
         for task in tasks:
             task.add_done_callback(lambda _: self._changed.set())
         try:
-            while self._any_left(any(not task.done() for task in tasks)):
+            while self.any_left(any(not task.done() for task in tasks)):
                 await self._until_all_wait(tasks)
                 self._step()
                 await asyncio.sleep(0)  # whoever was answered goes on
@@ -107,9 +103,6 @@ class Turns:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _any_left(self, mine: bool) -> bool:
-        return mine if self.meet is None else self.meet(mine)
 
     async def _until_all_wait(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
         while True:
@@ -128,7 +121,6 @@ class Turns:
             self._waiting[self.engine.enqueue(request)] = future
         self._arrived.clear()
         if not self._waiting:
-            self.idle()
             return
         for request_id, delta in self.engine.step():
             if delta.completion is not None:
@@ -142,6 +134,7 @@ class LocalEngine:
         model: what trains. Its mode is restored after a rollout.
         noise: standard deviation of noise on the engine's copy of each matrix, relative to the matrix's own: an engine
             that disagrees with the trainer, to try out what corrects for it. 0 samples from the weights themselves.
+        joint: a forward pass takes all ranks (`Layout.joint`).
     """
 
     def __init__(
@@ -152,11 +145,10 @@ class LocalEngine:
         *,
         noise: float = 0.0,
         seed: int = 0,
-        meet: Callable[[bool], bool] | None = None,
-        idle: Callable[[], None] = lambda: None,
+        joint: bool = False,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.noise, self.seed, self.meet, self.idle = noise, seed, meet, idle
+        self.noise, self.seed, self.joint = noise, seed, joint
         self._turns: Turns | None = None
         self._metrics: dict[str, float] = {}
 
@@ -170,9 +162,14 @@ class LocalEngine:
         self.model.eval()
         with torch.no_grad():
             model = self.model if not self.noise else _noisy(self.model, self.noise, self.seed + version)
-            engine = Engine(model, self.tokenizer, self.settings)
+            engine = Engine(model, self.tokenizer, self.settings, kind=JointRunner if self.joint else Runner)
         engine.version = version
-        self._turns = Turns(engine, meet=self.meet, idle=self.idle)
+        if self.joint:
+            assert isinstance(engine.runner, JointRunner)
+            meeting = engine.runner.meeting
+            self._turns = Turns(engine, any_left=lambda mine: meeting.join(Want.OVER, mine))
+        else:
+            self._turns = Turns(engine)
 
     async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         return await self.generates.run(attempts)

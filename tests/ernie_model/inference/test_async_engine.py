@@ -303,8 +303,8 @@ from ernie_model.tokenizer import load_tiny_tokenizer
 config = ErnieConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                      head_dim=16, intermediate_size=128)
 engine = Engine(ErnieModel(config).eval(), load_tiny_tokenizer(), EngineSettings(cache_gib=0.1))
-begun, run = threading.Event(), engine._runner.run
-engine._runner.run = lambda rows: (begun.set(), run(rows))[1]
+begun, run = threading.Event(), engine.runner.run
+engine.runner.run = lambda rows: (begun.set(), run(rows))[1]
 server = AsyncEngine(engine)
 endless = SamplingParams(max_new_tokens=50000, ignore_end=True)
 server._post(_Command(lambda: [engine.add(Prompt((5, 6, 7)), endless) for _ in range(4)]))

@@ -192,7 +192,7 @@ def test_memory_of_the_cache_is_what_the_setting_says(models, tokenizer, cache_g
     model = models(torch.float32)
     engine = engine_of(model, tokenizer, cache_gib=cache_gib)
     config, stats = model.config, engine.stats()
-    runner = engine._runner
+    runner = engine.runner
     assert isinstance(runner, Runner)
     formula = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 4 * stats.pages_total
     assert runner.cache.data.nbytes == pytest.approx(formula, rel=0.05)
