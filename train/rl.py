@@ -118,6 +118,9 @@ class RL(Algorithm[RLConfig]):
         setup.notes.extend(self.reference.notes())
         self.pool = RewardPool(config.rewards, self.prompts.questions)
         self.engine = self.open_engine(setup)
+        self.examiner = self.engine
+        if config.rollout.backend is RolloutBackend.local:  # of the weights as they are, whatever samples meanwhile
+            self.examiner = LocalEngine(setup.model, setup.processor.tokenizer, config.engine, joint=setup.layout.joint)
         self.served = Served(setup.model, setup.processor)
         self.rollouts.attach(
             engine=self.engine,
@@ -128,6 +131,7 @@ class RL(Algorithm[RLConfig]):
             policy=setup.policy,
             accelerator=setup.accelerator,
             runner=self.runner,
+            steps=setup.steps,
         )
         self.agents(None)  # tools that cannot be opened are told of now
         return [self.reference]
@@ -142,6 +146,7 @@ class RL(Algorithm[RLConfig]):
             noise=rollout.noise,
             seed=self.config.run.seed,
             joint=setup.layout.joint,
+            apart=rollout.ahead > 0,
         )
 
     def agents(self, engine: RolloutEngine | None) -> Mapping[tuple[str, ...], Agent]:
@@ -181,12 +186,13 @@ class RL(Algorithm[RLConfig]):
 
     def measure(self, setup: Setup) -> Score:
         assert self.heldout is not None
+        self.rollouts.settle()
         self.engine.begin(self.rollouts.updates)
         agents = self.agents(self.engine)
         found = measure(
             self.heldout, self.engine, agents, self.pool, setup.processor, self.params, setup.layout, self.runner
         )
-        self.engine.end()
+        self.examiner.end()
         return found
 
 

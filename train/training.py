@@ -90,6 +90,8 @@ class Setup:
     policy: Policy
     data: Data
     state: TrainState
+    steps: int
+    """Updates of the whole run."""
     notes: list[str]
     """Printed before the first step; an algorithm may add to them."""
 
@@ -265,6 +267,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         policy=policy,
         data=data,
         state=state,
+        steps=steps,
         notes=notes,
     )
     own = algorithm.begin(setup)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from ernie_model.inference.engine import Engine, EngineSettings
 from ernie_model.inference.entry import Request
@@ -135,6 +136,7 @@ class LocalEngine:
         noise: standard deviation of noise on the engine's copy of each matrix, relative to the matrix's own: an engine
             that disagrees with the trainer, to try out what corrects for it. 0 samples from the weights themselves.
         joint: a forward pass takes all ranks (`Layout.joint`).
+        apart: sample from a copy of the weights, because the model goes on learning meanwhile.
     """
 
     def __init__(
@@ -146,9 +148,10 @@ class LocalEngine:
         noise: float = 0.0,
         seed: int = 0,
         joint: bool = False,
+        apart: bool = False,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.noise, self.seed, self.joint = noise, seed, joint
+        self.noise, self.seed, self.joint, self.apart = noise, seed, joint, apart
         self._turns: Turns | None = None
         self._metrics: dict[str, float] = {}
 
@@ -158,12 +161,16 @@ class LocalEngine:
         return self._turns
 
     def begin(self, version: int) -> None:
-        self._modes = [(module, module.training) for module in self.model.modules()]
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
+        self._modes = [] if self.apart else modes
         with torch.no_grad():
-            model = self.model if not self.noise else _noisy(self.model, self.noise, self.seed + version)
+            copied = self.noise or self.apart
+            model = self.model if not copied else _copy(self.model, self.noise, self.seed + version)
             engine = Engine(model, self.tokenizer, self.settings, kind=JointRunner if self.joint else Runner)
         engine.version = version
+        if self.apart:  # the model learns meanwhile
+            _restore(modes)
         if self.joint:
             assert isinstance(engine.runner, JointRunner)
             meeting = engine.runner.meeting
@@ -183,8 +190,7 @@ class LocalEngine:
             "engine_preemptions": float(stats.preemptions),
         }
         self._turns = None
-        for module, training in self._modes:
-            module.training = training
+        _restore(self._modes)
         gc.collect()  # the engine is made of circles; its cache must not stay beside the gradients
 
     def metrics(self) -> dict[str, float]:
@@ -194,8 +200,15 @@ class LocalEngine:
         pass
 
 
-def _noisy(model: ErnieModel, noise: float, seed: int) -> ErnieModel:
+def _restore(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _copy(model: ErnieModel, noise: float, seed: int) -> ErnieModel:
     other = copy.deepcopy(model)
+    if not noise:
+        return other.eval()
     generator = torch.Generator().manual_seed(seed)
     for parameter in other.parameters():
         if parameter.ndim >= 2:

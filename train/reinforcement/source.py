@@ -15,6 +15,7 @@ of later updates get theirs now, before the first update, by the forward pass th
 """
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,6 +114,8 @@ class RolloutSource:
         self._summaries: dict[int, Summary] = {}
         """Of the queue's groups, on all ranks."""
         self._metrics: dict[str, float] = {}
+        self._flight: _Flight | None = None
+        """The next rollout, when it is sampled ahead."""
 
     def attach(
         self,
@@ -125,14 +128,16 @@ class RolloutSource:
         policy: Policy,
         accelerator: Accelerator,
         runner: asyncio.Runner,
+        steps: int,
     ) -> None:
         """Who samples, judges and learns. Before the first `next_step`.
 
         Args:
+            steps: updates of the whole run; nothing is sampled ahead of its end.
             runner: of the one event loop that all rollouts run in; tools and workers belong to it.
         """
         self.engine, self.agents, self.pool, self.processor, self.params = engine, agents, pool, processor, params
-        self.policy, self.accelerator, self.runner = policy, accelerator, runner
+        self.policy, self.accelerator, self.runner, self.steps = policy, accelerator, runner, steps
 
     # -------------------------------------------------------------------------------------------------- as a source
 
@@ -155,6 +160,7 @@ class RolloutSource:
         return RolloutReport(last=self._metrics, rollouts=self.rollouts, asked=self.asked, learned=self.learned)
 
     def close(self) -> None:
+        self.settle()
         self.pool.close()
         self.engine.close()
 
@@ -162,18 +168,14 @@ class RolloutSource:
 
     def _roll_out(self) -> None:
         config, clock = self.config.rollout, _Clock()
-        self._drop_stale()
-        need = config.groups - len(self._waiting)
-        tickets = self.sampler.pick(need) if need > 0 else []
+        flight, self._flight = self._flight or self._depart(), None
+        need, tickets = flight.need, flight.tickets
         made: list[Group] = []
         summaries: list[Summary] = []
         rounds = 0
-        self.engine.begin(self.updates)
-        clock.lap("weights")
-        agents = self.agents(self.engine)
         while tickets:
             rounds += 1
-            groups = self.runner.run(self._collect(tickets, agents))
+            groups = flight.land() if rounds == 1 else self.runner.run(self._collect(tickets, flight))
             made += groups
             own = [group.summary(self._domain(group.ticket.prompt)) for group in groups]
             summaries += [one for of_rank in everyones(own) for one in of_rank]
@@ -184,9 +186,10 @@ class RolloutSource:
         clock.lap("asking")
         self.engine.end()
         clock.lap("weights")
+        clock.seconds["weights"] += flight.begin_s
         summaries.sort(key=lambda one: one.outcome.group)
-        self.sampler.update([one.outcome for one in summaries])
         accepted = self._accept(made, summaries)
+        self.sampler.update([one.outcome for one in summaries], trained=len(accepted))
         worth = self._advantages(accepted)
         updates = [accepted[number :: config.updates] for number in range(config.updates)]
         self._pending = [self._rows(groups, worth) for groups in updates]
@@ -200,6 +203,7 @@ class RolloutSource:
         self._metrics = rollout_metrics(summaries, list(taken.values()), rounds, clock.seconds, self.rollouts)
         self._metrics |= self.sampler.metrics() | self.engine.metrics()
         self._metrics["rollout_queue"] = float(len(self._waiting))
+        self._metrics["rollout_lag"] = sum(self.updates - one.version for one in taken.values()) / max(len(taken), 1)
         self.told(
             Rollout(
                 number=self.rollouts,
@@ -212,8 +216,26 @@ class RolloutSource:
             )
         )
         self.rollouts += 1
+        if config.ahead and self.updates + config.updates < self.steps:
+            self._flight = self._depart(ahead=True)
 
-    async def _collect(self, tickets: Sequence[Ticket], agents: Mapping[tuple[str, ...], Agent]) -> list[Group]:
+    def _depart(self, *, ahead: bool = False) -> "_Flight":
+        """The first round of a rollout begins; `ahead`, in a thread, while the policy learns from the one before."""
+        self._drop_stale()
+        need, begin = self.config.rollout.groups - len(self._waiting), time.perf_counter()
+        tickets = self.sampler.pick(need) if need > 0 else []
+        self.engine.begin(self.updates)
+        flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=self.agents(self.engine))
+        flight.begin_s = time.perf_counter() - begin
+        flight.depart(lambda: self.runner.run(self._collect(tickets, flight)), ahead=ahead)
+        return flight
+
+    def settle(self) -> None:
+        """Wait until nothing samples: the engine is free to answer other questions."""
+        if self._flight is not None:
+            self._flight.settle()
+
+    async def _collect(self, tickets: Sequence[Ticket], flight: "_Flight") -> list[Group]:
         mine = [one for one in tickets if one.group % self.layout.data_world == self.layout.data_rank]
         attempts = range(self.config.rollout.attempts)
         asked = [
@@ -224,7 +246,15 @@ class RolloutSource:
             )
             for one in mine
         ]
-        return await collect(asked, self.engine, agents, self.pool, self.processor, self.params, version=self.updates)
+        return await collect(
+            asked,
+            self.engine,
+            flight.agents,
+            self.pool,
+            self.processor,
+            self.params,
+            version=flight.version,
+        )
 
     def _domain(self, prompt: int) -> str:
         question = self.prompts.questions[prompt]
@@ -304,6 +334,8 @@ class RolloutSource:
             if group in ready
             for example, held in ready[group].examples
         ]
+        if not examples:
+            return [filler(self.processor.begin_id)]
         return pack(examples, max_tokens=self.config.data.max_tokens, max_patches=self.config.data.max_patches)
 
     @torch.no_grad()
@@ -374,6 +406,45 @@ class RolloutSource:
             self._pending = keep.from_tensors(files[rank])[0]
         else:
             self._pending = [rows[rank::world] for rows in rows_of]
+
+
+@dataclass(kw_only=True)
+class _Flight:
+    """The first round of a rollout, being asked."""
+
+    need: int
+    tickets: list[Ticket]
+    version: int
+    agents: Mapping[tuple[str, ...], Agent]
+    begin_s: float = 0.0
+
+    def depart(self, work: Callable[[], list[Group]], *, ahead: bool) -> None:
+        self._work = work
+        self._thread: threading.Thread | None = None
+        self._groups: list[Group] = []
+        self._error: BaseException | None = None
+        if ahead and self.tickets:
+            self._thread = threading.Thread(target=self._fly, name="rollout ahead")
+            self._thread.start()
+
+    def _fly(self) -> None:
+        try:
+            self._groups = self._work()
+        except BaseException as error:
+            self._error = error
+
+    def settle(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def land(self) -> list[Group]:
+        """Its groups; raises what asking raised."""
+        if self._thread is None:
+            return self._work()
+        self.settle()
+        if self._error is not None:
+            raise self._error
+        return self._groups
 
 
 class _Clock:
