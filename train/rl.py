@@ -187,10 +187,10 @@ class RL(Algorithm[RLConfig]):
     def measure(self, setup: Setup) -> Score:
         assert self.heldout is not None
         self.rollouts.settle()
-        self.engine.begin(self.rollouts.updates)
-        agents = self.agents(self.engine)
+        self.examiner.begin(self.rollouts.updates)
+        agents = self.agents(self.examiner)
         found = measure(
-            self.heldout, self.engine, agents, self.pool, setup.processor, self.params, setup.layout, self.runner
+            self.heldout, self.examiner, agents, self.pool, setup.processor, self.params, setup.layout, self.runner
         )
         self.examiner.end()
         return found
