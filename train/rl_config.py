@@ -1,14 +1,17 @@
 """Typed schemas of `ernie rl`: what is rolled out, how it is judged, and how that becomes a loss."""
 
+import inspect
 import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from ernie_model.inference.engine import EngineSettings
-from train.config import ObjectiveKind, TrainingConfig, check, check_kind
+from train.config import ObjectiveKind, TrainingConfig, check, check_kind, suggestion
 from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
 from train.inference_config import AgentConfig, SamplingConfig
+from train.rewards.shaping import ACCURACY, PARTS
 
 
 class PolicyLoss(Enum):
@@ -308,9 +311,68 @@ class RewardsConfig:
     """What an attempt is worth: the sum of its parts times their weights."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
-    """`accuracy` is the reward that the question names; others by their names in train/rewards."""
+    """`accuracy` is the reward that the question names; the others are in train/rewards/shaping.py."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of parts, by name: {overlong: {length: 4096, cache: 512}}."""
     workers: int = 1
-    """Processes that compute rewards; 0 computes them in the training process, without limits."""
+    """Processes that compute rewards on each rank; 0 computes them in the training process, without limits."""
+    time_s: float = 10.0
+    """One attempt may take so long; then it has no score, and its process is killed."""
+    memory_gib: float = 4.0
+    """Of one process; an attempt that takes more has no score."""
+
+    def __post_init__(self):
+        known = [ACCURACY, *PARTS]
+        check(
+            self.weights.get(ACCURACY, 0) > 0,
+            f"rewards.weights.accuracy is {self.weights.get(ACCURACY)}; it must be positive: which prompts are asked, "
+            "and which groups are learned from, goes by what is right.",
+        )
+        for name, weight in self.weights.items():
+            check(
+                name in known or name.startswith("python:"),
+                f"rewards.weights names {name}{suggestion(name, known)}; parts: {', '.join(known)}, and "
+                "python:module.function for one of your own.",
+            )
+            check(math.isfinite(weight), f"rewards.weights.{name} is {weight}; it must be a finite number.")
+        for name, options in self.options.items():
+            check(
+                name in self.weights,
+                f"rewards.options.{name} is of a part without a weight. Give rewards.weights.{name}.",
+            )
+            check(
+                name != ACCURACY,
+                "rewards.options.accuracy would not be read: options of the question's own reward are its record's "
+                "`reward_options`.",
+            )
+            check_part_options(name, options)
+        if "overlong" in self.weights:
+            check(
+                {"length", "cache"} <= set(self.options.get("overlong", {})),
+                "rewards.weights.overlong needs to know from where on: rewards.options.overlong={length: 4096, "
+                "cache: 512}, tokens.",
+            )
+        if "cosine" in self.weights:
+            check(
+                "length" in self.options.get("cosine", {}),
+                "rewards.weights.cosine needs a length: rewards.options.cosine={length: 4096}, tokens.",
+            )
+        check(self.workers >= 0, f"rewards.workers is {self.workers}; it must be 0 or more.")
+        check(0 < self.time_s < math.inf, f"rewards.time_s is {self.time_s}; it must be positive and finite.")
+        check(self.memory_gib > 0, f"rewards.memory_gib is {self.memory_gib}; it must be positive.")
+
+
+def check_part_options(name: str, options: Any) -> None:
+    """Raises UserError: not a dictionary, or an option that the part does not have."""
+    check(isinstance(options, dict), f"rewards.options.{name} is {options}; it must be like {{length: 4096}}.")
+    if name in PARTS:
+        parameters = list(inspect.signature(PARTS[name]).parameters)[2:]
+        for key in options:
+            has = f"it has {', '.join(parameters)}" if parameters else "it has none"
+            check(
+                key in parameters,
+                f"rewards.options.{name} has no {key}{suggestion(str(key), parameters)}; {has}.",
+            )
 
 
 @dataclass

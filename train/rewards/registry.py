@@ -7,14 +7,15 @@ reward_named("python:my_metrics.close_enough")(attempt, expected)          def c
 import importlib
 import inspect
 import logging
-import math
 from collections.abc import Callable, Mapping
+from math import isfinite
 from typing import Any
 
 from train.config import UserError, suggestion
 from train.rewards.base import Reward
 from train.rewards.boxes import grounding_f1, points
 from train.rewards.choice import multiple_choice
+from train.rewards.equation import math
 from train.rewards.json_answer import json_fields, json_valid
 from train.rewards.number import counting, number
 from train.rewards.temporal import temporal_iou
@@ -29,6 +30,7 @@ REWARDS: dict[str, Reward] = {
     "edit_distance": edit_distance,
     "number": number,
     "multiple_choice": multiple_choice,
+    "math": math,
     "counting": counting,
     "grounding_f1": grounding_f1,
     "points": points,
@@ -50,7 +52,7 @@ def reward_named(name: str) -> Reward:
         UserError: there is none; a function of the user's own that cannot be imported or called.
     """
     if name.startswith(OWN):
-        return guarded(name, _imported(name))
+        return guarded(name, imported(name))
     if name not in REWARDS:
         raise UserError(
             f"there is no reward {name!r}{suggestion(name, sorted(REWARDS)) or '.'} Known: {', '.join(REWARDS)}, and "
@@ -65,7 +67,7 @@ def needs_answer(name: str) -> bool:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raises UserError for an option that the reward does not have."""
-    function = _imported(name) if name.startswith(OWN) else reward_named(name)
+    function = imported(name) if name.startswith(OWN) else reward_named(name)
     parameters = inspect.signature(function).parameters
     if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values()):
         return
@@ -76,7 +78,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise UserError(f"reward {name} has no option {key!r}{suggestion(str(key), known)}; {has}.")
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def imported(name: str) -> Callable[..., Any]:
     path = name.removeprefix(OWN)
     module_name, _, function_name = path.rpartition(".")
     if not module_name or not function_name:
@@ -111,7 +113,7 @@ def guarded(name: str, function: Callable[..., Any]) -> Reward:
             if value is None:
                 return None
             number = float(value)
-            if math.isfinite(number) and 0 <= number <= 1:
+            if isfinite(number) and 0 <= number <= 1:
                 return number
             problem = f"returned {value!r}, which is not in [0, 1]"
         except Exception as error:
