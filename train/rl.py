@@ -28,10 +28,12 @@ from train.checkpoint import Resumable
 from train.compose import register, to_typed
 from train.loop import Beside
 from train.objectives import Objective, policy_gradient
+from train.objectives.policy_record import PolicyRecord
 from train.parallel.layout import Layout
 from train.reference import Reference, build_reference
 from train.reinforcement.difficulty import DifficultySampler
 from train.reinforcement.engines import LocalEngine, RolloutEngine
+from train.reinforcement.mismatch import Mismatch
 from train.reinforcement.prompts import Prompts, open_prompts
 from train.reinforcement.score import RolloutScore, measure
 from train.reinforcement.scoring import RewardPool
@@ -59,6 +61,7 @@ class RL(Algorithm[RLConfig]):
     engine: RolloutEngine
     pool: RewardPool
     reference: Reference
+    mismatch: Mismatch
 
     def __init__(self, config: RLConfig):
         super().__init__(config)
@@ -89,10 +92,14 @@ class RL(Algorithm[RLConfig]):
             f"{rollout.updates} updates"
         )
 
-    def objective(self, rows_per_update: int) -> Objective:
+    @property
+    def attempts_per_update(self) -> int:
+        """Over all ranks, whatever is left out of them."""
         rollout = self.config.rollout
-        attempts = rollout.groups // rollout.updates * rollout.attempts
-        return policy_gradient.build(self.config.objective, attempts_per_update=attempts)
+        return rollout.groups // rollout.updates * rollout.attempts
+
+    def objective(self, rows_per_update: int) -> Objective:
+        return policy_gradient.build(self.config.objective, attempts_per_update=self.attempts_per_update)
 
     def begin(self, setup: Setup) -> Sequence[Beside]:
         config, processor = self.config, setup.processor
@@ -103,7 +110,7 @@ class RL(Algorithm[RLConfig]):
         setup.policy.distribution = distribution_of(self.params, vocabulary)
         self.reference = build_reference(
             config.reference,
-            needed=config.objective.kl > 0,
+            needed=policy_gradient.needs_reference(config.objective),
             model=config.model,
             peft=config.peft,
             parallel=config.parallel,
@@ -116,6 +123,8 @@ class RL(Algorithm[RLConfig]):
             folder=setup.folder,
         )
         setup.notes.extend(self.reference.notes())
+        self.mismatch = Mismatch(config.mismatch, config.objective, setup.model.config, setup.accelerator)
+        setup.policy.wants_entropy = True
         self.pool = RewardPool(config.rewards, self.prompts.questions)
         self.engine = self.open_engine(setup)
         self.examiner = self.engine
@@ -134,7 +143,12 @@ class RL(Algorithm[RLConfig]):
             steps=setup.steps,
         )
         self.agents(None)  # tools that cannot be opened are told of now
-        return [self.reference]
+        objective, accelerator = config.objective, setup.accelerator
+        return [
+            self.reference,
+            PolicyRecord(objective, accelerator, attempts_per_update=self.attempts_per_update),
+            self.mismatch,
+        ]
 
     def open_engine(self, setup: Setup) -> RolloutEngine:
         rollout = self.config.rollout
@@ -173,16 +187,20 @@ class RL(Algorithm[RLConfig]):
         return self.reference.resumable(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state()}
+        return {"reference": self.reference.state(), "mismatch": self.mismatch.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reference.load(state["reference"])
+        self.mismatch.load_state_dict(state["mismatch"])
 
     def files(self) -> dict[str, Tensor]:
         return self.rollouts.files()
 
     def load_files(self, files: Sequence[dict[str, Tensor]]) -> None:
         self.rollouts.load_files(files)
+
+    def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
+        return self.mismatch.warnings(metrics)
 
     def measure(self, setup: Setup) -> Score:
         assert self.heldout is not None

@@ -1,5 +1,6 @@
 """Typed schemas of `ernie rl`: what is rolled out, how it is judged, and how that becomes a loss."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -15,16 +16,21 @@ from train.rewards.shaping import ACCURACY, PARTS
 
 
 class PolicyLoss(Enum):
-    """Formulas and sources: train/objectives/policy_gradient.py."""
+    """Formulas and sources: train/objectives/surrogate.py."""
 
     clip = "clip"
     """PPO's: min(r A, clip(r) A). With ratio=sequence GSPO, with ratio=token GRPO."""
     cispo = "cispo"
+    """min(r, objective.cispo_cap) weighs log p, and no token is left out."""
     sapo = "sapo"
+    """A sigmoid in place of the clip."""
     gmpo = "gmpo"
+    """The geometric mean over an attempt of its tokens' ratios, each of which is clipped."""
 
 
 class Ratio(Enum):
+    """Of policy to policy at the time of the rollout."""
+
     sequence = "sequence"
     """One for the whole attempt, the geometric mean of its tokens' (GSPO), in the form that weighs token by token."""
     token = "token"
@@ -51,12 +57,35 @@ class Correction(Enum):
     """k inside objective.band, 0 outside (Ring-1T)."""
     icepop_mask = "icepop_mask"
     """1 inside, 0 outside."""
-    icepop_sequence = "icepop_sequence"
-    """icepop of the geometric mean over the attempt (ERNIE 5.0, equation 2)."""
     tis = "tis"
     """min(k, upper bound)."""
     mis = "mis"
     """k up to the upper bound, 0 above."""
+    icepop_sequence = "icepop_sequence"
+    """icepop of the geometric mean over the attempt (ERNIE 5.0, equation 2)."""
+    icepop_mask_sequence = "icepop_mask_sequence"
+    """icepop_mask of the geometric mean."""
+    tis_product = "tis_product"
+    """tis of the product over the attempt."""
+    mis_product = "mis_product"
+    """mis of the product."""
+    icepop_mask_product = "icepop_mask_product"
+    """icepop_mask of the product."""
+
+    @property
+    def has_lower_bound(self) -> bool:
+        return not self.value.startswith(("tis", "mis"))
+
+
+class KLEstimator(Enum):
+    """Of the divergence from the reference, with l = log p / p_ref of a sampled token."""
+
+    k1 = "k1"
+    """l. As a loss on tokens of the policy itself its gradient is 0 on average, so it needs objective.kl_unbiased."""
+    k2 = "k2"
+    """l^2 / 2."""
+    k3 = "k3"
+    """exp(-l) - 1 + l."""
 
 
 class AdvantageKind(Enum):
@@ -69,6 +98,15 @@ class AdvantageKind(Enum):
     """R - mean of the group, over the standard deviation of all of the rollout."""
 
 
+# What each loss reads of what not all of them read. A setting that the chosen one does not read is refused.
+READS: dict[PolicyLoss, tuple[str, ...]] = {
+    PolicyLoss.clip: ("ratio", "clip_low", "clip_high", "dual_clip"),
+    PolicyLoss.cispo: ("ratio", "cispo_cap"),
+    PolicyLoss.sapo: ("ratio", "sapo_positive", "sapo_negative"),
+    PolicyLoss.gmpo: ("gmpo_clip",),
+}
+
+
 @dataclass
 class RLObjectiveConfig:
     """How log-probabilities and advantages become a loss."""
@@ -77,23 +115,183 @@ class RLObjectiveConfig:
     loss: PolicyLoss = PolicyLoss.clip
     ratio: Ratio = Ratio.sequence
     aggregate: Aggregate = Aggregate.sequence
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
+    max_length: int | None = None
+    """Divides the sum over an attempt's tokens, for aggregate=length: the longest an attempt may get."""
+    clip_low: float | None = None
+    """clip: ratios below 1 - clip_low are clipped where the advantage is negative; null: 3e-4 with ratio=sequence, 0.2
+    with ratio=token."""
+    clip_high: float | None = None
+    """Those above 1 + clip_high, where it is positive; null: 4e-4 with ratio=sequence, 0.2 with ratio=token."""
+    dual_clip: float | None = None
+    """clip: no ratio above it counts for more where the advantage is negative, either; null: any does."""
+    cispo_cap: float = 5.0
+    """cispo: the largest ratio."""
+    sapo_positive: float = 1.0
+    """sapo: steepness where the advantage is positive,"""
+    sapo_negative: float = 1.05
+    """and where it is not."""
+    gmpo_clip: float = 0.4
+    """gmpo: the largest absolute value of a token's log-ratio that counts."""
     correction: Correction = Correction.icepop
-    band: list[float] = field(default_factory=lambda: [0.5, 5.0])
-    """Smallest and largest k; [0, .inf] cuts nothing."""
+    band: list[float] | None = None
+    """Smallest and largest k; [0, .inf] cuts nothing. null: [0.5, 5] for icepop and its relatives, [0, 2] for tis and
+    mis, which have no lower bound."""
+    opsm_delta: float | None = None
+    """Attempts with negative advantage whose tokens have, on average, become less likely than when they were sampled,
+    by more than this many nats, are left out (off-policy sequence masking); null: none is."""
     kl: float = 0.0
-    """Weight of the divergence from the reference (k3); 0 needs no reference."""
+    """Weight of the divergence from the reference; 0 needs no reference."""
+    kl_estimator: KLEstimator = KLEstimator.k3
+    kl_unbiased: bool = False
+    """Multiply the estimate by the token's ratio p / p_old, with its gradient: that of the divergence itself, whatever
+    policy sampled (DeepSeek-V3.2)."""
     entropy: float = 0.0
     """Weight of the entropy bonus."""
     advantage: AdvantageKind = AdvantageKind.group_std
 
     def __post_init__(self):
-        check(0 <= self.clip_low < 1, f"objective.clip_low is {self.clip_low}; it must be at least 0 and less than 1.")
+        for name in ("cispo_cap", "sapo_positive", "sapo_negative", "gmpo_clip"):
+            value = getattr(self, name)
+            check(0 < value < math.inf, f"objective.{name} is {value}; it must be a positive number.")
+        for name in ("kl", "entropy"):
+            value = getattr(self, name)
+            check(0 <= value < math.inf, f"objective.{name} is {value}; it must be 0 or a positive number.")
         check(
-            0 <= self.clip_high < math.inf,
-            f"objective.clip_high is {self.clip_high}; it must be 0 or more, and finite.",
+            self.clip_low is None or 0 <= self.clip_low < 1,
+            f"objective.clip_low is {self.clip_low}; it must be at least 0 and less than 1, or null.",
         )
+        check(
+            self.clip_high is None or 0 <= self.clip_high < math.inf,
+            f"objective.clip_high is {self.clip_high}; it must be 0 or more, and finite, or null.",
+        )
+        check(
+            self.opsm_delta is None or 0 <= self.opsm_delta < math.inf,
+            f"objective.opsm_delta is {self.opsm_delta}; it must be 0 or more, and finite, or null.",
+        )
+        self._check_read()
+        check(
+            self.dual_clip is None or 1 + self.clip[1] < self.dual_clip < math.inf,
+            f"objective.dual_clip is {self.dual_clip}; it must be finite and more than 1 + objective.clip_high = "
+            f"{1 + self.clip[1]:g}, for example 3, or null.",
+        )
+        check(
+            (self.aggregate is Aggregate.length) == (self.max_length is not None),
+            f"objective.aggregate is {self.aggregate.value} and objective.max_length "
+            + (
+                "null: say what divides the sum over an attempt's tokens, for example objective.max_length=4096."
+                if self.max_length is None
+                else f"{self.max_length}, which only aggregate=length reads. Leave one of the two out."
+            ),
+        )
+        check(
+            self.max_length is None or self.max_length >= 1,
+            f"objective.max_length is {self.max_length}; it must be at least 1.",
+        )
+        sums = self.aggregate in (Aggregate.token, Aggregate.length)
+        check(
+            not sums or not self.has_sequence_ratio,
+            f"objective.aggregate={self.aggregate.value} weighs an attempt by its length, and the ratio of "
+            f"{'gmpo' if self.loss is PolicyLoss.gmpo else 'objective.ratio=sequence'} is one for all of it: that is "
+            "neither GSPO nor DAPO. Use objective.aggregate=sequence (GSPO) or sequence_sum (LUSPO)"
+            + (", or objective.ratio=token." if self.loss is not PolicyLoss.gmpo else "."),
+        )
+        self._check_band()
+        check(
+            self.kl_estimator is not KLEstimator.k1 or self.kl_unbiased,
+            "objective.kl_estimator is k1, whose gradient is 0 on average when it is a loss. Add "
+            "objective.kl_unbiased=true, or use objective.kl_estimator=k3.",
+        )
+
+    def _check_read(self) -> None:
+        """Refuse a setting that would do nothing."""
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+
+        def refuse(key: str, unless: str) -> None:
+            value = getattr(self, key)
+            shown = value.value if isinstance(value, Enum) else value
+            check(value == default[key], f"objective.{key} is {shown}, but {unless}")
+
+        for key in dict.fromkeys(key for keys in READS.values() for key in keys):
+            if key not in READS[self.loss]:
+                readers = ", ".join(loss.value for loss, keys in READS.items() if key in keys)
+                refuse(
+                    key, f"{self.loss.value} does not use it. Leave it out, or choose objective.loss from {readers}."
+                )
+        if self.correction is Correction.none:
+            refuse("band", "objective.correction=none has no use for it. Leave it out, or choose a correction.")
+        if self.kl == 0:
+            for key in ("kl_estimator", "kl_unbiased"):
+                refuse(key, "objective.kl is 0. Give objective.kl a weight, for example 0.001, or leave it out.")
+
+    def _check_band(self) -> None:
+        low, high = self.bounds if self.band is None or len(self.band) == 2 else (math.nan, math.nan)
+        check(
+            0 <= low <= 1 <= high,
+            f"objective.band is {self.band}; it must be two numbers, [smallest, largest], with 1 between them, which "
+            "is agreement. For example [0.5, 5].",
+        )
+        check(
+            low == 0 or self.correction.has_lower_bound,
+            f"objective.band is {self.band}, but {self.correction.value} has no lower bound. Use [0, {high:g}], or a "
+            "correction of the icepop family.",
+        )
+
+    @property
+    def has_sequence_ratio(self) -> bool:
+        """One ratio for all tokens of an attempt."""
+        return self.loss is PolicyLoss.gmpo or self.ratio is Ratio.sequence
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far below and above 1 a ratio counts."""
+        low, high = (3e-4, 4e-4) if self.ratio is Ratio.sequence else (0.2, 0.2)
+        return (
+            low if self.clip_low is None else self.clip_low,
+            high if self.clip_high is None else self.clip_high,
+        )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Of k."""
+        low, high = ((0.5, 5.0) if self.correction.has_lower_bound else (0.0, 2.0)) if self.band is None else self.band
+        return low, high
+
+
+MISMATCHES = ("mean", "max", "p_mean", "p_max", "k3", "chi2", "low", "high", "masked", "unknown")
+"""Numbers of train/reinforcement/mismatch.py that are the larger the worse it is."""
+
+
+@dataclass
+class MismatchConfig:
+    """When disagreement of engine and trainer is told, and when it ends the run. By the names of its numbers, without
+    mismatch_: see train/reinforcement/mismatch.py."""
+
+    warn: dict[str, float] = field(default_factory=lambda: {"masked": 0.01, "mean": 0.1})
+    """Told when it is above."""
+    stop: dict[str, float] = field(default_factory=lambda: {"masked": 0.3, "mean": 1.0})
+    """The run ends when it stays above,"""
+    patience: int = 3
+    """for so many updates in a row."""
+    rise: float = 2.0
+    """Told when the mean of |log p_old - log p_engine| over 20 updates is more than this many times that of the
+    20 before."""
+
+    def __post_init__(self):
+        for key, limits in (("warn", self.warn), ("stop", self.stop)):
+            for name, limit in limits.items():
+                check(
+                    name in MISMATCHES,
+                    f"mismatch.{key}.{name}: there is no such number. There are {', '.join(MISMATCHES)}.",
+                )
+                check(limit >= 0, f"mismatch.{key}.{name} is {limit}; it must be 0 or more.")
+        for name in self.warn.keys() & self.stop.keys():
+            check(
+                self.warn[name] <= self.stop[name],
+                f"mismatch.warn.{name} is {self.warn[name]} and mismatch.stop.{name} {self.stop[name]}; the run would "
+                "end before it warns. Lower the first, or raise the second.",
+            )
+        check(self.patience >= 1, f"mismatch.patience is {self.patience}; it must be at least 1.")
+        check(self.rise > 1, f"mismatch.rise is {self.rise}; it must be more than 1.")
 
 
 class RolloutBackend(Enum):
@@ -382,6 +580,7 @@ class RLConfig(TrainingConfig):
     objective: RLObjectiveConfig = field(default_factory=RLObjectiveConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    mismatch: MismatchConfig = field(default_factory=MismatchConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     reward: str | None = None
