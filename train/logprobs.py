@@ -73,15 +73,16 @@ def token_logprobs(
             target weights). The gradients are then made in the forward pass, from logits that are there anyway: one
             matmul in four is saved. A hint, never trusted: if the real slope differs, or the loss depends on the
             entropy too, the backward pass recomputes.
-        chunk_bytes: memory for one chunk of logits; None takes what suits the device. A distribution that cuts off
-            takes as much again, and so does the entropy.
+        chunk_bytes: memory for one chunk of logits; None takes what suits the device. The entropy takes as much again.
     """
-    chunk_bytes = chunk_bytes or chunk_size(hidden_TD.device)
+    shape = _Shape(distribution or AS_IT_IS, hidden_TD.device)
+    if chunk_bytes is None:
+        # Sorted logits with their places, and what remains of them, are several times as large.
+        chunk_bytes = chunk_size(hidden_TD.device) // (4 if shape.distribution.truncates else 1)
     if not torch.is_grad_enabled():
         slope_T = None  # evaluation needs no gradients, early or late
     elif hidden_TD.requires_grad and not head_VD.requires_grad:
         slope_T = torch.ones_like(target_T, dtype=torch.float32)  # rows do not mix: each is multiplied by its own later
-    shape = _Shape(distribution or AS_IT_IS, hidden_TD.device)
     return TokenLogprobs(
         *_TokenLogprobs.apply(hidden_TD, head_VD, target_T, slope_T, shape, entropy, chunk_bytes)  # pyright: ignore
     )

@@ -132,6 +132,19 @@ def test_a_slope_does_not_hide_the_entropy_from_the_gradient(frozen_head):
     torch.testing.assert_close(alone, expected_alone, rtol=1e-10, atol=1e-10)
 
 
+@both
+def test_the_rows_beside_it_change_no_bit_of_a_row(distribution):
+    """The head is the identity: whatever kernel multiplies, logits are these."""
+    torch.manual_seed(0)
+    logits, head, target = 3 * torch.randn(70, 1024), torch.eye(1024), torch.randint(50, 1024, (70,))
+    whole = token_logprobs(logits, head, target, distribution=distribution, entropy=True)
+    for rows in (slice(0, 1), slice(0, 3), slice(5, 70)):
+        some = token_logprobs(logits[rows], head, target[rows], distribution=distribution, entropy=True)
+        assert whole.entropy_T is not None and some.entropy_T is not None
+        assert torch.equal(some.logprob_T, whole.logprob_T[rows])
+        assert torch.equal(some.entropy_T, whole.entropy_T[rows])
+
+
 def test_entropy_by_hand():
     """Logits (0, log 3), and (0, 0): 2 log 2 - 3/4 log 3, and log 2. A ban of one leaves no choice."""
     hidden = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
