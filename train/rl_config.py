@@ -432,7 +432,8 @@ class SamplerConfig:
     """Standard deviations of the number of useful groups that are asked beyond its mean. 0 is short in every other
     rollout, and further rounds fill it up; more leaves groups for the next rollout (rollout.max_lag)."""
     rest_after: int = 2
-    """Groups in a row that are all right, or all wrong, before a prompt rests. 1 rests more, also by chance."""
+    """Useless groups of one kind in a row (all right, all wrong, all equal, not scored) before a prompt rests. 1 rests
+    more, also by chance."""
     rest: int = 50
     """Rollouts of the first rest; each further one is twice as long."""
     max_rest: int = 400

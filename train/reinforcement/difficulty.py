@@ -1,8 +1,8 @@
 """Which prompts are asked: those whose attempts are likely to differ, for the others teach nothing.
 
     fresh ──► active ◄────────────┐             a group of attempts that are all right, or all wrong, has no advantages
-                │ all right, or   │ rested
-                │ all wrong, twice│
+                │ useless twice,  │ rested
+                │ of one kind     │
                 ├──► resting ─────┤             50 rollouts, then 100, 200, 400
                 └──► retired ─────┘ not right   after 4 rests of a prompt that is always right; seldom asked
                                any more
@@ -61,33 +61,40 @@ CHUNKS = 64
 """Parts of the data whose identity is kept apart, to say where it has changed."""
 
 
-class Status(IntEnum):
-    """Of a prompt."""
-
-    FRESH = 0
-    ACTIVE = 1
-    RESTING_RIGHT = 2
-    """All attempts were right, twice in a row."""
-    RESTING_WRONG = 3
-    RESTING_UNSCORED = 4
-    """Most attempts could not be scored, twice in a row."""
-    RETIRED = 5
-
-
-RESTING = (Status.RESTING_RIGHT, Status.RESTING_WRONG, Status.RESTING_UNSCORED)
-
-
 class Verdict(IntEnum):
     """Of a group."""
 
     MIXED = 0
     """Its attempts differ: it can be trained on."""
     RIGHT = 1
+    """All of them are."""
     WRONG = 2
     EQUAL = 3
-    """All alike, in between."""
+    """All alike, and in between."""
     UNSCORED = 4
     """Fewer than half of the attempts could be scored."""
+
+
+class Status(IntEnum):
+    """Of a prompt."""
+
+    FRESH = 0
+    ACTIVE = 1
+    RESTING_RIGHT = 2
+    """Rests because its last groups, sampler.rest_after of them, were all right."""
+    RESTING_WRONG = 3
+    RESTING_EQUAL = 4
+    RESTING_UNSCORED = 5
+    RETIRED = 6
+
+
+RESTS = {
+    Verdict.RIGHT: Status.RESTING_RIGHT,
+    Verdict.WRONG: Status.RESTING_WRONG,
+    Verdict.EQUAL: Status.RESTING_EQUAL,
+    Verdict.UNSCORED: Status.RESTING_UNSCORED,
+}
+RESTING = tuple(RESTS.values())
 
 
 def verdict(outcome: Outcome) -> Verdict:
@@ -243,10 +250,9 @@ class DifficultySampler:
         self._members = [np.flatnonzero(self._lane == n) for n in range(len(self.lanes))]
 
         self.successes, self.trials = np.zeros(count), np.zeros(count)
-        self.last, self.visits, self.wake = (np.zeros(count, np.int32) for _ in range(3))
-        self.streak_right, self.streak_wrong, self.streak_unscored = (np.zeros(count, np.int16) for _ in range(3))
-        self.rests, self.rests_right = np.zeros(count, np.int16), np.zeros(count, np.int16)
-        self.status = np.zeros(count, np.int8)
+        self.last, self.visits, self.wake, self.streak, self.rests, self.rests_right = np.zeros((6, count), np.int64)
+        self.status, self.verdict = np.zeros((2, count), np.int8)
+        """The verdict is that of the last group; the streak, how many in a row had it since the last rest."""
 
         self.z: list[float | None] = [None] * len(self.lanes)
         """Smoothed share of useless groups, of each lane; None before the first."""
@@ -496,29 +502,26 @@ class DifficultySampler:
         self.last[i] = self.step
         self.visits[i] += 1
         before = self.status[i]
-        retired = before == Status.RETIRED and found in (Verdict.RIGHT, Verdict.UNSCORED)
-        self.status[i] = Status.RETIRED if retired else Status.ACTIVE
-        for kind, streak, resting in (
-            (Verdict.RIGHT, self.streak_right, Status.RESTING_RIGHT),
-            (Verdict.WRONG, self.streak_wrong, Status.RESTING_WRONG),
-            (Verdict.UNSCORED, self.streak_unscored, Status.RESTING_UNSCORED),
-        ):
-            streak[i] = streak[i] + 1 if found is kind else 0
-            if streak[i] >= config.rest_after and not retired and config.kind is SamplerKind.difficulty:
-                self._rest(i, resting)
+        self.streak[i] = self.streak[i] + 1 if found == self.verdict[i] else 1
+        self.verdict[i] = found
+        if before == Status.RETIRED and found in (Verdict.RIGHT, Verdict.UNSCORED):
+            return False
+        self.status[i] = Status.ACTIVE
+        rests = config.kind is SamplerKind.difficulty and found in RESTS
+        if rests and self.streak[i] >= config.rest_after:
+            self._rest(i, found)
         return before == Status.FRESH
 
-    def _rest(self, i: int, status: Status) -> None:
+    def _rest(self, i: int, why: Verdict) -> None:
         doublings = min(int(self.rests[i]), 30)
         self.wake[i] = self.step + min(self.config.rest * 2**doublings, self.config.max_rest)
-        self.rests[i] = min(self.rests[i] + 1, 1000)
-        self.status[i] = status
-        if status is Status.RESTING_RIGHT:
-            self.rests_right[i] = min(self.rests_right[i] + 1, 1000)
+        self.rests[i] += 1
+        self.streak[i] = 0
+        self.status[i] = RESTS[why]
+        if why is Verdict.RIGHT:
+            self.rests_right[i] += 1
             if self.config.retire_after is not None and self.rests_right[i] > self.config.retire_after:
                 self.status[i] = Status.RETIRED
-        for streak in (self.streak_right, self.streak_wrong, self.streak_unscored):
-            streak[i] = 0
 
     def _remember(self, told: list[Outcome], verdicts: list[Verdict], fresh: int, trained: int | None) -> None:
         means = [sum(outcome.scored) / len(outcome.scored) for outcome in told if outcome.scored]
@@ -677,9 +680,8 @@ ARRAYS = (
     "last",
     "visits",
     "wake",
-    "streak_right",
-    "streak_wrong",
-    "streak_unscored",
+    "verdict",
+    "streak",
     "rests",
     "rests_right",
     "status",

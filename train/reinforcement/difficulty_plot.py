@@ -24,14 +24,15 @@ VERDICTS = {
     Verdict.RIGHT: ("all right", BLUE),
     Verdict.WRONG: ("all wrong", RED),
     Verdict.EQUAL: ("all equal", YELLOW),
-    Verdict.UNSCORED: ("not scored", GREY),
+    Verdict.UNSCORED: ("not scored", VIOLET),
 }
 STATUSES = {
     Status.ACTIVE: ("active", GREEN),
     Status.RESTING_RIGHT: ("resting: right", "#8db4ea"),
     Status.RETIRED: ("retired", BLUE),
     Status.RESTING_WRONG: ("resting: wrong", RED),
-    Status.RESTING_UNSCORED: ("not scored", YELLOW),
+    Status.RESTING_EQUAL: ("resting: equal", YELLOW),
+    Status.RESTING_UNSCORED: ("resting: not scored", VIOLET),
     Status.FRESH: ("never asked", GREY),
 }
 

@@ -355,18 +355,30 @@ def test_attempts_that_cannot_be_scored_count_for_nothing():
     # One that could be told is knowledge; a group of it is none that can be trained on, and no streak of right ones.
     assert drawer.trials[0] == pytest.approx(5 * 0.99 + 1)
     assert drawer.z == [pytest.approx(0.3)]
-    assert drawer.streak_right[0] == 0
+    assert (drawer.verdict[0], drawer.streak[0]) == (Verdict.UNSCORED, 1)
 
 
-def test_a_question_that_can_never_be_scored_rests():
+@pytest.mark.parametrize(
+    ("accuracy", "verdict", "rests"),
+    [
+        (None, Verdict.UNSCORED, Status.RESTING_UNSCORED),
+        (0.5, Verdict.EQUAL, Status.RESTING_EQUAL),
+        (0.0, Verdict.WRONG, Status.RESTING_WRONG),
+        (1.0, Verdict.RIGHT, Status.RESTING_RIGHT),
+        (1 - 1e-7, Verdict.RIGHT, Status.RESTING_RIGHT),
+    ],
+)
+def test_whatever_is_useless_twice_in_a_row_rests(accuracy, verdict, rests):
+    """A belief of one half makes a prompt the likeliest to be mixed; if its attempts are always worth one half it is
+    not, and would be asked for ever."""
     drawer = only()
     for _ in range(2):
         (ticket,) = drawer.pick(1)
-        assert drawer.status[0] != Status.RESTING_UNSCORED
-        drawer.update([Outcome(group=ticket.group, prompt=0, accuracies=(None,) * 8)])
-    assert drawer.status[0] == Status.RESTING_UNSCORED
-    assert drawer.trials[0] == 0
-    assert drawer.history[-1].verdicts[Verdict.UNSCORED] == 1
+        assert drawer.status[0] != rests
+        drawer.update([Outcome(group=ticket.group, prompt=0, accuracies=(accuracy,) * 8)])
+    assert drawer.status[0] == rests
+    assert drawer.trials[0] == (0 if accuracy is None else pytest.approx(8 * 1.99))
+    assert drawer.history[-1].verdicts[verdict] == 1
 
 
 # ----------------------------------------------------------------------------------------------- what must always hold
