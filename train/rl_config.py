@@ -94,8 +94,11 @@ class AdvantageKind(Enum):
     group_mean = "group_mean"
     """R - mean of the group (Dr. GRPO)."""
     rloo = "rloo"
+    """R - mean of the others."""
     batch_std = "batch_std"
     """R - mean of the group, over the standard deviation of all of the rollout."""
+    gdpo = "gdpo"
+    """group_std of each part of the reward for itself, then their weighted sum, then over its own deviation."""
 
 
 # What each loss reads of what not all of them read. A setting that the chosen one does not read is refused.
@@ -148,6 +151,10 @@ class RLObjectiveConfig:
     entropy: float = 0.0
     """Weight of the entropy bonus."""
     advantage: AdvantageKind = AdvantageKind.group_std
+    advantage_eps: float = 1e-4
+    """Is added to standard deviations that are divided by."""
+    per_domain: bool = False
+    """batch_std, gdpo: the deviation is that of the rollout's groups of the same domain."""
 
     def __post_init__(self):
         for name in ("cispo_cap", "sapo_positive", "sapo_negative", "gmpo_clip"):
@@ -156,6 +163,15 @@ class RLObjectiveConfig:
         for name in ("kl", "entropy"):
             value = getattr(self, name)
             check(0 <= value < math.inf, f"objective.{name} is {value}; it must be 0 or a positive number.")
+        check(
+            0 <= self.advantage_eps < math.inf,
+            f"objective.advantage_eps is {self.advantage_eps}; it must be 0 or more, and finite.",
+        )
+        check(
+            not self.per_domain or self.advantage in (AdvantageKind.batch_std, AdvantageKind.gdpo),
+            f"objective.per_domain is true, but objective.advantage={self.advantage.value} divides by nothing that is "
+            "taken over several groups. Leave it out, or choose batch_std or gdpo.",
+        )
         check(
             self.clip_low is None or 0 <= self.clip_low < 1,
             f"objective.clip_low is {self.clip_low}; it must be at least 0 and less than 1, or null.",

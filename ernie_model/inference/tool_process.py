@@ -1,6 +1,6 @@
 """A user's function as a tool, in a process of its own that can be killed.
 
-    here                              there:  python -m ernie_model.inference.tool_process module.function
+    here                              there:  ernie_model/worker.py
     tool_from_path("module.function")
       start  ────────────────────────►  import module
              ◄────────────────────────  name, description, schema     | why it is not a tool
@@ -15,19 +15,11 @@ the tool's time. What the function prints goes to stderr.
 """
 
 import importlib
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
-import time
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.connection import Pipe as pipe
 from typing import Any
 
 from ernie_model.inference.tools import (
@@ -41,13 +33,11 @@ from ernie_model.inference.tools import (
     took_too_long,
     what_happened,
 )
+from ernie_model.worker import Worker
 
-STDERR = 2
 MAX_PROCESSES = 4
 START_S = 60.0
 """Importing the module may take so long; it does not count as the tool's time."""
-LOOK_S = 0.1
-"""How often a call looks whether anybody still waits for it."""
 
 
 def tool_from_path(path: str) -> Tool:
@@ -87,7 +77,7 @@ class _Processes:
         try:
             if given_up.is_set():
                 raise ToolError(f"{self.name} was not called.")
-            outcome = process.call(arguments, context, time_s, given_up)
+            outcome = process.call((arguments, context), time_s, given_up)
         except TimeoutError:
             process.kill()
             return ToolResult.failure(took_too_long(self.name, time_s))
@@ -121,21 +111,10 @@ class _Process:
     """Raises ValueError: what `path` names is not a tool."""
 
     def __init__(self, path: str):
-        ours, theirs = pipe()
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, path, str(theirs.fileno()), str(os.getpid())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=STDERR,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            # Ctrl-C in the terminal does not reach a session of its own, and all that it starts can be killed with it.
-            start_new_session=True,
-        )
-        theirs.close()
-        self._pipe = ours
-        self._end = weakref.finalize(self, _kill, self._popen)  # at the latest when the program ends
+        self._worker = Worker(__name__, path)
+        self.kill, self.call, self.how_it_ended = self._worker.kill, self._worker.call, self._worker.how_it_ended
         try:
-            answer = self._answer(START_S)
+            answer = self._worker.hello(START_S)
         except TimeoutError:
             self.kill()
             raise ValueError(f"python:{path}: importing it took longer than {START_S:g} s.") from None
@@ -149,40 +128,13 @@ class _Process:
 
     @property
     def alive(self) -> bool:
-        return self._popen.poll() is None
-
-    def call(self, arguments: dict[str, Any], context: ToolContext, time_s: float, given_up: threading.Event) -> Any:
-        """Raises TimeoutError: the time is over, or nobody waits any longer."""
-        self._pipe.send((arguments, context))
-        return self._answer(time_s, given_up)
-
-    def _answer(self, time_s: float, given_up: threading.Event | None = None) -> Any:
-        end = time.monotonic() + time_s
-        while not self._pipe.poll(max(0.0, min(LOOK_S, end - time.monotonic()))):
-            if time.monotonic() >= end or (given_up is not None and given_up.is_set()):
-                raise TimeoutError
-        return self._pipe.recv()
-
-    def kill(self) -> None:
-        self._end()
-        self._pipe.close()
-
-    def how_it_ended(self) -> str:
-        code = self._popen.returncode
-        return "" if code is None or code == -signal.SIGKILL else f" (exit code {code})"
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        return self._worker.alive
 
 
 # ---------------------------------------------------------------------------------------------------------------- there
 
 
-def serve(path: str, connection: Connection) -> None:
+def serve(connection: Connection, path: str) -> None:
     """Answer calls until the other side is gone."""
     try:
         tool = _imported(path)
@@ -218,19 +170,3 @@ def _imported(path: str) -> Tool:
             f"python:{path} is not a tool. Mark the function with @tool(SCHEMA) of ernie_model.inference.tools."
         )
     return tool
-
-
-def _end_with_parent(parent: int) -> None:
-    """A function that hangs would outlive a program that was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    _end_with_parent(int(sys.argv[3]))
-    serve(sys.argv[1], Connection(int(sys.argv[2])))

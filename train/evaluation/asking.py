@@ -54,7 +54,7 @@ class Answer:
     text: str
     """All that was sampled, turn after turn, special tokens included."""
     calls: list[dict[str, Any]]
-    """{"name", "arguments", "failed"} in order."""
+    """{"name", "arguments", "failed", "images"} in order; images: how many the tool returned."""
     status: str
     """`agent.Status`."""
     error: str | None
@@ -253,19 +253,30 @@ def to_attempt(episode: Episode) -> Attempt:
     calls = []
     for turn in episode.turns:
         for place, call in enumerate(turn.calls):
-            failed = place < len(turn.results) and turn.results[place].error
-            calls.append({"name": call.name, "arguments": call.arguments, "failed": failed})
+            result = turn.results[place] if place < len(turn.results) else None
+            calls.append(
+                {
+                    "name": call.name,
+                    "arguments": call.arguments,
+                    "failed": result is None or result.error,
+                    "images": 0 if result is None or result.error else len(result.images),
+                }
+            )
         if not turn.calls and turn.problem is not None:
-            calls.append({"name": "", "arguments": "", "failed": True})
+            calls.append({"name": "", "arguments": "", "failed": True, "images": 0})
+    failed = episode.status is Status.FAILED
     return Attempt(
         answer=episode.answer,
         text="".join(turn.text for turn in episode.turns),
+        turns=tuple(turn.text for turn in episode.turns),
         reasoning=episode.reasoning,
         num_calls=len(calls),
         num_failed_calls=sum(call["failed"] for call in calls),
         num_tokens=episode.num_sampled,
+        token_ids=tuple(token for token, sampled in zip(episode.token_ids, episode.sampled, strict=True) if sampled),
         finished=episode.finished,
         calls=tuple(calls),
+        problem=(episode.error or "the engine could not go on") if failed else None,
     )
 
 

@@ -1,111 +1,168 @@
-"""Parts of a reward beside being right: how an answer is written. For reinforcement learning; evaluation uses none.
+"""Parts of a reward that look at how an answer was made. Reinforcement learning adds them to whether it is right
+(`rewards.weights`); evaluation uses none.
 
-    format       0, or -1: not exactly one thought where one was opened, tags left open, a call that cannot be read, no
-                 answer, or one longer than `longest` characters
-    overlong     0 up to length - cache tokens, then linearly to -1 at `length`, and -1 beyond      DAPO, 2503.14476
-    repetition   -(1 - unique n-grams / n-grams) of the words
-    cosine       by length: right 1 (short) to .5 (long), wrong -1 (short) to -.5 (long)            2502.03373
-    tool_bonus   1 where a look through a tool helped: it worked, and the answer is right           DeepEyes, 2505.14362
-    tool_errors  -1 for each call that failed, down to -`most`
+    format        -1 for a bad form, else 0: see `format`
+    overlong      0 up to length - cache tokens, then in a line to -1 at length, -1 beyond          DAPO, 2503.14476
+    repetition    -(1 - different n-grams / n-grams) of the sampled tokens                                   2502.03373
+    cosine        by length: a right answer 1 (short) to 0.5 (long), a wrong one -1 to -0.5              2502.03373
+    tool_bonus    1 where a tool showed something new and the answer is right, else 0          DeepEyes, 2505.14362
+    tool_errors   -1 for `most` failed calls and more, in proportion below
 
-A part is a number in [-1, 1] that the settings give a weight (`rewards.weights`). They see the accuracy, so that a
-bonus can be had by right answers alone: a bonus for looking teaches to look, one for looking and being right to see.
+Each is in [-1, 1] (`base.Part`) and sees the accuracy, so that a bonus can be had by right answers alone. A bonus for
+looking teaches to look; one for looking and being right, to see (reference 4.3).
+
+    DeepEyes     accuracy 0.8, format 0.2, tool_bonus 1.2:
+                 right with a look 2.0    right without 0.8    wrong with a look 0    wrong and of a bad form -0.2
+
 Reference 4.1, 4.3, 4.4.
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from train.rewards.base import Attempt
+from ernie_model.inference.parsing import parse
+from ernie_model.tokenizer import END_RESPONSE, END_THINK, END_TOOL_CALL, RESPONSE, THINK, TOOL_CALL
+from train.rewards.base import Attempt, Part
 
-Part = Callable[..., float]
-"""(attempt, accuracy, **options) -> in [-1, 1]. `accuracy` is None where it cannot be told. Nothing is raised."""
-
-THINK, THOUGHT = "<think>", "</think>"
 ACCURACY = "accuracy"
-"""The part that the question itself asks for."""
+"""The part that the question asks for."""
+RIGHT = 0.5
+"""An answer with more accuracy than this is right, where a part asks for right or wrong (DeepEyes)."""
+GRID = 1000
+"""Boxes are in thousandths."""
 
 
-def format(attempt: Attempt, accuracy: float | None, *, longest: int = 1000) -> float:
-    """`longest`: characters of the answer; more is a way to say everything at once (reference 4.4)."""
-    thoughts = attempt.text.count(THOUGHT)
-    well = (
-        THINK not in attempt.text  # the prompt opens the thought
-        and thoughts <= 1 + attempt.num_calls
-        and attempt.text.count("<tool_call>") == attempt.text.count("</tool_call>")
-        and attempt.text.count("<response>") == attempt.text.count("</response>")
-        and not any(call.get("name") == "" for call in attempt.calls)
-        and 0 < len(attempt.answer.strip()) <= longest
-        and attempt.finished
-    )
-    return 0.0 if well else -1.0
+def format(attempt: Attempt, accuracy: float | None) -> float:
+    """0, or -1 unless every turn has exactly one thought where the prompt opens one (else at most one, which it opens
+    itself), at most one response, tags in pairs and calls that can be read; and unless the last one ends with an answer
+    that is not empty, not longer than `attempt.max_chars`, and not cut off.
+    """
+    turns = attempt.turns or (attempt.text,)
+    well = attempt.finished and all(_well_formed(turn, attempt.thinking) for turn in turns)
+    answer = attempt.answer.strip()
+    return 0.0 if well and answer and not too_long(attempt) else -1.0
+
+
+def too_long(attempt: Attempt) -> bool:
+    return attempt.max_chars is not None and len(attempt.answer) > attempt.max_chars
+
+
+def _well_formed(turn: str, thinking: bool) -> bool:
+    opened, closed = turn.count(THINK) + thinking, turn.count(END_THINK)
+    if opened != closed or opened > 1 or (not thinking and opened and not turn.lstrip().startswith(THINK)):
+        return False
+    if turn.count(RESPONSE) != turn.count(END_RESPONSE) or turn.count(RESPONSE) > 1:
+        return False
+    if turn.count(TOOL_CALL) != turn.count(END_TOOL_CALL):
+        return False
+    said = parse(turn, in_reasoning=thinking)
+    calls = turn.rpartition(END_THINK)[2].count(TOOL_CALL)  # one in a thought is none
+    return not said.errors and len(said.calls) == calls
 
 
 def overlong(attempt: Attempt, accuracy: float | None, *, length: int, cache: int) -> float:
-    """`length`, `cache`: tokens. (20,480, 4,096) in the paper."""
+    """Equation 13 of DAPO, with length 20,480 and cache 4,096 there.
+
+    Args:
+        length: tokens from which on the penalty is whole.
+        cache: tokens over which it grows.
+    """
+    if not 0 <= cache <= length:
+        raise ValueError(f"cache is {cache} and length {length}; 0 <= cache <= length.")
     beyond = attempt.num_tokens - (length - cache)
-    return -min(max(beyond / max(cache, 1), 0.0), 1.0)
-
-
-def repetition(attempt: Attempt, accuracy: float | None, *, words: int = 4) -> float:
-    """`words`: n of the n-grams."""
-    said = attempt.text.split()
-    grams = [tuple(said[at : at + words]) for at in range(len(said) - words + 1)]
-    return -(1 - len(set(grams)) / len(grams)) if grams else 0.0
-
-
-def cosine(attempt: Attempt, accuracy: float | None, *, length: int) -> float:
-    """`length`: tokens at which the curve ends."""
-    if accuracy is None:
+    if beyond <= 0:
         return 0.0
-    end, begin = (0.5, 1.0) if accuracy >= 1 else (-0.5, -1.0)
-    return end + 0.5 * (begin - end) * (1 + math.cos(math.pi * min(attempt.num_tokens / max(length, 1), 1.0)))
+    return -1.0 if beyond >= cache else -beyond / cache
+
+
+def repetition(attempt: Attempt, accuracy: float | None, *, size: int = 3) -> float:
+    """`size`: n of the n-grams."""
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be at least 1.")
+    ids = attempt.token_ids
+    grams = len(ids) - size + 1
+    if grams <= 0:
+        return 0.0
+    return len({ids[at : at + size] for at in range(grams)}) / grams - 1
+
+
+def cosine(attempt: Attempt, accuracy: float | None, *, length: int) -> float | None:
+    """`length`: tokens at which the curve has reached its end. None where the accuracy is."""
+    if length < 1:
+        raise ValueError(f"length is {length}; it must be at least 1.")
+    if accuracy is None:
+        return None
+    long, short = (0.5, 1.0) if accuracy > RIGHT else (-0.5, -1.0)
+    share = min(max(attempt.num_tokens / length, 0.0), 1.0)
+    return long + 0.5 * (short - long) * (1 + math.cos(math.pi * share))
 
 
 def tool_bonus(
-    attempt: Attempt,
-    accuracy: float | None,
-    *,
-    above: float = 0.5,
-    whole: float = 0.9,
-    tool: str = "image_zoom_in_tool",
+    attempt: Attempt, accuracy: float | None, *, whole: float = 0.9, same: float = 0.9, least: int = 1
 ) -> float:
+    """1 if the answer is right (accuracy above 0.5) and there were `least` looks, else 0.
+
+    A look is a call that worked and returned a picture. A box without area, one that covers more than `whole` of the
+    picture, and one that shares more than `same` (IoU) with an earlier one are none; nor is the same call again.
     """
-    Args:
-        above: accuracy that an answer must have more than.
-        whole: a look at more than this share of the picture is none.
-        tool: which one; "" any that returned a picture.
-    """
-    if accuracy is None or accuracy <= above:
+    if least < 1:
+        raise ValueError(f"least is {least}; it must be at least 1.")
+    if not (0 <= whole <= 1 and 0 <= same <= 1):
+        raise ValueError(f"whole is {whole} and same {same}; both are shares, from 0 to 1.")
+    if accuracy is None or accuracy <= RIGHT:
         return 0.0
-    seen = set()
+    return float(len(_looks(attempt, whole, same)) >= least)
+
+
+def _looks(attempt: Attempt, whole: float, same: float) -> list[Any]:
+    looks: list[Any] = []
     for call in attempt.calls:
-        if call.get("failed") or (tool and call.get("name") != tool):
+        if call.get("failed") or not call.get("images"):
             continue
-        box = _box(call)
-        if tool == "image_zoom_in_tool":
-            if box is None or (box[2] - box[0]) * (box[3] - box[1]) > whole * 1e6:
-                continue
-        seen.add(box if box is not None else str(call.get("arguments")))
-    return float(bool(seen))
+        box = _box(call.get("arguments"))
+        if box is None:  # not a crop: a search, for example
+            seen = (str(call.get("name")), str(call.get("arguments")))
+            new = seen not in looks
+        else:
+            seen = box
+            new = 0 < _area(box) <= whole * GRID**2
+            new = new and all(_overlap(box, other) <= same for other in looks if len(other) == 4)
+        if new:
+            looks.append(seen)
+    return looks
+
+
+def _box(arguments: Any) -> tuple[float, float, float, float] | None:
+    """`bbox_2d` clamped to the picture, without area where its sides are swapped; None: there is none."""
+    try:
+        read = json.loads(arguments) if isinstance(arguments, str) else arguments
+        box = read["bbox_2d"] if isinstance(read, Mapping) else None
+    except (KeyError, ValueError, RecursionError):
+        return None
+    try:
+        x1, y1, x2, y2 = (min(max(float(value), 0.0), float(GRID)) for value in box)  # type: ignore[union-attr]
+    except (TypeError, ValueError, OverflowError):
+        return None if box is None else (0.0, 0.0, 0.0, 0.0)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else (0.0, 0.0, 0.0, 0.0)
+
+
+def _area(box: tuple[float, float, float, float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> float:
+    width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    return width * height / (_area(a) + _area(b) - width * height)
 
 
 def tool_errors(attempt: Attempt, accuracy: float | None, *, most: int = 1) -> float:
-    """`most`: calls that count; the part is divided by it."""
-    return -min(attempt.num_failed_calls, most) / max(most, 1)
-
-
-def _box(call: Mapping[str, Any]) -> tuple[float, float, float, float] | None:
-    """A box with an area, clamped to the picture, in thousandths of its sides."""
-    try:
-        arguments = call["arguments"]
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        left, top, right, bottom = (min(max(float(x), 0.0), 1000.0) for x in arguments["bbox_2d"])
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return (left, top, right, bottom) if right > left and bottom > top else None
+    """`most`: failed calls, unreadable ones among them, that cost -1."""
+    if most < 1:
+        raise ValueError(f"most is {most}; it must be at least 1.")
+    return -min(max(attempt.num_failed_calls, 0), most) / most
 
 
 PARTS: dict[str, Part] = {
