@@ -15,6 +15,7 @@ What it prints goes to stderr. Ctrl-C in the terminal does not reach it.
 
 import importlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def _kill(process: "subprocess.Popen[bytes]") -> None:
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def limit_memory(gib: float) -> None:
+    """What this process may take beyond what it has (Linux); MemoryError beyond it."""
+    with open("/proc/self/statm") as file:
+        has = int(file.read().split()[0]) * resource.getpagesize()
+    limit = has + int(gib * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _end_with_parent(parent: int) -> None:

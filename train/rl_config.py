@@ -1,7 +1,6 @@
 """Typed schemas of `ernie rl`: what is rolled out, how it is judged, and how that becomes a loss."""
 
 import dataclasses
-import inspect
 import math
 import re
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from ernie_model.inference.engine import EngineSettings
 from train.config import ObjectiveKind, TrainingConfig, check, check_kind, suggestion
 from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
 from train.inference_config import AgentConfig, SamplingConfig
+from train.rewards.registry import OWN, check_part
 from train.rewards.shaping import ACCURACY, PARTS
 
 
@@ -534,7 +534,10 @@ class RewardsConfig:
     time_s: float = 10.0
     """One attempt may take so long; then it has no score, and its process is killed."""
     memory_gib: float = 4.0
-    """Of one process; an attempt that takes more has no score."""
+    """Of one process, beyond what it takes to start; an attempt that takes more has no score."""
+    longest_answer: int = 1000
+    """Characters; a longer answer is wrong, and of a bad form, unless it has less than four times as many as the right
+    one. It would say everything at once."""
 
     def __post_init__(self):
         known = [ACCURACY, *PARTS]
@@ -545,49 +548,27 @@ class RewardsConfig:
         )
         for name, weight in self.weights.items():
             check(
-                name in known or name.startswith("python:"),
+                name in known or name.startswith(OWN),
                 f"rewards.weights names {name}{suggestion(name, known)}; parts: {', '.join(known)}, and "
                 "python:module.function for one of your own.",
             )
             check(math.isfinite(weight), f"rewards.weights.{name} is {weight}; it must be a finite number.")
-        for name, options in self.options.items():
-            check(
-                name in self.weights,
-                f"rewards.options.{name} is of a part without a weight. Give rewards.weights.{name}.",
-            )
+            if name in PARTS:
+                check_part(name, self.options.get(name, {}))
+        for name in self.options:
             check(
                 name != ACCURACY,
                 "rewards.options.accuracy would not be read: options of the question's own reward are its record's "
                 "`reward_options`.",
             )
-            check_part_options(name, options)
-        if "overlong" in self.weights:
             check(
-                {"length", "cache"} <= set(self.options.get("overlong", {})),
-                "rewards.weights.overlong needs to know from where on: rewards.options.overlong={length: 4096, "
-                "cache: 512}, tokens.",
-            )
-        if "cosine" in self.weights:
-            check(
-                "length" in self.options.get("cosine", {}),
-                "rewards.weights.cosine needs a length: rewards.options.cosine={length: 4096}, tokens.",
+                name in self.weights,
+                f"rewards.options.{name} is of a part without a weight. Give rewards.weights.{name}.",
             )
         check(self.workers >= 0, f"rewards.workers is {self.workers}; it must be 0 or more.")
         check(0 < self.time_s < math.inf, f"rewards.time_s is {self.time_s}; it must be positive and finite.")
+        check(self.longest_answer >= 1, f"rewards.longest_answer is {self.longest_answer}; it must be at least 1.")
         check(self.memory_gib > 0, f"rewards.memory_gib is {self.memory_gib}; it must be positive.")
-
-
-def check_part_options(name: str, options: Any) -> None:
-    """Raises UserError: not a dictionary, or an option that the part does not have."""
-    check(isinstance(options, dict), f"rewards.options.{name} is {options}; it must be like {{length: 4096}}.")
-    if name in PARTS:
-        parameters = list(inspect.signature(PARTS[name]).parameters)[2:]
-        for key in options:
-            has = f"it has {', '.join(parameters)}" if parameters else "it has none"
-            check(
-                key in parameters,
-                f"rewards.options.{name} has no {key}{suggestion(str(key), parameters)}; {has}.",
-            )
 
 
 @dataclass

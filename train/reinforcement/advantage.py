@@ -112,16 +112,14 @@ def _sums_of_parts(
     """Of weight times the standardised part; a part that an attempt lacks adds nothing."""
     if [len(group) for group in parts] != [len(group) for group in worth]:
         raise ValueError("gdpo needs the parts of each attempt's reward.")
-    sums = []
+    sums: list[list[float | None]] = []
     for group, attempts in zip(worth, parts, strict=True):
-        unscored = [value is None for value in group]
-        total = [None if one else 0.0 for one in unscored]
+        totals = [0.0] * len(group)
         for name, weight in weights.items():
-            values = [None if none else one.get(name) for none, one in zip(unscored, attempts, strict=True)]
+            values = [None if one is None else part.get(name) for one, part in zip(group, attempts, strict=True)]
             for place, value in enumerate(_standardised(values, eps)):
-                if value is not None:
-                    total[place] += weight * value
-        sums.append(total)
+                totals[place] += weight * (value or 0.0)
+        sums.append([None if one is None else total for one, total in zip(group, totals, strict=True)])
     return sums
 
 

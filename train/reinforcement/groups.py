@@ -52,7 +52,7 @@ class Scores:
     accuracy: float | None
     """The part that the question asks for; None: it cannot be told (a verifier hung, a gold answer is unreadable)."""
     total: float | None
-    """The weighted sum; None where the accuracy is."""
+    """The weighted sum; None where the accuracy is, and where a part failed."""
     problem: str | None = None
     """Why there is no score, in words."""
 

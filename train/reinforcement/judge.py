@@ -1,92 +1,107 @@
-"""The process that judges attempts (train/reinforcement/scoring.py). It imports rewards and nothing heavier.
+"""What judges attempts: here, or in a process of its own (train/reinforcement/scoring.py). It imports no torch."""
 
-python -m train.reinforcement.judge FILE_DESCRIPTOR PARENT MEMORY_GIB
-"""
-
-import os
-import resource
-import signal
-import sys
-import threading
-import time
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ernie_model.worker import limit_memory
+from train.config import UserError
+from train.rewards import equation
 from train.rewards.base import Attempt
-from train.rewards.registry import imported, reward_named
-from train.rewards.shaping import ACCURACY, PARTS
+from train.rewards.registry import REWARDS, RewardProblem, check_part, part_named, raising_reward
+from train.rewards.shaping import ACCURACY, too_long
+
+PROBLEM_CHARS = 400
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """One attempt, as it goes to a process."""
+    """One attempt."""
 
     reward: str
-    options: dict[str, Any]
+    options: Mapping[str, Any]
     expected: str
     attempt: Attempt
-    parts: dict[str, dict[str, Any]]
+    parts: Mapping[str, Mapping[str, Any]]
     """Options of the parts that shape the reward, by name."""
 
 
-def judge(job: Job) -> dict[str, float | None]:
-    """Each part of the reward. Nothing is raised."""
-    accuracy: float | None = 0.0
-    if job.attempt.finished:
-        accuracy = _reward(job.reward)(job.attempt, job.expected, **job.options)
-    parts: dict[str, float | None] = {ACCURACY: accuracy}
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    parts: dict[str, float | None]
+    """By name, the accuracy among them."""
+    problems: dict[str, str]
+    """By part, why it failed, where it did; it is None then."""
+    spent: bool = False
+    """Memory ran out: what judges next should be another process."""
+
+
+def judge(job: Job) -> Judgement:
+    """Nothing is raised. An attempt that a limit cut off, and an answer that is too long, are wrong."""
+    values: dict[str, float | None] = {}
+    problems: dict[str, str] = {}
+    spent = False
+
+    def compute(name: str, function: Callable[[], float | None]) -> float | None:
+        nonlocal spent
+        values[name] = None
+        try:
+            values[name] = function()
+        except RewardProblem as error:
+            problems[name] = str(error)[:PROBLEM_CHARS]
+        except MemoryError:
+            problems[name] = "took too much memory (rewards.memory_gib)"
+            spent = True
+        except (Exception, SystemExit) as error:
+            problems[name] = f"raised {type(error).__name__}: {error}"[:PROBLEM_CHARS]
+        return values[name]
+
+    attempt = job.attempt
+    if not attempt.finished or too_long(attempt):
+        accuracy = values[ACCURACY] = 0.0
+    else:
+        accuracy = compute(ACCURACY, lambda: _reward(job.reward)(attempt, job.expected, **job.options))
     for name, options in job.parts.items():
-        parts[name] = _shaped(name, job.attempt, accuracy, options)
-    return parts
+        compute(name, lambda name=name, options=options: _part(name)(attempt, accuracy, **options))
+    return Judgement(parts=values, problems=problems, spent=spent)
 
 
-_reward = cache(reward_named)
+_reward = cache(raising_reward)
+_part = cache(part_named)
 
 
-def _shaped(name: str, attempt: Attempt, accuracy: float | None, options: dict[str, Any]) -> float | None:
-    if name in PARTS:
-        return PARTS[name](attempt, accuracy, **options)
+def check_jobs(rewards: list[str], parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError: a function that cannot be imported, a part that does not take its options."""
+    for name in rewards:
+        _reward(name)
+    for name, options in parts.items():
+        check_part(name, options)
+
+
+# ---------------------------------------------------------------------------------------------------------------- there
+
+
+def serve(connection: Connection, memory_gib: str, needed: str) -> None:
+    """Judge until the other side is gone.
+
+    Args:
+        needed: JSON of the arguments of `check_jobs`.
+    """
+    rewards, parts = json.loads(needed)
     try:
-        value = float(imported(name)(attempt, accuracy, **options))
-    except Exception:
-        return None
-    return value if -1 <= value <= 1 else None
-
-
-def serve(connection: Connection) -> None:
-    """Judge until the other side is gone."""
-    connection.send("ready")
+        check_jobs(rewards, parts)
+        if any(REWARDS.get(name) is equation.math for name in rewards):
+            equation.compare_here()
+    except UserError as error:
+        connection.send(str(error))
+        return
+    limit_memory(float(memory_gib))
+    connection.send(None)
     while True:
         try:
-            job = connection.recv()
+            connection.send(judge(connection.recv()))
         except EOFError:
             return
-        try:
-            outcome: dict[str, float | None] | str = judge(job)
-        except MemoryError:
-            outcome = "judging it took too much memory (rewards.memory_gib)"
-        except Exception as error:  # of unpickling, or of a reward that breaks its promise
-            outcome = f"judging it raised {type(error).__name__}: {error}"[:400]
-        connection.send(outcome)
-
-
-def _end_with_parent(parent: int) -> None:
-    """A reward that hangs would outlive a run that was killed."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(0, signal.SIGKILL)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-if __name__ == "__main__":
-    _end_with_parent(int(sys.argv[2]))
-    limit = int(float(sys.argv[3]) * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    from train.reinforcement.judge import serve as serve_jobs  # jobs are pickled under the module's real name
-
-    serve_jobs(Connection(int(sys.argv[1])))

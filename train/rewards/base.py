@@ -42,6 +42,6 @@ read), which is not 0. Whatever the attempt holds, nothing is raised.
 """
 
 Part = Callable[..., float | None]
-"""(attempt: Attempt, accuracy: float | None, **options) -> in [-1, 1]: how the attempt was made, whatever the answer. None
-adds nothing to the reward. Whatever the attempt holds, nothing is raised; options that make no sense raise ValueError.
+"""(attempt: Attempt, accuracy: float | None, **options) -> in [-1, 1]: how the attempt was made. None adds nothing to
+the reward. Whatever the attempt holds, nothing is raised; options that make no sense raise ValueError.
 """

@@ -1,15 +1,29 @@
-"""Rewards of a user's own, some of them bad."""
+"""Rewards of a user's own, most of them bad."""
 
 import os
+import subprocess
+import sys
 import time
 
 
+def right(attempt, expected):
+    return float(attempt.answer == expected)
+
+
 def hangs(attempt, expected):
-    time.sleep(60)
+    """Also leaves a program behind."""
+    with open(expected, "w") as file:
+        file.write(str(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid))
+    while True:
+        time.sleep(1)
 
 
 def dies(attempt, expected):
     os._exit(3)
+
+
+def leaves(attempt, expected):
+    sys.exit(3)
 
 
 def eats(attempt, expected):
@@ -20,5 +34,26 @@ def raises(attempt, expected):
     raise RuntimeError("broken")
 
 
+def returns_two(attempt, expected):
+    return 2.0
+
+
+def returns_nan(attempt, expected):
+    return float("nan")
+
+
+def does_not_know(attempt, expected):
+    return None
+
+
+def prints(attempt, expected):
+    print("a" * 100_000)
+    return 1.0
+
+
 def halves(attempt, accuracy, *, by=2):
     return (accuracy or 0) / by
+
+
+def minus_nine(attempt, accuracy):
+    return -9
