@@ -163,6 +163,7 @@ class RolloutSource:
         self.settle()
         self.pool.close()
         self.engine.close()
+        self.runner.close()
 
     # ---------------------------------------------------------------------------------------------------- a rollout
 
