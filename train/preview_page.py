@@ -10,22 +10,15 @@ Tokens are written into the page in order, without attributes; one JSON list per
 the mouse. Whatever comes from data is escaped.
 """
 
-import base64
-import html
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from PIL import Image
-
 from data.batch import Role
 from ernie_model.chat import NO_MESSAGE, SpanKind
+from train.page_parts import ASSETS, LOSSLESS, data_url, encode_picture, fitted, head, script_json, text
 from train.samples import Medium, Row, Sample, Section, kind_of
-
-ASSETS = Path(__file__).parent / "assets"
 
 MAX_SHOWN = 1024
 """Longest side of a picture in the page, in pixels; larger ones are shrunk, as their captions say."""
@@ -37,8 +30,6 @@ NARROW = 200
 """Width of the column that holds small pictures, in pixels."""
 MAX_FRAME = 360
 """The same for one frame of a video."""
-LOSSLESS = 128 * 128
-"""Pictures of at most this many pixels are stored as PNG, others as JPEG."""
 
 KINDS = {
     SpanKind.TEMPLATE: "chat template",
@@ -80,28 +71,17 @@ class Page:
 def write_page(page: Page) -> str:
     """The page's HTML."""
     parts = [
-        "<!doctype html><html lang=en><head><meta charset=utf-8>",
-        '<meta name=viewport content="width=device-width, initial-scale=1">',
-        f"<title>{_text(page.title)}</title><style>{(ASSETS / 'preview.css').read_text('utf-8')}</style></head><body>",
+        head(page.title, ["preview.css"]),
         *_header(page),
         *_rows(page),
         *(part for number, sample in enumerate(page.samples) for part in _sample(number, sample, page)),
         "<details class=settings><summary>Settings that made this</summary>",
-        f"<pre>{_text(page.settings)}</pre></details>",
+        f"<pre>{text(page.settings)}</pre></details>",
         "<div id=tip hidden></div>",
-        f"<script>const DATA={_json([_data(sample) for sample in page.samples])};</script>",
+        f"<script>const DATA={script_json([_data(sample) for sample in page.samples])};</script>",
         f"<script>{(ASSETS / 'preview.js').read_text('utf-8')}</script></body></html>",
     ]
     return "\n".join(parts)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value), quote=True)
-
-
-def _json(value: object) -> str:
-    """JSON inside a script element, which only `</` could end."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 # ------------------------------------------------------------------------------------------------- header and rows
@@ -119,7 +99,7 @@ def _header(page: Page) -> Iterator[str]:
         (f"{media / tokens:.1%}", "image and video"),
         (f"{filled:.1%}", f"of {len(page.rows)} row{'s' * (len(page.rows) > 1)} filled"),
     ]
-    yield f"<header><h1>{_text(page.title)}</h1><p class=sub>{_text(page.subtitle)}</p><dl class=facts>"
+    yield f"<header><h1>{text(page.title)}</h1><p class=sub>{text(page.subtitle)}</p><dl class=facts>"
     yield "".join(f"<div><dt>{value}</dt><dd>{label}</dd></div>" for value, label in facts)
     yield "</dl></header><nav class=legend><span class=group>"
     present = {span.kind for sample in page.samples for span in sample.spans}
@@ -153,7 +133,7 @@ def _rows(page: Page) -> Iterator[str]:
             link = "" if one.sample is None else f" data-sample={one.sample} tabindex=0 role=button"
             number = "" if one.sample is None else f"<b>{one.sample + 1}</b>"
             yield (
-                f'<div class=seg style="width:{100 * one.tokens / page.max_tokens:.4f}%" data-tip="{_text(about)}"'
+                f'<div class=seg style="width:{100 * one.tokens / page.max_tokens:.4f}%" data-tip="{text(about)}"'
                 f'{link}><u style="width:{100 * one.media_tokens / one.tokens:.1f}%"></u>'
                 f'<s style="width:{100 * one.trained / one.tokens:.1f}%"></s>{number}</div>'
             )
@@ -174,8 +154,8 @@ def _sample(number: int, sample: Sample, page: Page) -> Iterator[str]:
     if sample.media:
         facts.append(f"{sum(m.num_tokens for m in sample.media):,} of images and videos")
     facts.append(f"row {sample.row + 1}, place {sample.record + 1}")
-    dataset = f"<span class=dataset>{_text(sample.dataset)}</span>" if sample.dataset else ""
-    name = f"<span title='{_text(sample.id)}'>{_text(sample.id.rpartition('/')[2])}</span>"
+    dataset = f"<span class=dataset>{text(sample.dataset)}</span>" if sample.dataset else ""
+    name = f"<span title='{text(sample.id)}'>{text(sample.id.rpartition('/')[2])}</span>"
     yield f"<article id=s{number}><h2><b>{number + 1}</b> {name}{dataset}"
     widest = max((medium.grid[2] * page.patch_size for medium in sample.media), default=0)
     columns = "one" if not sample.media else "narrow" if widest * SCALE <= NARROW else "two"
@@ -209,14 +189,13 @@ def _medium(index: int, medium: Medium, patch_size: int) -> Iterator[str]:
     frames, rows, columns = medium.grid
     height, width = rows * patch_size, columns * patch_size
     limit = MAX_FRAME if medium.is_video else MAX_SHOWN
-    shrink = min(1.0, limit / max(width, height))
-    size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+    size = fitted((width, height), limit)
     caption = f"{width} × {height} pixels, {rows // 2} × {columns // 2} tokens"
     if medium.is_video:
         caption = f"{frames} frames of {caption} per pair of frames = {medium.num_tokens:,} tokens"
     else:
         caption += f" = {medium.num_tokens:,}"
-    if shrink < 1:
+    if size != (width, height):
         caption += f"; shown at {size[0]} × {size[1]}"
     kind = "video" if medium.is_video else "image"
     yield f"<figure class={kind} id=m{index}><div class=frames>"
@@ -229,9 +208,10 @@ def _medium(index: int, medium: Medium, patch_size: int) -> Iterator[str]:
         time = number // 2 if medium.is_video else 0
         place = f"data-start={medium.start} data-time={time} data-rows={rows // 2} data-columns={columns // 2}"
         yield f'<div class=pic {place} style="max-width:{wide:.0f}px;aspect-ratio:{width}/{height}">'
-        yield f'<img{small} alt="{_text(medium.name or kind)}" src="{_picture_url(frame, size)}">{overlay}</div>'
+        url = data_url(*encode_picture(frame, size))
+        yield f'<img{small} alt="{text(medium.name or kind)}" src="{url}">{overlay}</div>'
     named = medium.name and not medium.name.startswith("<")  # bytes and data: URLs have no name
-    name = f"<b>{_text(Path(medium.name).name)}</b> " if named else ""
+    name = f"<b>{text(Path(medium.name).name)}</b> " if named else ""
     yield f"</div><figcaption>{name}{caption}</figcaption></figure>"
 
 
@@ -248,16 +228,6 @@ def _overlay(rows: int, columns: int) -> str:
     )
 
 
-def _picture_url(picture: Image.Image, size: tuple[int, int]) -> str:
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    lossless = picture.width * picture.height <= LOSSLESS
-    picture.save(file, format="PNG") if lossless else picture.save(file, format="JPEG", quality=85)
-    kind = "png" if lossless else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
-
-
 def _messages(sample: Sample, section: Section, numbered: Iterator[int]) -> Iterator[str]:
     """One block per message; spans are in order and cover all tokens. `numbered`: the media that are still to come."""
     for message, spans in groupby(section.spans, key=lambda span: span.message):
@@ -269,25 +239,26 @@ def _messages(sample: Sample, section: Section, numbered: Iterator[int]) -> Iter
             else:
                 tokens += _tokens(sample, span.start, span.stop, span.kind)
         # In one piece: spaces and line breaks count here.
-        yield f"<div class='msg r-{_text(role)}'><span class=role>{_text(role)}</span><p>{''.join(tokens)}</p></div>"
+        yield f"<div class='msg r-{text(role)}'><span class=role>{text(role)}</span><p>{''.join(tokens)}</p></div>"
 
 
 def _tokens(sample: Sample, start: int, stop: int, kind: SpanKind) -> Iterator[str]:
     for index in range(start, stop):
         weight = sample.weights[index]
         trained = " t" if weight else ""
-        text = _text(sample.texts[index]).replace("\n", "⏎\n").replace("\t", "⇥\t")
+        written = text(sample.texts[index]).replace("\n", "⏎\n").replace("\t", "⇥\t")
         # Said once, where a stretch of an unusual weight begins.
         said = weight not in (0, 1) and sample.weights[index - 1] != weight
         mark = f"<sup>×{weight:g}</sup>" if said else ""
-        yield f"<i class='k-{kind.value}{trained}'>{mark}{text}</i>"
+        yield f"<i class='k-{kind.value}{trained}'>{mark}{written}</i>"
 
 
 def _chip(medium: Medium, index: int, num_tokens: int) -> str:
     """All tokens of an image or video in one word: its start token, the placeholders, its end token."""
     frame = medium.frames[0]
     shrink = min(1.0, 48 / frame.height)
-    thumbnail = _picture_url(frame, (max(1, round(frame.width * shrink)), max(1, round(frame.height * shrink))))
+    size = (max(1, round(frame.width * shrink)), max(1, round(frame.height * shrink)))
+    thumbnail = data_url(*encode_picture(frame, size))
     kind = "video" if medium.is_video else "image"
     return (
         f'<i class="k-{kind} chip" data-tokens={num_tokens} data-medium={index}><img alt="" src="{thumbnail}">'

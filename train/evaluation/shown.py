@@ -54,7 +54,7 @@ def shown(task: AskedTask, answers: Sequence[Answer], *, most: int, right_at: fl
     return [
         Shown(
             answer=one,
-            question=_words(questions[one.id]),
+            question=words(questions[one.id]),
             right=_right(one, right_at),
             picture=_annotated(questions[one.id], one),
             tool_pictures=tuple(Image.open(folder / path) for path in one.pictures if (folder / path).exists()),
@@ -67,7 +67,7 @@ def _right(answer: Answer, right_at: float) -> bool | None:
     return None if answer.score is None else is_right(answer.score, right_at)
 
 
-def _words(question: Question) -> str:
+def words(question: Question) -> str:
     """The last thing the user says."""
     users = [message for message in question.asked.messages if message.role == "user"]
     return users[-1].text if users else question.asked.messages[-1].text
@@ -75,13 +75,13 @@ def _words(question: Question) -> str:
 
 def _annotated(question: Question, answer: Answer) -> Image.Image | None:
     try:
-        picture = _picture(question)
+        picture = picture_of(question)
     except MediaError as error:  # it could be shown to the model a moment ago; the page is not worth an evaluation
         logger.warning("%s is not shown: %s", question.id, error)
         return None
     right = parse_grounding(answer.expected)
     items = (*right.boxes, *right.points)
-    looked_at = [box for call in answer.calls for box in _box_of(call["arguments"])]
+    looked_at = [box for call in answer.calls for box in boxes_of_call(call["arguments"])]
     if picture is None or not (items or looked_at):
         return picture
     enlarged = 320 / max(picture.size)
@@ -95,7 +95,8 @@ def _annotated(question: Question, answer: Answer) -> Image.Image | None:
     return draw(picture, (*said.boxes, *said.points), color=RED)
 
 
-def _box_of(arguments: str) -> tuple[Box, ...]:
+def boxes_of_call(arguments: str) -> tuple[Box, ...]:
+    """Where a tool was asked to look."""
     try:
         value = json.loads(arguments)
     except (ValueError, RecursionError):
@@ -104,7 +105,12 @@ def _box_of(arguments: str) -> tuple[Box, ...]:
     return parse_grounding(json.dumps({"bbox_2d": asked})).boxes
 
 
-def _picture(question: Question) -> Image.Image | None:
+def picture_of(question: Question) -> Image.Image | None:
+    """The first one, or frames of the first video side by side.
+
+    Raises:
+        MediaError: it cannot be opened.
+    """
     for message in question.asked.messages:
         for part in message.parts:
             if part.media is None:
