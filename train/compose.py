@@ -78,6 +78,7 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "doctor",
     "plan",
     "tracker",
+    "record",
     "parallel",
     "data.cache_gib",
     "data.cache_folder",

@@ -164,15 +164,15 @@ class Ledger:
         self.file.close()
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Cut a file of lines with growing steps after the last line of `step`, and a line that a kill tore in two."""
+def drop_after(path: Path, last: int, key: str = "step") -> None:
+    """Cut a file of lines with growing numbers `key` after those of `last`, and a line that a kill tore in two."""
     if not path.exists():
         return
     end = 0
     with path.open("rb") as file:
         for line in file:
             try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                if not line.endswith(b"\n") or json.loads(line)[key] > last:
                     break
             except ValueError:
                 break

@@ -1,6 +1,7 @@
 """One live line while a run trains; plain lines where there is no terminal.
 
     step 120/400 ━━━━────────  loss 0.412  accuracy 71.0%  left 1:05  tokens/s 18.4k (text 6.1k, image 12.3k)  mem 1.2G
+    step 120/400 ━━━━────────  reward 0.61  loss -0.012  accuracy 58.0%  tools 93.0%  gradient 71%  masked 2%  left 1:05
 
     with Progress(total_steps=400) as progress:
         progress.update(step, {"loss": 0.412, "accuracy": 0.71, ...})
@@ -21,8 +22,8 @@ from rich.text import Text
 
 BAR_CELLS = 12
 KNOWN = frozenset(
-    "loss accuracy reward_accuracy reward_margin tokens_per_s text_tokens_per_s image_tokens_per_s eta_s memory_gb lr "
-    "grad_norm".split()
+    "loss accuracy reward reward_accuracy reward_margin tokens_per_s text_tokens_per_s image_tokens_per_s eta_s "
+    "memory_gb lr grad_norm".split()
 )
 
 
@@ -131,7 +132,16 @@ def fields(metrics: Mapping[str, float], compact: bool = False) -> list[str]:
     out = []
     if "loss" in metrics:
         out.append(f"loss {number(metrics['loss'])}")
-    if "reward_accuracy" in metrics:  # of preferences; of tokens says little where some are to become less likely
+    if "reward" in metrics:  # of rollouts
+        out.insert(0, f"reward {number(metrics['reward'])}")
+        for key, name in (("reward_accuracy", "acc" if compact else "accuracy"), ("tool_use", "tools")):
+            if key in metrics and (metrics[key] or key != "tool_use"):
+                out.append(f"{name} {100 * metrics[key]:.1f}%")
+        for key, name in (("zero_left", "gradient"), ("zero_tokens_masked", "masked"), ("entropy", "entropy")):
+            if key in metrics and not compact:
+                value = metrics[key]
+                out.append(f"{name} {number(value)}" if key == "entropy" else f"{name} {value:.0%}")
+    elif "reward_accuracy" in metrics:  # of preferences; of tokens says little where some are to become less likely
         out.append(f"{'ranked' if compact else 'ranked right'} {100 * metrics['reward_accuracy']:.1f}%")
         if "reward_margin" in metrics:
             out.append(f"margin {number(metrics['reward_margin'])}")

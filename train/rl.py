@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from rich.console import Console
 from torch import Tensor
 
 from data.quarantine import Quarantine
@@ -35,6 +36,7 @@ from train.reinforcement.difficulty import DifficultySampler
 from train.reinforcement.engines import LocalEngine, RolloutEngine
 from train.reinforcement.mismatch import Mismatch
 from train.reinforcement.prompts import Prompts, open_prompts
+from train.reinforcement.record import Record
 from train.reinforcement.score import RolloutScore, measure
 from train.reinforcement.scoring import RewardPool
 from train.reinforcement.source import RolloutSource
@@ -43,6 +45,7 @@ from train.run import program
 from train.score import Score
 from train.served import Served
 from train.sources import Data, TrainSource, open_parts
+from train.tracking import Tracker
 from train.training import Algorithm, Setup, run
 
 register()
@@ -144,10 +147,22 @@ class RL(Algorithm[RLConfig]):
         )
         self.agents(None)  # tools that cannot be opened are told of now
         objective, accelerator = config.objective, setup.accelerator
+        self.record = Record(
+            config,
+            self.prompts,
+            self.rollouts.sampler,
+            processor,
+            setup.folder,
+            main=accelerator.is_main_process,
+            rollouts=self.rollouts.rollouts,
+            step=setup.state.step,
+        )
+        self.rollouts.told = self.record.told
         return [
             self.reference,
             PolicyRecord(objective, accelerator, attempts_per_update=self.attempts_per_update),
             self.mismatch,
+            self.record,
         ]
 
     def open_engine(self, setup: Setup) -> RolloutEngine:
@@ -187,20 +202,22 @@ class RL(Algorithm[RLConfig]):
         return self.reference.resumable(weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reference": self.reference.state(), "mismatch": self.mismatch.state_dict()}
+        return {
+            "reference": self.reference.state(),
+            "mismatch": self.mismatch.state_dict(),
+            "record": self.record.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.reference.load(state["reference"])
         self.mismatch.load_state_dict(state["mismatch"])
+        self.record.load_state_dict(state["record"])
 
     def files(self) -> dict[str, Tensor]:
         return self.rollouts.files()
 
     def load_files(self, files: Sequence[dict[str, Tensor]]) -> None:
         self.rollouts.load_files(files)
-
-    def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
-        return self.mismatch.warnings(metrics)
 
     def measure(self, setup: Setup) -> Score:
         assert self.heldout is not None
@@ -212,6 +229,19 @@ class RL(Algorithm[RLConfig]):
         )
         self.examiner.end()
         return found
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        return self.record.metrics(step, metrics)
+
+    def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
+        return [*self.mismatch.warnings(metrics), *(self.record.notes(step) if "loss" in metrics else ())]
+
+    def show(self, step: int, trackers: Sequence[Tracker]) -> None:
+        self.record.show(step, trackers)
+
+    def finish(self, setup: Setup, console: Console, trackers: Sequence[Tracker]) -> None:
+        for line in self.record.finish(setup.state.step, trackers):
+            console.print(line)
 
 
 if __name__ == "__main__":

@@ -572,6 +572,33 @@ class RewardsConfig:
 
 
 @dataclass
+class RecordConfig:
+    """What people look at: rollouts.html and the tables of the trackers, from rollouts.jsonl (docs/rl.md)."""
+
+    every: int = 5
+    """Of so many rollouts, the first is recorded with its attempts; 0 records none. Numbers are kept of all."""
+    groups: int = 4
+    """Of a recorded rollout, at most: some that are learned from, and some of every other kind."""
+    attempts: int = 6
+    """Of a group, at most, on the page and in the trackers: those with the highest reward, and two with the lowest.
+    rollouts.jsonl has all."""
+    rollouts: int = 40
+    """On the page, at most, evenly over the run."""
+    zero_gradient_every: int = 50
+    """Updates between two tables on the console that say where gradients go; 0 shows one only when something is off.
+    zero_gradient.jsonl has all."""
+    plots_every: int = 50
+    """Updates between two drawings of the run's curves; 0 draws them at its end only."""
+
+    def __post_init__(self):
+        for name in ("every", "zero_gradient_every", "plots_every"):
+            check(getattr(self, name) >= 0, f"record.{name} is {getattr(self, name)}; it must be 0 (never) or more.")
+        for name in ("groups", "rollouts"):
+            check(getattr(self, name) >= 1, f"record.{name} is {getattr(self, name)}; it must be at least 1.")
+        check(self.attempts >= 3, f"record.attempts is {self.attempts}; two are the worst, so it must be at least 3.")
+
+
+@dataclass
 class RLConfig(TrainingConfig):
     """`ernie rl`: everything it can be told."""
 
@@ -586,6 +613,7 @@ class RLConfig(TrainingConfig):
     engine: EngineSettings = field(default_factory=EngineSettings)
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))
     agent: AgentConfig = field(default_factory=AgentConfig)
+    record: RecordConfig = field(default_factory=RecordConfig)
 
     def __post_init__(self):
         super().__post_init__()

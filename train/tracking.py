@@ -32,8 +32,8 @@ from typing import Any, Protocol, TextIO
 logger = logging.getLogger(__name__)
 
 
-Cell = str | float | Path | None
-"""Of a table; a path is a picture."""
+Cell = str | float | Path | Sequence[Path] | None
+"""Of a table; a path is a picture, and a cell may hold several."""
 
 Mark = dict[str, Any]
 """What a tracker needs to go on with a run; anything JSON can hold."""
@@ -179,15 +179,21 @@ class JsonlTracker:
         self._write({"step": step, "time": round(time.time(), 3), "image": name, "path": self._shown(path)})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        plain = [
-            [
-                self._shown(one) if isinstance(one, Path) else _finite(one) if isinstance(one, float) else one
-                for one in row
-            ]
-            for row in rows
-        ]
+        plain = [[self._plain(one) for one in row] for row in rows]
         table = {"table": name, "columns": list(columns), "rows": plain}
         self._write({"step": step, "time": round(time.time(), 3), **table})
+
+    def _plain(self, cell: Cell) -> Any:
+        match cell:
+            case Path():
+                return self._shown(cell)
+            case str() | None:
+                return cell
+            case list() | tuple():
+                return [self._shown(path) for path in cell]
+            case float():
+                return _finite(cell)
+        return cell
 
     def _shown(self, path: Path) -> str:
         """Relative to the run folder, where it lies in it."""
@@ -286,7 +292,7 @@ class TrackioTracker:
         self.run.log({name: self.trackio.Image(str(path), caption=f"{name}, step {step}")}, step=step)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        data = [[self.trackio.Image(str(one)) if isinstance(one, Path) else one for one in row] for row in rows]
+        data = [[_with_pictures(one, self.trackio.Image) for one in row] for row in rows]
         self.run.log({name: self.trackio.Table(columns=list(columns), data=data)}, step=step)
 
     def finish(self) -> None:
@@ -342,9 +348,13 @@ class TensorBoardTracker:
             self.writer.add_image(name, numpy.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        """As text: TensorBoard has no tables, and shows no picture inside a text; it gets their names."""
+        """As text: TensorBoard has no tables. It shows no picture inside a text, which gets their names; the pictures
+        come beside it, a line of them for each row that has some."""
         lines = [columns, ["---"] * len(columns), *rows]
         self.writer.add_text(name, "\n".join(f"| {' | '.join(map(_in_markdown, line))} |" for line in lines), step)
+        strips = [paths for row in rows if (paths := [path for cell in row for path in _paths(cell)])]
+        if strips:
+            self.writer.add_image(f"{name}_pictures", _contact(strips), step, dataformats="HWC")
 
     def finish(self) -> None:
         self.writer.close()
@@ -392,7 +402,7 @@ class WandbTracker:
         self.run.log({name: self.wandb.Image(str(path)), "step": step})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        data = [[self.wandb.Image(str(one)) if isinstance(one, Path) else one for one in row] for row in rows]
+        data = [[_with_pictures(one, self.wandb.Image) for one in row] for row in rows]
         self.run.log({name: self.wandb.Table(columns=list(columns), data=data), "step": step})
 
     def finish(self) -> None:
@@ -406,17 +416,21 @@ TRACKERS: dict[str, Callable[[str], Tracker]] = {
 }
 
 
+SECTIONS = frozenset("eval router layer loss data zero sampler mismatch groups attempts seconds engine rollout".split())
+
+
 def charts(metrics: dict[str, float]) -> dict[str, float]:
     """The metrics under the names of their charts; the dashboards make a section of what stands before a slash.
 
     loss            -> loss                 eval_accuracy   -> eval/accuracy
     tokens_per_s    -> speed/tokens_per_s   router_text_dead -> router/text_dead
     loss_image      -> loss/image           layer_text_dead_03 -> layer/text_dead_03
+    zero_left       -> zero/left            attempts_truncated -> attempts/truncated
     """
     named = {}
     for key, value in metrics.items():
         section, _, rest = key.partition("_")
-        if section in ("eval", "router", "layer", "loss", "data") and rest and key != "data_wait":
+        if section in SECTIONS and rest and key != "data_wait":
             key = f"{section}/{rest}"
         elif key.endswith("_per_s") or key in ("step_s", "data_wait", "eta_s", "memory_gb", "mfu"):
             key = f"speed/{key}"
@@ -444,8 +458,41 @@ def _unused(name: str, taken: set[str]) -> str:
     return candidate
 
 
+def _paths(cell: Cell) -> Sequence[Path]:
+    return [cell] if isinstance(cell, Path) else list(cell) if isinstance(cell, list | tuple) else []
+
+
+def _with_pictures(cell: Cell, image: Callable[[str], Any]) -> Any:
+    """Several pictures of one cell in a list, which trackio and wandb show side by side."""
+    pictures = [image(str(path)) for path in _paths(cell)]
+    return cell if not pictures else pictures[0] if isinstance(cell, Path) else pictures
+
+
+def _contact(strips: Sequence[Sequence[Path]], height: int = 160, gap: int = 6) -> Any:
+    """(H, W, 3) uint8: lines of pictures, all equally high."""
+    import numpy
+    from PIL import Image
+
+    lines = []
+    for paths in strips:
+        pictures = []
+        for path in paths:
+            with Image.open(path) as picture:
+                size = (max(1, round(picture.width * height / picture.height)), height)
+                pictures.append(picture.convert("RGB").resize(size))
+        lines.append(pictures)
+    width = max(sum(one.width + gap for one in pictures) for pictures in lines)
+    sheet = Image.new("RGB", (width, len(lines) * (height + gap)), "white")
+    for number, pictures in enumerate(lines):
+        left = 0
+        for picture in pictures:
+            sheet.paste(picture, (left, number * (height + gap)))
+            left += picture.width + gap
+    return numpy.asarray(sheet)
+
+
 def _in_markdown(cell: Cell) -> str:
-    text = "" if cell is None else cell.name if isinstance(cell, Path) else str(cell)
+    text = "" if cell is None else ", ".join(path.name for path in _paths(cell)) or str(cell)
     return text.replace("|", "\\|").replace("\n", " ")
 
 

@@ -7,7 +7,7 @@ beside it, and how held-out data is measured. Everything else of a run is here, 
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +158,13 @@ class Algorithm(Generic[ConfigT]):
     def measure(self, setup: Setup) -> Score:
         """On `setup.data.heldout`, which there is. All ranks call it and get the same."""
         raise NotImplementedError
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """What else to report of a logged update. All ranks ask."""
+        return {}
+
+    def show(self, step: int, trackers: Sequence[Tracker]) -> None:
+        """After an update was logged, on all ranks: what people look at. Only the main rank has trackers."""
 
     def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
         """What somebody who watches the run should be told about an update."""
@@ -319,11 +326,14 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     def log(step: int, metrics: dict[str, float]) -> None:
         if "loss" in metrics:  # of an update, not of an evaluation
             metrics = metrics | source.report.metrics()
+            metrics |= algorithm.metrics(step, metrics)
         progress.update(step, metrics)
         for tracker in trackers:
             tracker.log(metrics, step)
         for warning in algorithm.warnings(step, metrics):
             progress.note(f"step {step}: {warning}")
+        if "loss" in metrics:
+            algorithm.show(step, trackers)
 
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:

@@ -5,6 +5,7 @@ encoded once for all attempts of a group, and their keys and values are computed
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,6 +40,7 @@ async def collect(
     *,
     version: int,
     told: Callable[[int], None] = lambda done: None,
+    scored: Callable[[float], None] = lambda seconds: None,
 ) -> list[Group]:
     """Groups in the order of `asked`. All ranks call it together, also with nothing to ask.
 
@@ -46,6 +48,7 @@ async def collect(
         agents: by the tools of a question.
         params: `max_new_tokens` and `seed` are each attempt's own.
         told: how many attempts are done, as they end.
+        scored: seconds from the end of the last attempt until all have their scores.
     """
     scoring: list[asyncio.Task[Scored]] = []
     done = 0
@@ -75,8 +78,13 @@ async def collect(
 
     prompts = [asyncio.ensure_future(opened(one.question)) for one in asked]
     attempts = [attempt(one, prompt, seed) for one, prompt in zip(asked, prompts, strict=True) for seed in one.seeds]
-    scored = iter(await asyncio.gather(*await engine.together(attempts)))
-    return [Group(ticket=one.ticket, version=version, attempts=tuple(next(scored) for _ in one.seeds)) for one in asked]
+    left = await engine.together(attempts)
+    begin = time.perf_counter()
+    done_ones = iter(await asyncio.gather(*left))
+    scored(time.perf_counter() - begin)
+    return [
+        Group(ticket=one.ticket, version=version, attempts=tuple(next(done_ones) for _ in one.seeds)) for one in asked
+    ]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ fast anything was, and the same rollout gives the same numbers to the last bit, 
 import asyncio
 import copy
 import gc
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -71,6 +72,8 @@ class Turns:
         self._arrived: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._changed = asyncio.Event()
+        self.busy_s = 0.0
+        """Seconds that steps of the engine took."""
 
     @property
     def max_context(self) -> int:
@@ -123,7 +126,10 @@ class Turns:
         self._arrived.clear()
         if not self._waiting:
             return
-        for request_id, delta in self.engine.step():
+        begin = time.perf_counter()
+        deltas = self.engine.step()
+        self.busy_s += time.perf_counter() - begin
+        for request_id, delta in deltas:
             if delta.completion is not None:
                 self._waiting.pop(request_id).set_result(delta.completion)
 
@@ -184,6 +190,7 @@ class LocalEngine:
     def end(self) -> None:
         stats = self.generates.engine.stats()
         self._metrics = {
+            "seconds_engine": self.generates.busy_s,
             "engine_sampled_tokens": float(stats.sampled_tokens),
             "engine_prompt_tokens": float(stats.prompt_tokens),
             "engine_cached_tokens": float(stats.cached_tokens),

@@ -104,6 +104,8 @@ class AttemptSummary:
     """Sampled."""
     calls: int
     failed_calls: int
+    unreadable: int
+    """Turns whose call cannot be read."""
     pictures: int
     """That tools returned."""
     problem: str | None
@@ -120,6 +122,7 @@ class AttemptSummary:
             tokens=episode.num_sampled,
             calls=sum(max(len(turn.calls), turn.problem is not None) for turn in episode.turns),
             failed_calls=sum(result.error for result in results),
+            unreadable=sum(turn.problem is not None for turn in episode.turns),
             pictures=sum(len(result.images) for result in results),
             problem=scores.problem or episode.error,
         )

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,14 +57,23 @@ class Rollout:
     """From 0."""
     summaries: Sequence[Summary]
     """Of all groups that were asked, in the order of their numbers."""
+    usable: AbstractSet[int]
+    """Of these groups, those that could be learned from."""
     accepted: Sequence[int]
     """Groups that are learned from, those that waited in the queue included."""
+    waiting: AbstractSet[int]
+    """Groups of the queue, after it."""
+    stale: int
+    """Groups that were dropped from the queue before it: they had waited too long."""
     groups: Sequence[Group]
     """This rank's, attempts and all."""
     advantages: Mapping[int, Sequence[float]]
     """By accepted group, of each attempt."""
+    held: Mapping[int, AbstractSet[int]]
+    """Of this rank's accepted groups, the attempts that are in rows; others fit in none."""
     seconds: Mapping[str, float]
-    """asking, encoding, old_logprobs, and weights: what `begin` and `end` of the engine took."""
+    """asking, scoring (what goes on when all is asked), encoding, old_logprobs, and weights: what `begin` and `end` of
+    the engine took."""
     metrics: Mapping[str, float]
 
 
@@ -169,7 +179,11 @@ class RolloutSource:
 
     def _roll_out(self) -> None:
         config, clock = self.config.rollout, _Clock()
-        flight, self._flight = self._flight or self._depart(), None
+        flight, self._flight = self._flight, None
+        clock.seconds["weights"] = 0.0 if flight is None else flight.begin_s
+        if flight is None:
+            flight = self._depart()
+            clock.lap("weights")
         need, tickets = flight.need, flight.tickets
         made: list[Group] = []
         summaries: list[Summary] = []
@@ -187,7 +201,8 @@ class RolloutSource:
         clock.lap("asking")
         self.engine.end()
         clock.lap("weights")
-        clock.seconds["weights"] += flight.begin_s
+        clock.seconds["scoring"] = min(flight.scoring_s, clock.seconds["asking"])
+        clock.seconds["asking"] -= clock.seconds["scoring"]
         summaries.sort(key=lambda one: one.outcome.group)
         accepted = self._accept(made, summaries)
         self.sampler.update([one.outcome for one in summaries], trained=len(accepted))
@@ -195,6 +210,11 @@ class RolloutSource:
         updates = [accepted[number :: config.updates] for number in range(config.updates)]
         self._pending = [self._rows(groups, worth) for groups in updates]
         clock.lap("encoding")
+        held = {
+            one.summary.outcome.group: {attempt for _, held in one.examples for attempt in held}
+            for one in self._ready
+            if one.summary.outcome.group in worth
+        }
         taken = {group: self._summaries.pop(group) for group in accepted}
         self._ready = [one for one in self._ready if one.summary.outcome.group not in taken]
         self._add_old_logprobs()
@@ -209,9 +229,13 @@ class RolloutSource:
             Rollout(
                 number=self.rollouts,
                 summaries=summaries,
+                usable={one.outcome.group for one in summaries if self._usable(one)},
                 accepted=accepted,
+                waiting={group for group, _ in self._waiting},
+                stale=flight.stale,
                 groups=made,
                 advantages=worth,
+                held=held,
                 seconds=clock.seconds,
                 metrics=self._metrics,
             )
@@ -222,11 +246,12 @@ class RolloutSource:
 
     def _depart(self, *, ahead: bool = False) -> "_Flight":
         """The first round of a rollout begins; `ahead`, in a thread, while the policy learns from the one before."""
-        self._drop_stale()
+        stale = self._drop_stale()
         need, begin = self.config.rollout.groups - len(self._waiting), time.perf_counter()
         tickets = self.sampler.pick(need) if need > 0 else []
         self.engine.begin(self.updates)
-        flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=self.agents(self.engine))
+        agents = self.agents(self.engine)
+        flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=agents, stale=stale)
         flight.begin_s = time.perf_counter() - begin
         flight.depart(lambda: self.runner.run(self._collect(tickets, flight)), ahead=ahead)
         return flight
@@ -255,6 +280,7 @@ class RolloutSource:
             self.processor,
             self.params,
             version=flight.version,
+            scored=flight.scored,
         )
 
     def _domain(self, prompt: int) -> str:
@@ -265,14 +291,15 @@ class RolloutSource:
         outcome = summary.outcome
         return outcome.valid if self.config.rollout.keep_equal else outcome.trainable
 
-    def _drop_stale(self) -> None:
-        """Groups that have waited for too long."""
+    def _drop_stale(self) -> int:
+        """Groups that have waited for too long; how many."""
         oldest = self.rollouts - self.config.rollout.max_lag
         stale = {group for group, rollout in self._waiting if rollout < oldest}
         self._waiting = [one for one in self._waiting if one[0] not in stale]
         self._ready = [one for one in self._ready if one.summary.outcome.group not in stale]
         for group in stale:
             del self._summaries[group]
+        return len(stale)
 
     def _accept(self, made: Sequence[Group], summaries: Sequence[Summary]) -> list[int]:
         """The groups that this rollout's updates learn from, in the order of their numbers; others wait."""
@@ -417,7 +444,13 @@ class _Flight:
     tickets: list[Ticket]
     version: int
     agents: Mapping[tuple[str, ...], Agent]
+    stale: int
+    """Groups that the queue lost before."""
     begin_s: float = 0.0
+    scoring_s: float = 0.0
+
+    def scored(self, seconds: float) -> None:
+        self.scoring_s += seconds
 
     def depart(self, work: Callable[[], list[Group]], *, ahead: bool) -> None:
         self._work = work
