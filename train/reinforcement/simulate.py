@@ -1,6 +1,6 @@
 """What a sampler is worth, without a model: three ways to choose prompts, and what they give for the tokens they take.
 
-    python -m train.reinforcement.simulate --output simulation.png
+    python -m train.reinforcement.simulate --output simulation.png --difficulty difficulty.png
 
 A prompt is answered rightly with probability sigmoid(ability - difficulty), difficulties are normal, and the ability
 grows by the same amount in every rollout, whoever draws. Answers get longer the harder a prompt is for the policy, and
@@ -22,11 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from train.chart import BLUE, GREEN, GREY, RED, Figure
 from train.config import UserError, check
+from train.reinforcement import difficulty_plot
 from train.reinforcement.difficulty import DifficultySampler, PromptInfo
 from train.reinforcement.groups import Outcome, Ticket
 from train.rl_config import RolloutConfig, SamplerConfig, SamplerKind
@@ -85,7 +87,7 @@ class World:
         return Outcome(group=ticket.group, prompt=ticket.prompt, accuracies=accuracies), int(np.rint(tokens).sum())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Course:
     """What came of it, rollout by rollout."""
 
@@ -93,6 +95,8 @@ class Course:
     mixed: list[int] = field(default_factory=list)
     trained: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    sampler: DifficultySampler
+    """At the end."""
 
     def worth(self, part: slice = slice(None)) -> float:
         """Groups trained on for a million tokens."""
@@ -102,7 +106,7 @@ class Course:
 def run(way: Way, world: World, rollout: RolloutConfig, rollouts: int) -> Course:
     prompts = [PromptInfo(str(number)) for number in range(world.prompts)]
     sampler = DifficultySampler(prompts, way.sampler, attempts=world.attempts, seed=world.seed)
-    difficulty, course = world.difficulty(), Course()
+    difficulty, course = world.difficulty(), Course(sampler=sampler)
     waiting: list[tuple[int, int]] = []
     """Surplus mixed groups: rollout, group."""
     for number in range(rollouts):
@@ -129,12 +133,17 @@ def run(way: Way, world: World, rollout: RolloutConfig, rollouts: int) -> Course
 
 def table(courses: dict[str, list[Course]], rollouts: int, groups: int) -> Table:
     """Means over the seeds, and their standard deviation where there are several."""
-    out = Table(title="groups trained on for a million sampled tokens", title_justify="left")
-    out.caption = "rollouts; mixed: of the groups asked; full: rollouts with all groups; tokens: of a rollout"
+    out = Table(title="groups trained on for a million sampled tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    out.caption = (
+        "±: standard deviation between worlds; 0-99 ...: rollouts; mixed: of the groups\n"
+        "asked; full: rollouts in which no group was missing; tokens: of a rollout"
+    )
+    out.caption_justify = "left"
     out.add_column("")
     cuts = [rollouts * part // PARTS for part in range(PARTS + 1)]
     for name in (
         "all",
+        "±",
         *(f"{first}-{last - 1}" for first, last in zip(cuts, cuts[1:], strict=False)),
         "mixed",
         "full",
@@ -143,13 +152,13 @@ def table(courses: dict[str, list[Course]], rollouts: int, groups: int) -> Table
         out.add_column(name, justify="right")
     for name, ways in courses.items():
         worths = [course.worth() for course in ways]
-        spread = f" ± {np.std(worths, ddof=1):.1f}" if len(worths) > 1 else ""
         parts = [
             np.mean([c.worth(slice(first, last)) for c in ways]) for first, last in zip(cuts, cuts[1:], strict=False)
         ]
         out.add_row(
             name,
-            f"{np.mean(worths):.1f}{spread}",
+            f"{np.mean(worths):.1f}",
+            f"{np.std(worths, ddof=1):.1f}" if len(worths) > 1 else "",
             *(f"{part:.1f}" for part in parts),
             f"{np.mean([sum(c.mixed) / sum(c.asked) for c in ways]):.0%}",
             f"{np.mean([np.mean(np.array(c.trained) == groups) for c in ways]):.0%}",
@@ -207,6 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attempts", type=int, default=8, help="answers to each prompt")
     parser.add_argument("--seeds", type=int, default=3, help="worlds to average over")
     parser.add_argument("--output", type=Path, default=None, help="where to draw the curves, a .png")
+    parser.add_argument(
+        "--difficulty", type=Path, default=None, help="where to draw the first world as runs draw theirs"
+    )
     given = parser.parse_args(arguments)
     for name, least in (("prompts", 1), ("rollouts", PARTS), ("seeds", 1)):
         check(getattr(given, name) >= least, f"--{name} is {getattr(given, name)}; it must be at least {least}.")
@@ -221,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.output is not None:
         about = f"{given.prompts} prompts, {given.groups} groups of {given.attempts} attempts, {given.seeds} seeds"
         draw(courses, given.output, about)
-        print(f"drawn in {given.output}")
+    if given.difficulty is not None:
+        difficulty_plot.draw(courses["difficulty"][0].sampler, given.difficulty, "difficulty, simulated")
 
 
 if __name__ == "__main__":

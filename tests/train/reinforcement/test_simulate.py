@@ -53,12 +53,13 @@ def test_the_world_answers_as_it_says():
 
 
 def test_the_command_prints_a_table_and_draws(tmp_path, capsys):
-    arguments = "--prompts 60 --rollouts 9 --groups 4 --attempts 4 --seeds 1 --output".split()
-    simulate.main([*arguments, str(tmp_path / "plot.png")])
+    arguments = "--prompts 60 --rollouts 9 --groups 4 --attempts 4 --seeds 1".split()
+    simulate.main([*arguments, "--output", str(tmp_path / "plot.png"), "--difficulty", str(tmp_path / "run.png")])
     printed = capsys.readouterr().out
     assert all(way.name in printed for way in simulate.WAYS)
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > picture.height > 300
+    assert (tmp_path / "run.png").exists()
     with pytest.raises(UserError, match="--rollouts is 2; it must be at least 3"):
         simulate.main(["--rollouts", "2"])
     with pytest.raises(UserError, match="rollout.attempts is 1"):
