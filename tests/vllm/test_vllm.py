@@ -12,7 +12,6 @@ import socket
 import subprocess
 import time
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -65,10 +64,10 @@ FP32 = 2e-4
 """Of log-probabilities near -8: measured differences are below 1e-5, those of defects above 0.01."""
 
 
-def random_model(seed: int) -> ErnieModel:
+def random_model(seed: int, config: ErnieConfig = CONFIG) -> ErnieModel:
     """Values with which every defect shows: large correction biases, and patches so faint that an epsilon counts."""
     torch.manual_seed(seed)
-    model = ErnieModel(CONFIG).requires_grad_(False).eval()
+    model = ErnieModel(config).requires_grad_(False).eval()
     for name, tensor in model.state_dict().items():
         if "correction_bias" in name:
             tensor.copy_(torch.randn_like(tensor) * 0.2)
@@ -84,16 +83,16 @@ def random_model(seed: int) -> ErnieModel:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
     """Two models of different weights, in vLLM's layout."""
-    root, out = tmp_path_factory.mktemp("models"), []
-    for seed in (0, 1):
-        plain = root / f"plain{seed}"
-        with atomic_folder(plain) as temporary:
-            write_model(random_model(seed), temporary)
-            Processor(load_tiny_tokenizer(), CONFIG).save(temporary)
-        config = ExportConfig(checkpoint=str(plain), output=str(root / f"out{seed}"), layout=Layout.vllm)
-        config.certify = Certify.none
-        out += export_checkpoint(config)
-    return out
+    return [exported(random_model(seed), tmp_path_factory.mktemp("models")) for seed in (0, 1)]
+
+
+def exported(model: ErnieModel, root: Path) -> Path:
+    with atomic_folder(root / "plain") as temporary:
+        write_model(model, temporary)
+        Processor(load_tiny_tokenizer(), model.config).save(temporary)
+    config = ExportConfig(checkpoint=str(root / "plain"), output=str(root / "out"), layout=Layout.vllm)
+    config.certify = Certify.none
+    return export_checkpoint(config)[0]
 
 
 @pytest.fixture(scope="module")
@@ -245,42 +244,72 @@ def test_a_certificate_by_vllm_is_refused_for_other_weights(folders, models):
 # ----------------------------------------------------------------------------------------------------------- its server
 
 
-@contextmanager
-def serving(folder: Path, log: Path, *options: str):
-    """`vllm serve` on a free port; the plugin comes by its entry point."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(PYTHON).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--trust-remote-code", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "512", "--max-num-seqs", "4", *options]
-    variables = environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=variables, stdout=out, stderr=out, start_new_session=True)
-    try:
+class Serving:
+    """`vllm serve` on a free port; the plugin comes by its entry point. Use as a context."""
+
+    def __init__(self, folder: Path, log: Path, *options: str, **variables: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        self.command = [str(Path(PYTHON).parent / "vllm"), "serve", str(folder), "--host", "127.0.0.1"]
+        self.command += ["--port", str(port), "--served-model-name", "tiny", "--trust-remote-code"]
+        self.command += [
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-model-len",
+            "512",
+            "--max-num-seqs",
+            "4",
+            *options,
+        ]
+        self.variables = environment(VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind") | variables
+
+    def start(self) -> None:
+        with self.log.open("w") as out:
+            self.process = subprocess.Popen(
+                self.command, env=self.variables, stdout=out, stderr=out, start_new_session=True
+            )
+
+    def wait(self) -> None:
         for _ in range(600):
-            assert server.poll() is None, log.read_text()[-3000:]
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
+                urllib.request.urlopen(f"{self.url}/health", timeout=2)
+                return
             except OSError:
                 time.sleep(0.5)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
-    finally:
-        os.killpg(server.pid, 15)
+        raise AssertionError(self.log.read_text()[-3000:])
+
+    def stop(self, signal: int = 15) -> None:
+        os.killpg(self.process.pid, signal)
         try:
-            server.wait(timeout=30)
+            self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
-            server.wait()
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+
+    def __enter__(self) -> "Serving":
+        self.start()
+        try:
+            self.wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.stop()
 
 
 @pytest.fixture(scope="module")
 def client(folders, tmp_path_factory):
     options = ["--reasoning-parser", "ernie45", "--enable-auto-tool-choice", "--tool-call-parser", "ernie45"]
     options += ["--structured-outputs-config", '{"enable_in_reasoning": true}']
-    with serving(folders[0], tmp_path_factory.mktemp("server") / "log", *options) as one:
-        yield one
+    with Serving(folders[0], tmp_path_factory.mktemp("server") / "log", *options) as one:
+        yield openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", timeout=300, max_retries=0)
 
 
 @pytest.mark.parametrize("with_image", [False, True])

@@ -25,7 +25,6 @@ import torch
 
 from ernie_model.checkpoint import write_tensors
 from ernie_model.expert_parallel import Shard
-from ernie_model.hub import hub_tensors
 from ernie_model.inference.entry import Entry, Request
 from ernie_model.inference.request import Completion, Delta, Finish, Prompt, SamplingParams
 from ernie_model.inference.sampling import Vocabulary
@@ -45,6 +44,7 @@ from train.reinforcement.vllm_servers import About, Push, Refused, Server, range
 from train.reinforcement.wire import Unreachable
 from train.rl_config import VLLMConfig
 from train.weights import Weights
+from vllm_plugin.transfer import look
 
 T = TypeVar("T")
 PARITY_S = 600.0
@@ -109,7 +109,7 @@ class VLLMEngine:
         self._session = everyones(secrets.token_hex(4))[0]
         self._push: Push | None = None
         self._versions: dict[str, int] = {}
-        self._begun = self._compared = False
+        self._begun = self._compared = self._pushing = False
         self._turn = here()[0]
         self._homes: dict[int, Server] = {}
         self._home: ContextVar[tuple[Server, tuple[int, ...]] | None] = ContextVar("home", default=None)
@@ -135,10 +135,14 @@ class VLLMEngine:
         written = time.perf_counter()
         self._versions[self._push.label] = version
         act = (lambda: asyncio.run(self._push_to_all())) if here()[0] == 0 else (lambda: None)
-        alive = all_or_none(self.folder, 0, act)[0]
+        self._pushing = True
+        try:
+            alive = all_or_none(self.folder, 0, act)[0]
+        finally:
+            self._pushing = False
         assert alive is not None
         for server, problem in zip(self.servers, alive, strict=True):
-            server.alive, server.problem, server.running = problem is None, problem or "", 0
+            server.alive, server.problem = problem is None, problem or ""
         self._begun, pushed = True, time.perf_counter()
         self._metrics |= {
             "vllm_write_s": written - started,
@@ -192,7 +196,8 @@ class VLLMEngine:
 
                 all_or_none(path, needed, write)
         never = ranges(self._entry.vocabulary.banned_ids)
-        return Push(label=label, folder=path, tensors=len(hub_tensors(config)), never=never)
+        said = config.to_json() if config.vision is None else config.to_flat_json()
+        return Push(label=label, folder=path, digest=look(path)[1], never=never, config=said)
 
     def _remove(self, keep: Push | None) -> None:
         """Weights of earlier pushes, of earlier starts too, and what a killed one has left."""
@@ -337,9 +342,12 @@ class VLLMEngine:
             VLLMError: there was none for `rollout.vllm.patience_s`.
         """
         until = time.monotonic() + self.config.patience_s
-        while not any(server.alive for server in self.servers):
+        while self._pushing or not any(server.alive for server in self.servers):
             if deadline is not None and time.monotonic() >= deadline:
                 return None
+            if self._pushing:  # by another thread
+                await asyncio.sleep(POLL_S)
+                continue
             if time.monotonic() >= until:
                 raise VLLMError(self._none_left(f"answers, for {self.config.patience_s:g} s"))
             await asyncio.sleep(POLL_S)
@@ -358,6 +366,8 @@ class VLLMEngine:
 
     async def _renew(self, server: Server) -> None:
         assert self._push is not None
+        while self._pushing:
+            await asyncio.sleep(POLL_S)
         before = server.alive
         await server.renew(self._push, retries=self.config.retries)
         self._metrics["vllm_renewals"] += server.alive and not before

@@ -45,9 +45,12 @@ class Push:
 
     label: str
     folder: Path
-    tensors: int
+    digest: str
+    """Of its names and shapes (vllm_plugin/transfer.py)."""
     never: Sequence[tuple[int, int]] = ()
     """Ranges of ids that are never sampled."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """As config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +77,15 @@ class Server:
     running: int = 0
     problem: str = ""
     """Why it is not alive."""
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _lock: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None
+
+    @property
+    def lock(self) -> asyncio.Lock:
+        """For `renew`, of the event loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._lock is None or self._lock[0] is not loop:
+            self._lock = loop, asyncio.Lock()
+        return self._lock[1]
 
     async def ask(self, method: str, path: str, body: Any = None, *, timeout_s: float = QUICK_S) -> Reply:
         """Raises Unreachable."""
@@ -223,7 +234,12 @@ class Server:
         except Refused:  # a run that was killed has begun an update and not finished it
             await self.told("POST", "/finish_weight_update", {})
             await self.told("POST", "/start_weight_update")
-        info = {"folder": str(push.folder), "tensors": push.tensors, "never": [list(one) for one in push.never]}
+        info = {
+            "folder": str(push.folder),
+            "digest": push.digest,
+            "never": [list(one) for one in push.never],
+            "config": dict(push.config),
+        }
         await self.told("POST", "/update_weights", {"update_info": info}, timeout_s=self.push_s)
         await self.told("POST", "/finish_weight_update", {"weight_version": push.label}, timeout_s=self.push_s)
         # Keys, values and features of pictures are of the old weights. Requests in flight compute theirs anew.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,7 +30,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from ernie_model.rope import num_media_tokens, position_ids
 from train.vllm_layout import PLACES
-from vllm_plugin.transfer import BACKEND, open_folder
+from vllm_plugin.transfer import BACKEND, check_sizes, open_folder
 
 
 class Crash(Exception):
@@ -196,8 +197,9 @@ class FakeVLLM:
         if not self.state.updating:
             return 500, {"error": {"message": "start_weight_update must be called before update_weights."}}
         try:
-            open_folder(info["folder"], info["tensors"])
+            open_folder(info["folder"], info["digest"])
             model = load_model(Path(info["folder"])).eval()
+            check_sizes(SimpleNamespace(**self.start_model.config.to_flat_json()), info["config"])
         except (OSError, ValueError) as error:
             self.state.updating = False
             return 500, {"error": {"message": str(error)}}
