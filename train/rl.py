@@ -40,6 +40,7 @@ from train.reinforcement.record import Record
 from train.reinforcement.score import RolloutScore, measure
 from train.reinforcement.scoring import RewardPool
 from train.reinforcement.source import RolloutSource
+from train.reinforcement.vllm_engine import VLLMEngine
 from train.rl_config import RLConfig, RolloutBackend
 from train.run import program
 from train.score import Score
@@ -167,7 +168,19 @@ class RL(Algorithm[RLConfig]):
 
     def open_engine(self, setup: Setup) -> RolloutEngine:
         rollout = self.config.rollout
-        assert rollout.backend is RolloutBackend.local
+        if rollout.backend is RolloutBackend.vllm:
+            servers = VLLMEngine(
+                rollout.vllm,
+                setup.model,
+                setup.processor,
+                setup.weights,
+                folder=setup.folder,
+                max_tokens=self.config.agent.max_tokens,
+                params=self.params,
+                joint=setup.layout.joint,
+            )
+            setup.notes.extend(servers.notes)
+            return servers
         return LocalEngine(
             setup.model,
             setup.processor.tokenizer,
@@ -194,6 +207,8 @@ class RL(Algorithm[RLConfig]):
 
     def start(self, setup: Setup, optimizer: Any) -> None:
         self.reference.start(optimizer, setup.data)
+        if isinstance(self.engine, VLLMEngine):
+            self.engine.optimizer = optimizer
 
     def source(self, setup: Setup) -> TrainSource:
         return self.rollouts

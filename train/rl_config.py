@@ -404,9 +404,10 @@ class RolloutConfig:
                 "it: rollout.vllm.urls=[http://localhost:8000].",
             )
             for name in ("exact", "replay_experts"):
+                value = getattr(self, name)
                 check(
-                    not getattr(self, name),
-                    f"rollout.{name} is true, which vLLM cannot do. Set it to false, or use rollout.backend=local.",
+                    not value,
+                    f"rollout.{name} is {value}, which vLLM cannot do. Leave it out, or use rollout.backend=local.",
                 )
 
 

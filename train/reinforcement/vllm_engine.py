@@ -26,7 +26,7 @@ import torch
 from ernie_model.checkpoint import write_tensors
 from ernie_model.expert_parallel import Shard
 from ernie_model.inference.entry import Entry, Request
-from ernie_model.inference.request import Completion, Delta, Finish, Prompt, SamplingParams
+from ernie_model.inference.request import Completion, Delta, Finish, Prompt, RequestError, SamplingParams
 from ernie_model.inference.sampling import Vocabulary
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -86,7 +86,10 @@ class VLLMEngine:
         self.optimizer, self.joint = optimizer, joint
         self.folder = (folder / "vllm" if config.folder is None else Path(config.folder)).absolute()
         if params is not None:
-            check_params(params)
+            try:
+                check_params(params)
+            except RequestError as error:
+                raise VLLMError(f"sampling.{error}") from error
         self.servers = [Server(url.rstrip("/"), push_s=config.timeout_s) for url in config.urls]
         looked = all_or_none(self.folder, 0, lambda: asyncio.run(self._look(max_tokens)) if here()[0] == 0 else [])
         self.about: list[About] = looked[0]
@@ -122,18 +125,21 @@ class VLLMEngine:
         return self
 
     def begin(self, version: int) -> None:
-        """Write the weights and have every server read them.
+        """Write the weights and have every server read them, unless they are those of the last time.
 
         Raises:
             VLLMError: no server has them; a server computes something else than the trainer.
             UserError: the disk is full, or a rank does not see the folder.
         """
-        self._metrics = {"vllm_retries": 0.0, "vllm_stale_answers": 0.0, "vllm_renewals": 0.0}
+        counted = ("vllm_retries", "vllm_stale_answers", "vllm_renewals")
+        counted += ("engine_sampled_tokens", "engine_prompt_tokens", "engine_cached_tokens")
+        self._metrics = dict.fromkeys(counted, 0.0)
         self._homes.clear()
         started = time.perf_counter()
-        self._push = self._write(version)
+        if self._push is None or self._versions[self._push.label] != version:
+            self._push = self._write(version)
+            self._versions[self._push.label] = version
         written = time.perf_counter()
-        self._versions[self._push.label] = version
         act = (lambda: asyncio.run(self._push_to_all())) if here()[0] == 0 else (lambda: None)
         self._pushing = True
         try:
@@ -214,7 +220,7 @@ class VLLMEngine:
         assert self._push is not None
         push, until = self._push, time.monotonic() + self.config.patience_s
         while True:
-            await asyncio.gather(*(server.push(push, retries=self.config.retries) for server in self.servers))
+            await asyncio.gather(*(server.renew(push, retries=self.config.retries) for server in self.servers))
             if any(server.alive for server in self.servers):
                 return [None if server.alive else server.problem for server in self.servers]
             if not self._begun or time.monotonic() > until:  # at the start of a run nobody has died: it is wrong
@@ -307,6 +313,9 @@ class VLLMEngine:
                 await self._renew(server)
             else:
                 self._home.set((server, (*prompt.token_ids, *completion.token_ids)))
+                self._metrics["engine_sampled_tokens"] += len(completion.token_ids)
+                self._metrics["engine_prompt_tokens"] += completion.num_prompt_tokens
+                self._metrics["engine_cached_tokens"] += completion.num_cached_tokens
                 return completion
             finally:
                 server.running -= 1

@@ -214,7 +214,7 @@ class Server:
                 return
 
     async def renew(self, push: Push, *, retries: int) -> None:
-        """After a doubtful answer: see what it has, and push if that is something else."""
+        """See what it has, and push if that is something else."""
         async with self.lock:
             try:
                 self.alive = (

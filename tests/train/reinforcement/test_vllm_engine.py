@@ -167,7 +167,7 @@ def test_what_vllm_does_otherwise_is_refused(model, fakes, tmp_path, change):
     with pytest.raises(RequestError, match=f"{next(iter(change))} is .*rollout.backend=vllm"):
         ask(engine, TEXT, params=params)
     assert server.count("/inference/v1/generate") == 1  # the look at the start
-    with pytest.raises(RequestError):
+    with pytest.raises(VLLMError, match=f"sampling.{next(iter(change))} is "):
         VLLMEngine(
             VLLMConfig(urls=[server.url]),
             model,
@@ -382,6 +382,7 @@ def test_a_push_is_one_step_after_the_other(model, fakes, tmp_path):
     engine.begin(3)
     label = server.state.label
     assert label.endswith(".3")
+    assert labels.pop(0) == ("/weight_info", "default")
     assert [path for path, _ in labels] == [
         "/pause",
         "/update_weight_version",
@@ -395,7 +396,7 @@ def test_a_push_is_one_step_after_the_other(model, fakes, tmp_path):
     ]
     # From before the first weight changes until all are there, no answer could be taken for one of some weights.
     assert [label for _, label in labels[2:5]] == [NONE] * 3
-    assert server.said[5][0] == "POST /reset_prefix_cache?reset_running_requests=true"
+    assert server.said[6][0] == "POST /reset_prefix_cache?reset_running_requests=true"
 
 
 def test_files_of_earlier_pushes_go(model, fakes, tmp_path):
@@ -409,6 +410,18 @@ def test_files_of_earlier_pushes_go(model, fakes, tmp_path):
         assert kept == [str(number) for number in range(max(0, version - 1), version + 1)]
     engine.close()
     assert not list((tmp_path / "vllm").iterdir())
+
+
+def test_weights_that_servers_have_are_not_pushed_again(model, fakes, tmp_path):
+    """An evaluation between two updates begins, too."""
+    engine = engine_of(model, tmp_path, server := fakes())
+    for _ in range(3):
+        engine.begin(5)
+        engine.end()
+    assert server.count("/update_weights") == 1
+    server.state.label = "other"
+    engine.begin(5)
+    assert server.count("/update_weights") == 2
 
 
 def test_new_weights_are_sampled_from(model, fakes, tmp_path):
