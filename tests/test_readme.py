@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
 PAGES += ("docs/evaluation.md", "docs/serving.md", "docs/tasks.md", "docs/export.md", "docs/dpo.md")
+PAGES += ("docs/rewards.md",)
 
 
 def commands(page: str) -> list[str]:
@@ -120,8 +121,9 @@ def test_the_settings_that_pages_name_exist():
     from train.compose import known_keys
     from train.config import SFTConfig
     from train.dpo_config import DPOConfig
+    from train.rl_config import RLConfig
 
-    known = {*known_keys(SFTConfig), *known_keys(DPOConfig)}
+    known = {*known_keys(SFTConfig), *known_keys(DPOConfig), *known_keys(RLConfig)}
     groups = {key.split(".")[0] for key in known}
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")

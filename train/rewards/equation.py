@@ -27,10 +27,11 @@ MEMORY_GIB = 4.0
 
 _COMMITTED = re.compile(r"answer\s*(?:is|:)", re.IGNORECASE)
 _OPEN = re.compile(r"\b(?:or|between)\b|\\(?:lor|vee)\b", re.IGNORECASE)
-# "hello" is not h * e * l * l * o
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORD = re.compile(r"[A-Za-z]{4,}")
-_FUNCTIONS = ("sinh", "cosh", "tanh", "arcsin", "arccos", "arctan", "sqrt", "infinity")
+_COMMAND = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+# What is written as in a program.
+_ROOT = re.compile(r"(?<![\\A-Za-z])sqrt\(([^()]*)\)")
+_NAMED = re.compile(r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp|min|max|gcd|lcm|pi)(?![A-Za-z])")
 
 
 def math(attempt: Attempt, expected: str) -> float | None:
@@ -60,14 +61,17 @@ def compare(said: str, expected: str) -> float | None:
 
 
 def _read(text: str) -> list:
+    """What a text says: all of it where it is an expression, else the last expression in it. [] where there is none."""
     from math_verify import parse  # it takes a second to import
 
-    if not any(letter.isdigit() for letter in text):
-        words = _WORD.findall(_COMMAND.sub(" ", text))
-        if any(word.lower() not in _FUNCTIONS for word in words if word.lower() != "boxed"):
-            return []
+    text = _NAMED.sub(r"\\\1", _ROOT.sub(r"\\sqrt{\1}", text))
+    words = _WORD.findall(_COMMAND.sub(" ", text))
+    # "hello" is not h * e * l * l * o
+    if any(len(word) > 3 for word in words) and not any(letter.isdigit() for letter in text):
+        return []
+    whole = not words and "$" not in text and "\\boxed{" not in text
     try:
-        return parse(text, parsing_timeout=0) or parse(f"\\boxed{{{text}}}", parsing_timeout=0)
+        return (whole and parse(f"\\boxed{{{text}}}", parsing_timeout=0)) or parse(text, parsing_timeout=0)
     except Exception:  # of sympy and ANTLR, on whatever is written
         return []
 
