@@ -292,8 +292,12 @@ class TrackioTracker:
         self.run.log({name: self.trackio.Image(str(path), caption=f"{name}, step {step}")}, step=step)
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        data = [[_with_pictures(one, self.trackio.Image) for one in row] for row in rows]
+        data = [[self._cell(one) for one in row] for row in rows]
         self.run.log({name: self.trackio.Table(columns=list(columns), data=data)}, step=step)
+
+    def _cell(self, cell: Cell) -> Any:
+        pictures = [self.trackio.Image(str(path)) for path in _paths(cell)]
+        return cell if not pictures else pictures[0] if isinstance(cell, Path) else pictures
 
     def finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -402,8 +406,15 @@ class WandbTracker:
         self.run.log({name: self.wandb.Image(str(path)), "step": step})
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], step: int) -> None:
-        data = [[_with_pictures(one, self.wandb.Image) for one in row] for row in rows]
+        data = [[self._cell(one) for one in row] for row in rows]
         self.run.log({name: self.wandb.Table(columns=list(columns), data=data), "step": step})
+
+    def _cell(self, cell: Cell) -> Any:
+        """Several pictures become one, side by side: a column of wandb's has pictures or lists of them, not both."""
+        paths = _paths(cell)
+        if not paths:
+            return cell
+        return self.wandb.Image(str(cell) if isinstance(cell, Path) else _contact([paths]))
 
     def finish(self) -> None:
         self.run.finish()
@@ -460,12 +471,6 @@ def _unused(name: str, taken: set[str]) -> str:
 
 def _paths(cell: Cell) -> Sequence[Path]:
     return [cell] if isinstance(cell, Path) else list(cell) if isinstance(cell, list | tuple) else []
-
-
-def _with_pictures(cell: Cell, image: Callable[[str], Any]) -> Any:
-    """Several pictures of one cell in a list, which trackio and wandb show side by side."""
-    pictures = [image(str(path)) for path in _paths(cell)]
-    return cell if not pictures else pictures[0] if isinstance(cell, Path) else pictures
 
 
 def _contact(strips: Sequence[Sequence[Path]], height: int = 160, gap: int = 6) -> Any:

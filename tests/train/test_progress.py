@@ -43,6 +43,20 @@ def test_all_numbers_in_order_of_importance():
     )
 
 
+def test_of_rollouts_the_reward_comes_first():
+    metrics = {"loss": -0.01, "accuracy": 0.2, "reward": 0.61, "reward_accuracy": 0.58, "eta_s": 65.0}
+    assert "  ".join(fields(metrics)) == "reward 0.610  loss -0.010  accuracy 58.0%  left 1:05"
+    metrics |= {"tool_use": 0.93, "zero_left": 0.71, "zero_tokens_masked": 0.02, "entropy": 0.118}
+    assert "  ".join(fields(metrics)) == (
+        "reward 0.610  loss -0.010  accuracy 58.0%  tools 93.0%  gradient 71%  masked 2%  entropy 0.118  left 1:05"
+    )
+    assert "  ".join(fields(metrics, compact=True)) == "reward 0.610  loss -0.010  acc 58.0%  tools 93.0%  left 1:05"
+
+
+def test_of_preferences_what_was_ranked():
+    assert fields({"loss": 0.6, "accuracy": 0.2, "reward_accuracy": 0.58}) == ["loss 0.600", "ranked right 58.0%"]
+
+
 def test_absent_numbers_are_left_out():
     assert fields({"loss": 2.0, "tokens_per_s": 830.0, "something_else": 1.0}) == ["loss 2.000", "tokens/s 830"]
 

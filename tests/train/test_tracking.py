@@ -357,12 +357,44 @@ def test_wandb_without_a_key_keeps_the_run_offline_and_resumes_its_id(picture, m
     assert [row["step"] for row in history if any(key.startswith("answers") for key in row)] == [3]
 
 
+@pytest.mark.parametrize("name", ["trackio", "tensorboard", "wandb"])
+def test_a_cell_may_hold_several_pictures(picture, name, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    other = picture.with_name("other.png")
+    Image.new("RGB", (20, 30), "#993333").save(other)
+    rows = [[[picture, other], "7"], [None, "1"], [(other,), "3"]]
+    trackers = make_trackers([name], f"cells-{name}")
+    for tracker in trackers:
+        tracker.start("run", CONFIG, picture.parent)
+        tracker.log_table("table", ["pictures", "said"], rows, step=2)
+        tracker.finish()
+        assert tracker.failures == 0, tracker.name
+    (line,) = records(picture.parent)
+    assert line["rows"] == [[["answers.png", "other.png"], "7"], [None, "1"], [["other.png"], "3"]]
+    if name == "trackio":
+        (table,) = [log["table"]["_value"] for log in trackio_logs(f"cells-{name}", "run") if "table" in log]
+        assert [one["_type"] for one in table[0]["pictures"]] == ["trackio.image"] * 2
+        assert table[1]["pictures"] is None and len(table[2]["pictures"]) == 1
+    elif name == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(picture.parent / "tensorboard"))
+        events.Reload()
+        (shown,) = events.Images("table_pictures")
+        # Two rows have pictures, 160 pixels high: 40 x 30 and 20 x 30 side by side.
+        assert (shown.width, shown.height) == (213 + 107 + 2 * 6, 2 * 166)
+    else:
+        cells = [tracker.tracker._cell(row[0]) for row in rows]
+        assert [cell and cell.image.size for cell in cells] == [(332, 166), None, (113, 166)]
+
+
 def test_charts_stand_in_sections():
     names = ["loss", "grad_norm", "eval_accuracy", "router_text_dead", "text_tokens_per_s", "memory_gb", "image_tokens"]
-    names += ["flops", "mfu", "data_fill", "data_wait"]
+    names += ["flops", "mfu", "data_fill", "data_wait", "zero_left", "attempts_truncated", "seconds_asking"]
     assert list(charts(dict.fromkeys(names, 1.0))) == [
         *("loss", "grad_norm", "eval/accuracy", "router/text_dead", "speed/text_tokens_per_s", "speed/memory_gb"),
         *("batch/image_tokens", "batch/flops", "speed/mfu", "data/fill", "speed/data_wait"),
+        *("zero/left", "attempts/truncated", "seconds/asking"),
     ]
 
 

@@ -97,7 +97,7 @@ def draw(lines: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
 
 def thinned(points: Sequence[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:
     """As many at most, each the mean of its neighbours; a mean leaves out what is not a number."""
-    size = -(-len(points) // most)
+    size = max(1, -(-len(points) // most))
     out = []
     for start in range(0, len(points), size):
         some = points[start : start + size]

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,14 +88,11 @@ class Record(Beside):
         self._failed = False
         self._due: int | None = None
         """A rollout that the trackers have not been shown."""
-        self._files: dict[str, TextIO] = {}
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             drop_after(folder / ROLLOUTS, rollouts - 1, "rollout")
             for name in (LEARNED, ZERO):
                 drop_after(folder / name, step)
-            for name in (ROLLOUTS, LEARNED, ZERO):
-                self._files[name] = (folder / name).open("a", encoding="utf-8")
             learned = {(one["group"], one["attempt"]) for one in read_lines(folder / LEARNED)}
             self._want(read_lines(folder / ROLLOUTS), learned)
         self._wanted = everyones(self._wanted)[0]
@@ -293,7 +290,6 @@ class Record(Beside):
         if PAGE in written:
             lines.append(f"rollouts  {self.folder / PAGE}   (what was asked and answered, token by token)")
         drawn = [str(self.folder / name) for name in written if name.endswith(".png")]
-        self.close()
         return lines + ([f"curves    {', '.join(drawn)}"] if drawn else [])
 
     def _page(self, lines: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]]) -> str:
@@ -314,8 +310,10 @@ class Record(Beside):
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. All ranks ask together; what was written so far is on the disk."""
         self._write_learned()
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        if self.main:
+            for name in (ROLLOUTS, LEARNED, ZERO):
+                with (self.folder / name).open("a") as file:
+                    os.fsync(file.fileno())
         asked = None if self._asked is None else asdict(self._asked)
         return {"asked": asked, "due": self._due, "said": sorted(self._said)}
 
@@ -323,15 +321,10 @@ class Record(Beside):
         self._asked = None if state["asked"] is None else Asked(**state["asked"])
         self._due, self._said = state["due"], set(state["said"])
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files = {}
-
     def _put(self, name: str, line: Mapping[str, Any]) -> None:
         if self.main:
-            self._files[name].write(to_line(line))
-            self._files[name].flush()
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(to_line(line))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
