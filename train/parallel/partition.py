@@ -56,6 +56,20 @@ def whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def found_by_reading(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward pass of the bare model fetches weights that a module reads from another one, as layers with
+    adapters do; afterwards ZeRO-3 knows of them. DeepSpeed's engine does so around its own passes alone."""
+    modules = [module for module in model.modules() if hasattr(module._parameters, "_in_forward")]
+    for module in modules:
+        module._parameters._in_forward = True  # pyright: ignore[reportAttributeAccessIssue] DeepSpeed's own dictionary
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._parameters._in_forward = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def shape_of(tensor: Tensor) -> torch.Size:
     """Of the whole tensor, where ZeRO-3 has cut it up too: what is left in its place has no elements and one dimension.
 

@@ -19,8 +19,8 @@ from ernie_model.layers import Linear
 from ernie_model.model import ErnieModel, Layer
 from ernie_model.moe import Experts
 from ernie_model.processor import Encoded, Processor
-from train.certificate import FACTOR, cases
-from train.parallel.partition import whole
+from train.certificate import FACTOR, Case, cases
+from train.parallel.partition import found_by_reading, whole
 
 SEEDS = 2
 """Passes with random rounding."""
@@ -58,22 +58,22 @@ def probes(
     was_training = model.training
     model.eval()
     try:
-        out = []
-        for case in cases(processor):
-            if case.is_video:
-                continue
-            exact_T, size = _logprobs(model, case.encoded, never, join)
-            shaken = []
-            for seed in range(SEEDS):
-                with shaking(model, epsilon, seed):
-                    shaken.append(_difference(_logprobs(model, case.encoded, never, join)[0], exact_T))
-            largest = max(*(one.largest for one in shaken), epsilon * size)
-            mean = max(*(one.mean for one in shaken), epsilon * size / 4)
-            # Twice: a log-probability is a logit less a sum of logits.
-            out.append(Probe(case.name, case.encoded, exact_T, 2 * FACTOR * largest, FACTOR * mean))
-        return out
+        with found_by_reading(model):
+            return [_probe(model, case, never, epsilon, join) for case in cases(processor) if not case.is_video]
     finally:
         model.train(was_training)
+
+
+def _probe(model: ErnieModel, case: Case, never: Sequence[int], epsilon: float, join: bool) -> Probe:
+    exact_T, size = _logprobs(model, case.encoded, never, join)
+    shaken = []
+    for seed in range(SEEDS):
+        with shaking(model, epsilon, seed):
+            shaken.append(_difference(_logprobs(model, case.encoded, never, join)[0], exact_T))
+    largest = max(*(one.largest for one in shaken), epsilon * size)
+    mean = max(*(one.mean for one in shaken), epsilon * size / 4)
+    # Twice: a log-probability is a logit less a sum of logits.
+    return Probe(case.name, case.encoded, exact_T, 2 * FACTOR * largest, FACTOR * mean)
 
 
 def _logprobs(model: ErnieModel, encoded: Encoded, never: Sequence[int], join: bool) -> tuple[Tensor, float]:
