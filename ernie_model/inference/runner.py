@@ -104,7 +104,7 @@ class Runner:
                 torch.tensor(token_ids, device=self.device),
                 torch.cat([row.position_3T for row in placed], dim=1).to(self.device),
                 context,
-                feature_MD=torch.cat(features).to(self.device) if features else None,
+                feature_MD=torch.cat(features).to(self.device) if features else self._no_features,
                 token_ids=token_ids,
                 join=self._joins,
                 stats=False,
@@ -145,3 +145,8 @@ class Runner:
     def _joins(self) -> bool:
         """See `ErnieModel.forward`."""
         return False
+
+    @property
+    def _no_features(self) -> Tensor | None:
+        """Of a step without images."""
+        return None

@@ -15,7 +15,7 @@ from train import checkpoint, rl
 
 KINDS = {
     "difficulty": ["sampler.margin=2", "rollout.max_lag=2"],
-    "uniform": ["sampler.kind=uniform", "objective=grpo", "objective.kl=0.1"],
+    "uniform": ["sampler.kind=uniform", "objective.ratio=token", "objective.kl=0.1", "optim.lr=2e-5"],
     "lora": ["peft=lora", "peft.rank=4", "peft.targets=[attention,vision]"],
 }
 

@@ -86,6 +86,11 @@ class JointRunner(Runner):
     def _joins(self) -> bool:
         return True
 
+    @property
+    def _no_features(self) -> Tensor:
+        # Told that there are none, the model does not look for them: pixels are met about apart from steps.
+        return torch.zeros(0, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+
     @torch.no_grad()
     def _take_part(self, want: Want) -> None:
         if want is Want.PIXELS:
@@ -95,5 +100,7 @@ class JointRunner(Runner):
             return
         token_T = torch.zeros(2, dtype=torch.int64, device=self.device)
         position_3T = torch.arange(2, device=self.device).expand(3, -1)
-        hidden_TD = self.model(token_T, position_3T, Packed([2]), join=True, stats=False).hidden_TD
+        hidden_TD = self.model(
+            token_T, position_3T, Packed([2]), feature_MD=self._no_features, join=True, stats=False
+        ).hidden_TD
         self._logits(hidden_TD[-1:])
