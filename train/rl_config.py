@@ -12,7 +12,7 @@ from train.config import ObjectiveKind, TrainingConfig, check, check_kind, sugge
 from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
 from train.inference_config import AgentConfig, SamplingConfig
 from train.rewards.registry import OWN, check_part
-from train.rewards.shaping import ACCURACY, PARTS
+from train.rewards.shaping import ACCURACY, COMPARISONS, PARTS
 
 
 class PolicyLoss(Enum):
@@ -541,7 +541,7 @@ class RewardsConfig:
     one. It would say everything at once."""
 
     def __post_init__(self):
-        known = [ACCURACY, *PARTS]
+        known = [ACCURACY, *PARTS, *COMPARISONS]
         check(
             self.weights.get(ACCURACY, 0) > 0,
             f"rewards.weights.accuracy is {self.weights.get(ACCURACY)}; it must be positive: which prompts are asked, "
@@ -554,7 +554,7 @@ class RewardsConfig:
                 "python:module.function for one of your own.",
             )
             check(math.isfinite(weight), f"rewards.weights.{name} is {weight}; it must be a finite number.")
-            if name in PARTS:
+            if name in PARTS or name in COMPARISONS:
                 check_part(name, self.options.get(name, {}))
         for name in self.options:
             check(

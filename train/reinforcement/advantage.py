@@ -4,8 +4,8 @@
     group_mean     R - m                                                                             Dr. GRPO
     rloo           R - mean of the others                                           = A / (A - 1) * group_mean
     batch_std     (R - m) / (S + eps)      S: standard deviation of all R of the rollout
-    gdpo          (D - M) / (S + eps)      D: sum of weight * group_std over the parts of the reward;
-                                           M, S: mean and standard deviation of all D           2601.05242
+    gdpo           D / (S + eps)           D: sum of weight * group_std over the parts of the reward, S: standard
+                                           deviation of all D (their mean is 0)                 2601.05242
 
     R = 1, 0, 0, 0    group_std 1.5, -0.5 (three times)    group_mean 0.75, -0.25    rloo 1, -0.3333    at eps 0
 
@@ -15,7 +15,7 @@ deviation or count. Groups whose attempts are worth the same have advantage 0; s
 gdpo normalises before it adds up, so that a part with a small weight, or one that hardly differs, keeps its share: a
 group whose attempts are all right and differ in format alone is not drowned by one that differs in accuracy.
 
-With objective.per_domain, M and S are those of the group's own domain (the rewards of different domains have different
+With objective.per_domain, S is that of the group's own domain (the rewards of different domains have different
 spreads; ERNIE 4.5 normalises by subset).
 
 Reference 3.4, 4.4, 9 and 10.
@@ -62,10 +62,10 @@ def advantages(
         case AdvantageKind.group_std:
             values = [_standardised(group, eps) for group in worth]
         case AdvantageKind.batch_std:
-            values = _over_domains(worth, [_centred(group) for group in worth], config, domains, mean=False)
+            values = _over_domains(worth, [_centred(group) for group in worth], config, domains)
         case AdvantageKind.gdpo:
             sums = _sums_of_parts(worth, parts, weights or {}, eps)
-            values = _over_domains(sums, sums, config, domains, mean=True)
+            values = _over_domains(sums, sums, config, domains)
     return [[0.0 if value is None else value for value in group] for group in values]
 
 
@@ -124,9 +124,9 @@ def _sums_of_parts(
 
 
 def _over_domains(
-    of: Sequence[Group], values: Sequence[Group], config: RLObjectiveConfig, domains: Sequence[Hashable], *, mean: bool
+    of: Sequence[Group], values: Sequence[Group], config: RLObjectiveConfig, domains: Sequence[Hashable]
 ) -> list[list[float | None]]:
-    """`values` (less the mean of `of`), over the standard deviation of `of`."""
+    """`values` over the standard deviation of `of`."""
     keys = list(domains) if config.per_domain else [None] * len(of)
     if len(keys) != len(of):
         raise ValueError(f"per_domain needs the domain of each of {len(of)} groups; there are {len(keys)}.")
@@ -134,10 +134,9 @@ def _over_domains(
     for domain in dict.fromkeys(keys):
         places = [place for place, key in enumerate(keys) if key == domain]
         known = [value for place in places for value in _known(of[place])]
-        shift = _mean(known) if mean and known else 0.0
         scale = _inverse(_std(known), config.advantage_eps)
         for place in places:
-            out[place] = [None if value is None else (value - shift) * scale for value in values[place]]
+            out[place] = _scaled(values[place], scale)
     return out
 
 

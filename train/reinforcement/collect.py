@@ -83,7 +83,8 @@ async def collect(
     done_ones = iter(await asyncio.gather(*left))
     scored(time.perf_counter() - begin)
     return [
-        Group(ticket=one.ticket, version=version, attempts=tuple(next(done_ones) for _ in one.seeds)) for one in asked
+        Group(ticket=one.ticket, version=version, attempts=pool.compared([next(done_ones) for _ in one.seeds]))
+        for one in asked
     ]
 
 

@@ -14,17 +14,18 @@ import asyncio
 import json
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from ernie_model.worker import Worker
 from train.config import UserError
+from train.evaluation.asking import to_attempt
 from train.evaluation.questions import Question
-from train.reinforcement.groups import Scores
+from train.reinforcement.groups import Scored, Scores
 from train.reinforcement.judge import Job, Judgement, check_jobs, judge
 from train.rewards.base import Attempt
-from train.rewards.shaping import ACCURACY
+from train.rewards.shaping import ACCURACY, COMPARISONS
 from train.rl_config import RewardsConfig
 
 START_S = 60.0
@@ -45,7 +46,9 @@ class RewardPool:
 
     def __init__(self, config: RewardsConfig, questions: Sequence[Question] = ()):
         self.config = config
-        self.parts = {name: dict(config.options.get(name, {})) for name in config.weights if name != ACCURACY}
+        options = {name: dict(config.options.get(name, {})) for name in config.weights if name != ACCURACY}
+        self.parts = {name: given for name, given in options.items() if name not in COMPARISONS}
+        self.comparisons = {name: given for name, given in options.items() if name in COMPARISONS}
         self._rewards = sorted({one.reward_name for one in questions})
         # One thread for each process; one where they are computed here, which blocks no event loop.
         self._threads = ThreadPoolExecutor(max(1, config.workers), thread_name_prefix="rewards")
@@ -100,8 +103,27 @@ class RewardPool:
             problem = problem or f"reward {reward_name} cannot tell"
         elif not judgement.problems:
             # A part that has nothing to say of this attempt adds nothing.
-            total = sum(weight * (parts[name] or 0.0) for name, weight in self.config.weights.items())
+            total = self._sum(parts)
         return Scores(parts=parts, accuracy=accuracy, total=total, problem=problem)
+
+    def _sum(self, parts: Mapping[str, float | None]) -> float:
+        return sum(weight * (parts.get(name) or 0.0) for name, weight in self.config.weights.items())
+
+    def compared(self, group: Sequence[Scored]) -> tuple[Scored, ...]:
+        """All attempts at one question, with the parts that compare them."""
+        if not self.comparisons:
+            return tuple(group)
+        attempts = [to_attempt(one.episode) for one in group]
+        accuracies = [one.scores.accuracy for one in group]
+        values = {
+            name: COMPARISONS[name](attempts, accuracies, **options) for name, options in self.comparisons.items()
+        }
+        done = []
+        for place, one in enumerate(group):
+            parts = one.scores.parts | {name: of_all[place] for name, of_all in values.items()}
+            total = None if one.scores.total is None else self._sum(parts)
+            done.append(replace(one, scores=replace(one.scores, parts=parts, total=total)))
+        return tuple(done)
 
     def close(self) -> None:
         """The run is over: no process outlives it, whatever it computes."""

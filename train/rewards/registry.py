@@ -18,7 +18,7 @@ from train.rewards.choice import multiple_choice
 from train.rewards.equation import math
 from train.rewards.json_answer import json_fields, json_valid
 from train.rewards.number import counting, number
-from train.rewards.shaping import PARTS
+from train.rewards.shaping import COMPARISONS, PARTS
 from train.rewards.temporal import temporal_iou
 from train.rewards.text import anls, edit_distance, exact
 from train.rewards.tools import tool_success
@@ -90,7 +90,7 @@ def part_named(name: str) -> Part:
 
 def check_part(name: str, options: Mapping[str, Any]) -> None:
     """Raises UserError: there is no such part, or it does not take these options."""
-    function = imported(name) if name.startswith(OWN) else part_named(name)
+    function = COMPARISONS.get(name) or (imported(name) if name.startswith(OWN) else part_named(name))
     if not isinstance(options, Mapping):
         raise UserError(f"rewards.options.{name} is {options!r}; it must be like {{length: 4096}}.")
     _check_known(f"rewards.options.{name}", function, options)
@@ -104,7 +104,8 @@ def check_part(name: str, options: Mapping[str, Any]) -> None:
             )
     if not name.startswith(OWN):
         try:
-            function(Attempt(answer="an answer", text="an answer"), 1.0, **options)
+            attempt = Attempt(answer="an answer", text="an answer")
+            function(*([attempt], [1.0]) if name in COMPARISONS else (attempt, 1.0), **options)
         except (ValueError, TypeError) as error:
             raise UserError(f"rewards.options.{name} is {dict(options)}: {error}") from error
 

@@ -8,6 +8,11 @@
     tool_bonus    1 where a tool showed something new and the answer is right, else 0          DeepEyes, 2505.14362
     tool_errors   -1 for `most` failed calls and more, in proportion below
 
+and, comparing the attempts at one question with each other,
+
+    shorter       0.5 (the shortest) to -0.5 (the longest); a wrong answer at most 0       Kimi k1.5, 2501.12599
+    curiosity     for looks while few attempts look, against many looks              Pixel Reasoner, 2505.15966
+
 Each is in [-1, 1] (`base.Part`) and sees the accuracy, so that a bonus can be had by right answers alone. A bonus for
 looking teaches to look; one for looking and being right, to see (reference 4.3).
 
@@ -19,7 +24,7 @@ Reference 4.1, 4.3, 4.4.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ernie_model.inference.parsing import parse
@@ -173,3 +178,59 @@ PARTS: dict[str, Part] = {
     "tool_bonus": tool_bonus,
     "tool_errors": tool_errors,
 }
+
+
+# ------------------------------------------------------------------------------------------------- compared in a group
+
+Comparison = Callable[..., list[float | None]]
+"""(attempts, accuracies, **options) -> a `Part` of each. Those whose accuracy is None are left out: None."""
+
+
+def shorter(attempts: Sequence[Attempt], accuracies: Sequence[float | None]) -> list[float | None]:
+    """0.5 - (tokens - fewest) / (most - fewest) for right answers (accuracy above 0.5), for others at most 0; 0 where
+    all are of one length.
+
+        100, 200, 300 tokens right, 300 wrong:    0.5, 0, -0.5, -0.5
+    """
+    tokens = [one.num_tokens for one, known in zip(attempts, accuracies, strict=True) if known is not None]
+    fewest, most = min(tokens, default=0), max(tokens, default=0)
+    values: list[float | None] = []
+    for one, accuracy in zip(attempts, accuracies, strict=True):
+        if accuracy is None:
+            values.append(None)
+            continue
+        value = 0.5 - (one.num_tokens - fewest) / (most - fewest) if most > fewest else 0.0
+        values.append(value if accuracy > RIGHT else min(value, 0.0))
+    return values
+
+
+def curiosity(
+    attempts: Sequence[Attempt],
+    accuracies: Sequence[float | None],
+    *,
+    share: float = 0.3,
+    bonus: float = 0.5,
+    most: int = 1,
+    cost: float = 0.05,
+) -> list[float | None]:
+    """bonus * max(share - r, 0) for an attempt that looks, where r is the share of the group's attempts that do, and
+    -cost for each look beyond `most`. What is a look: `tool_bonus`; calls that fail are none, or they would be made for
+    their own sake.
+    """
+    if not (0 <= share <= 1 and 0 <= bonus <= 1 and most >= 0 and cost >= 0):
+        raise ValueError(
+            f"share is {share}, bonus {bonus}, most {most}, cost {cost}; 0 <= share, bonus <= 1, and 0 <= most, cost."
+        )
+    looks = [
+        None if known is None else len(_looks(one, 0.9, 0.9)) for one, known in zip(attempts, accuracies, strict=True)
+    ]
+    known = [count for count in looks if count is not None]
+    rate = sum(count > 0 for count in known) / max(len(known), 1)
+
+    def value(count: int) -> float:
+        return max(-1.0, bonus * max(share - rate, 0.0) * (count > 0) - cost * max(count - most, 0))
+
+    return [None if count is None else value(count) for count in looks]
+
+
+COMPARISONS: dict[str, Comparison] = {"shorter": shorter, "curiosity": curiosity}

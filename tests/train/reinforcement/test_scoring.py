@@ -11,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from ernie_model.inference.agent import Episode, Status
 from train.config import UserError
 from train.reinforcement import scoring
+from train.reinforcement.groups import Scored, Scores
 from train.reinforcement.scoring import RewardPool
 from train.rewards.base import Attempt
 from train.rl_config import RewardsConfig
@@ -133,6 +135,18 @@ def test_a_part_that_fails_leaves_the_accuracy_and_no_total(pool):
     assert "returned -9, which is not in [-1, 1]" in one.problem
 
 
+def test_parts_that_compare_attempts_come_last(pool):
+    def scored(tokens: int, right: float | None) -> Scored:
+        episode = Episode([1] * tokens, [], [], sampled=[True] * tokens, status=Status.ANSWERED, answer="7")
+        return Scored(episode=episode, scores=Scores(parts={"accuracy": right}, accuracy=right, total=right))
+
+    group = [scored(1, 1.0), scored(3, 1.0), scored(3, None)]
+    done = pool(weights={"accuracy": 1.0, "shorter": 0.5}).compared(group)
+    assert [one.scores.total for one in done] == [1.25, 0.75, None]
+    assert [one.scores.parts["shorter"] for one in done] == [0.5, -0.5, None]
+    assert pool().compared(group) == tuple(group)
+
+
 def test_an_attempt_that_the_engine_could_not_make_has_no_score(pool):
     (one,) = scores(pool(), (question(), Attempt(answer="", finished=False, problem="no memory left")))
     assert one.accuracy is None and one.problem == "no memory left"
@@ -191,24 +205,26 @@ def test_nothing_outlives_the_pool_even_while_it_hangs(pool, tmp_path):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_a_program_that_is_killed(tmp_path, how):
-    program = """
-        import asyncio, sys, time
+    pids = tmp_path / "pid"
+    program = f"""
+        import asyncio
         from types import SimpleNamespace
         from train.reinforcement.scoring import RewardPool
         from train.rewards.base import Attempt
         from train.rl_config import RewardsConfig
-        pool = RewardPool(RewardsConfig(time_s=60.0), [])
+        pool = RewardPool(RewardsConfig(time_s=60.0))
         print(pool._workers[0]._popen.pid, flush=True)
-        time.sleep(60)
+        asked = SimpleNamespace(reward_name="{MINE}hangs", options={{}}, expected="{pids}", thinking=False)
+        asyncio.run(pool.score(asked, Attempt(answer="7")))
     """
     running = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
     try:
         assert running.stdout is not None
         worker = int(running.stdout.readline())
-        assert not gone(worker)
+        assert comes_true(lambda: pids.exists() and pids.read_text() != "") and not gone(worker)
         running.send_signal(how)
         running.wait(10)
-        assert comes_true(lambda: gone(worker))
+        assert comes_true(lambda: gone(worker) and gone(int(pids.read_text())))
     finally:
         running.kill()
         running.wait()

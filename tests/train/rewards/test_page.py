@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from train.rewards.registry import REWARDS
-from train.rewards.shaping import PARTS
+from train.rewards.shaping import COMPARISONS, PARTS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "rewards.md"
 
@@ -20,7 +20,7 @@ def shown(parameter: inspect.Parameter) -> str:
     return f"{parameter.name}={value}"
 
 
-@pytest.mark.parametrize("heading, functions", [("Is it right?", REWARDS), ("How was it made?", PARTS)])
+@pytest.mark.parametrize("heading, functions", [("Is it right?", REWARDS), ("How was it made?", PARTS | COMPARISONS)])
 def test_the_tables_are_whole(heading, functions):
     section = PAGE.read_text(encoding="utf-8").partition(f"## {heading}")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \|([^|]*)\|", section, re.MULTILINE))

@@ -16,7 +16,17 @@ from trl.rewards import (
 from train.config import UserError
 from train.rewards.base import Attempt
 from train.rewards.registry import check_part, part_named
-from train.rewards.shaping import PARTS, cosine, overlong, repetition, tool_bonus, tool_errors
+from train.rewards.shaping import (
+    COMPARISONS,
+    PARTS,
+    cosine,
+    curiosity,
+    overlong,
+    repetition,
+    shorter,
+    tool_bonus,
+    tool_errors,
+)
 from train.rewards.shaping import format as form
 
 
@@ -191,6 +201,31 @@ def test_tool_errors():
     assert [tool_errors(looked(*[bad] * n), None, most=4) for n in (0, 1, 2, 9)] == [0, -0.25, -0.5, -1]
 
 
+# ---------------------------------------------------------------------------------------------------------- compared
+
+
+def test_kimi_by_the_published_numbers():
+    """Reference 10, "Rewards"."""
+    attempts = [written("", num_tokens=n) for n in (100, 200, 300, 300)]
+    assert shorter(attempts, [1.0, 1.0, 1.0, 0.0]) == [0.5, 0, -0.5, -0.5]
+    assert shorter(attempts, [0.0, 0.5, None, 0.0]) == [0, 0, None, -0.5]
+    assert shorter(attempts[2:], [1.0, 0.0]) == [0, 0]
+    assert shorter(attempts, [None] * 4) == [None] * 4 and shorter([], []) == []
+
+
+def test_pixel_reasoner_by_the_published_numbers():
+    """Reference 4.3: alpha 0.5, beta 0.05, H 0.3, N 1; one attempt in ten looks."""
+    boxes = ([0, 0, 90, 90], [100, 0, 190, 90], [200, 0, 290, 90], [300, 0, 390, 90])
+    blind = [looked()] * 9
+    assert curiosity([looked(GOOD), *blind], [1.0] * 10) == pytest.approx([0.1] + [0] * 9)
+    assert curiosity([looked(*map(call, boxes)), *blind], [1.0] * 10)[0] == pytest.approx(0.1 - 0.15)
+    # a third of them look
+    assert curiosity([looked(GOOD)] * 5 + blind, [1.0] * 14) == [0] * 14
+    # a call that fails is none, and what has no score is not counted
+    assert curiosity([looked(call(failed=True)), *blind], [1.0] * 10) == [0] * 10
+    assert curiosity([looked(GOOD), looked(GOOD), *blind], [1.0, None, *[1.0] * 9])[:2] == [pytest.approx(0.1), None]
+
+
 # ------------------------------------------------------------------------------------------------------------- garbage
 
 JUNK = st.one_of(
@@ -221,7 +256,7 @@ CALLS = st.fixed_dictionaries(
 OPTIONS = {"overlong": {"length": 20, "cache": 5}, "cosine": {"length": 20}}
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", [*PARTS, *COMPARISONS])
 @given(
     answer=st.text(),
     turns=st.lists(TEXTS, max_size=3),
@@ -245,8 +280,11 @@ def test_garbage_never_raises_and_stays_in_range(name, answer, turns, calls, num
         thinking=flags[1],
         max_chars=20,
     )
-    value = PARTS[name](attempt, accuracy, **OPTIONS.get(name, {}))
-    assert value is None or (isinstance(value, float) and -1 <= value <= 1)
+    if name in PARTS:
+        values = [PARTS[name](attempt, accuracy, **OPTIONS.get(name, {}))]
+    else:
+        values = COMPARISONS[name]([attempt, written("", num_tokens=7), attempt], [accuracy, 1.0, None])
+    assert all(value is None or (isinstance(value, float) and -1 <= value <= 1) for value in values)
 
 
 @pytest.mark.parametrize("depth", [10, 100_000])
