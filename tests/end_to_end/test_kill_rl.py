@@ -24,7 +24,7 @@ def settings(folder: Path, steps: int) -> list[str]:
     name, data = folder.name.partition(".")[0], folder.parent / "data"
     if not data.exists():
         write_prompts(data)
-    often = [f"run.steps={steps}", "run.save_every=3", "evaluate.every=6", f"run.folder={folder}"]
+    often = [f"run.steps={steps}", "record.every=2", "run.save_every=3", "evaluate.every=6", f"run.folder={folder}"]
     return [*KINDS[name], *files(data), *QUICK, *often]
 
 
@@ -41,6 +41,8 @@ def kill_and_compare(tmp_path: Path, monkeypatch, name: str, steps: int, kinds: 
     done = kill_again_and_again(program, broken, steps, kinds, random.Random(seed))
     finish(monkeypatch, broken, steps)
     check_equal(broken, whole, steps)
+    for file in ("rollouts.jsonl", "learned.jsonl", "zero_gradient.jsonl"):
+        assert (broken / file).read_bytes() == (whole / file).read_bytes()
     assert len(lines_of_starts(broken)) == len(done) + 1
 
 

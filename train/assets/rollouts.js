@@ -149,6 +149,11 @@ function tokens(one, taught) {
       box.append(node("i", {class: "k-image chip"}, name ? picture(name) : null, `${piece.count} tokens`));
       continue;
     }
+    if (piece.left_out) {
+      box.append(node("span", {class: "turn soft"}), node("small", {class: "sub"}, `${piece.left_out} tokens are left out here: rollouts.jsonl`),
+        node("span", {class: "turn soft"}));
+      continue;
+    }
     const sampled = Boolean(piece.logprobs), before = box.lastChild?.classList;
     if (before && !sampled && before.contains("s")) box.append(node("span", {class: "turn soft"}));
     if (before && sampled && !before.contains("s")) box.append(node("span", {class: "turn"}));

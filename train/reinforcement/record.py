@@ -17,8 +17,10 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from train.reinforcement.difficulty import DifficultySampler
 from train.reinforcement.groups import Summary
 from train.reinforcement.prompts import Prompts
 from train.reinforcement.recorded import Place, key_of, lines_of, to_line
-from train.reinforcement.rollouts_page import table_of, write_page
+from train.reinforcement.rollouts_page import evenly, table_of, write_page
 from train.reinforcement.source import KINDS, Rollout, kind_of
 from train.reinforcement.time_split import time_line, time_metrics
 from train.reinforcement.zero_gradient import Asked, Taught, asked_of, entry, fates_of, off, table_text
@@ -47,6 +49,7 @@ from train.tracking import Tracker
 
 ROLLOUTS, LEARNED, ZERO, PAGE = "rollouts.jsonl", "learned.jsonl", "zero_gradient.jsonl", "rollouts.html"
 
+_ROLLOUT = re.compile(r'"rollout":(\d+)')
 logger = logging.getLogger(__name__)
 
 
@@ -260,12 +263,11 @@ class Record(Beside):
         every = self.config.record.plots_every
         written = []
         if self._due is not None or last:
-            lines, learned = read_lines(self.folder / ROLLOUTS), read_lines(self.folder / LEARNED)
-            if lines:
-                atomic_write(self.folder / PAGE, self._page(lines, learned))
+            recorded = recorded_rollouts(self.folder / ROLLOUTS)
+            if recorded:
+                atomic_write(self.folder / PAGE, self._page(recorded))
                 written.append(PAGE)
-            rows = [line for line in lines if line["rollout"] == self._due]
-            if rows:
+            if self._due is not None and (rows := read_lines(self.folder / ROLLOUTS, {self._due})):
                 columns, cells = table_of(rows, self.config.record.attempts, self.folder)
                 for tracker in trackers:
                     tracker.log_table("rollouts", columns, cells, step)
@@ -292,16 +294,17 @@ class Record(Beside):
         drawn = [str(self.folder / name) for name in written if name.endswith(".png")]
         return lines + ([f"curves    {', '.join(drawn)}"] if drawn else [])
 
-    def _page(self, lines: Sequence[Mapping[str, Any]], learned: Sequence[Mapping[str, Any]]) -> str:
+    def _page(self, recorded: Sequence[int]) -> str:
+        shown = set(evenly(recorded, self.config.record.rollouts))
         return write_page(
             f"{self.config.run.name}: rollouts",
-            lines,
-            learned,
-            read_lines(self.folder / ZERO),
+            read_lines(self.folder / ROLLOUTS, shown),
+            read_lines(self.folder / LEARNED, shown),
+            read_lines(self.folder / ZERO, shown),
             curves.rewards_of(curves.history(self.folder)),
             folder=self.folder,
             attempts=self.config.record.attempts,
-            rollouts=self.config.record.rollouts,
+            recorded=len(recorded),
             band=self.config.objective.bounds,
         )
 
@@ -327,11 +330,25 @@ class Record(Beside):
                 file.write(to_line(line))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, rollouts: AbstractSet[int] | None = None) -> list[dict[str, Any]]:
+    """Of these rollouts; None: of all."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in lines if rollouts is None or _rollout_of(line) in rollouts]
+
+
+def recorded_rollouts(path: Path) -> list[int]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return sorted({number for line in lines if (number := _rollout_of(line)) is not None})
+
+
+def _rollout_of(line: str) -> int | None:
+    """Lines are long, and most are not read: the number stands near their beginning."""
+    found = _ROLLOUT.search(line, 0, 100)
+    return None if found is None else int(found[1])
 
 
 def choose(summaries: Sequence[Summary], most: int) -> set[int]:

@@ -25,6 +25,8 @@ from train.tracking import Cell
 LONGEST_CELL = 2000
 """Characters of a text in the trackers' tables."""
 WORST = 2
+FIRST, LAST = 1200, 400
+"""Tokens of a longer attempt that the page shows."""
 
 Lines = Sequence[Mapping[str, Any]]
 
@@ -38,7 +40,7 @@ def write_page(
     *,
     folder: Path,
     attempts: int,
-    rollouts: int,
+    recorded: int,
     band: Sequence[float],
 ) -> str:
     """The page's HTML.
@@ -46,17 +48,16 @@ def write_page(
     Args:
         lines, learned, zero: of rollouts.jsonl, learned.jsonl and zero_gradient.jsonl.
         rewards: (rollout, mean reward) over the whole run.
-        attempts, rollouts: at most, of a group and of the run.
+        attempts: of a group, at most.
+        recorded: rollouts that there are, those that are not shown included.
         band: objective.band.
     """
-    numbers = sorted({line["rollout"] for line in lines})
-    shown = evenly(numbers, rollouts)
+    shown = sorted({line["rollout"] for line in lines})
     pictures = _Pictures(folder)
     later = {(one["group"], one["attempt"]): one for one in learned}
     by_rollout: dict[int, list[Mapping[str, Any]]] = {number: [] for number in shown}
     for line in lines:
-        if line["rollout"] in by_rollout:
-            by_rollout[line["rollout"]].append(line)
+        by_rollout[line["rollout"]].append(line)
     data = {
         "rollouts": [
             {
@@ -72,7 +73,7 @@ def write_page(
         "band": list(band),
         "fates": FATES,
     }
-    about = f"{len(numbers)} rollouts recorded" + (f", {len(shown)} of them shown" if len(shown) < len(numbers) else "")
+    about = f"{recorded} rollouts recorded" + (f", {len(shown)} of them shown" if len(shown) < recorded else "")
     return "\n".join(
         [
             head(title, ["preview.css", "rollouts.css"]),
@@ -171,6 +172,7 @@ def _attempt(line: Mapping[str, Any], learned: Mapping[str, Any] | None, picture
         own = gaps[at:stop] if "logprobs" in piece else []
         pieces.append({**piece, "gaps": own} if any(gap is not None for gap in own) else piece)
         at = stop
+    pieces = shortened(pieces)
     return {
         **{name: line[name] for name in kept},
         "advantage": line["advantage"] if learned is None else learned["advantage"],
@@ -179,6 +181,32 @@ def _attempt(line: Mapping[str, Any], learned: Mapping[str, Any] | None, picture
         "calls": [{**call, "pictures": pictures.use(call["pictures"])} for call in line["calls"]],
         "pieces": pieces,
     }
+
+
+def shortened(pieces: Sequence[Mapping[str, Any]], first: int = FIRST, last: int = LAST) -> list[Mapping[str, Any]]:
+    """The first and the last tokens of an attempt that has more, between them how many are left out; pictures stay."""
+    tokens = sum(len(piece.get("ids", ())) for piece in pieces)
+    if tokens <= first + last:
+        return list(pieces)
+    out: list[Mapping[str, Any]] = []
+    at = 0
+    for piece in pieces:
+        start, at = at, at + len(piece.get("ids", ()))
+        if "count" in piece:
+            out.append(piece)
+        if start < first:
+            out += _part(piece, 0, first - start)
+        if start <= first < at:
+            out.append({"kind": "cut", "left_out": tokens - first - last})
+        out += _part(piece, max(0, tokens - last - start), at - start)
+    return out
+
+
+def _part(piece: Mapping[str, Any], start: int, stop: int) -> list[Mapping[str, Any]]:
+    """Its tokens from `start` to `stop`; none, no piece."""
+    if not piece.get("ids", ())[start:stop]:
+        return []
+    return [{key: value[start:stop] if isinstance(value, list) else value for key, value in piece.items()}]
 
 
 def _boxes(answer: str) -> list[list[float]]:

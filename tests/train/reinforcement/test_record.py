@@ -16,7 +16,7 @@ from train.config import TaskData, UserError
 from train.reinforcement.examples import encode_group, with_advantages
 from train.reinforcement.groups import Group
 from train.reinforcement.prompts import Prompts
-from train.reinforcement.record import LEARNED, PAGE, ROLLOUTS, ZERO, Record, choose, read_lines
+from train.reinforcement.record import LEARNED, PAGE, ROLLOUTS, ZERO, Record, choose, read_lines, recorded_rollouts
 from train.reinforcement.source import Rollout
 from train.rl_config import RecordConfig, RLConfig, RolloutConfig
 from train.tracking import JsonlTracker
@@ -195,6 +195,17 @@ def test_only_every_nth_rollout_and_a_few_groups_are_recorded(tmp_path):
     never = record(tmp_path / "never", config=dataclasses.replace(CONFIG, record=RecordConfig(every=0)))
     never.told(rollout(0, two_groups()))
     assert read_lines(tmp_path / "never" / ROLLOUTS) == []
+
+
+def test_the_page_reads_only_the_rollouts_that_it_shows(tmp_path):
+    config = dataclasses.replace(CONFIG, record=RecordConfig(every=1, rollouts=2))
+    made = record(tmp_path, config=config)
+    for number in range(11):
+        made.told(rollout(number, two_groups(2 * number)))
+    made.finish(22, [])
+    assert recorded_rollouts(tmp_path / ROLLOUTS) == list(range(11))
+    assert {one["rollout"] for one in read_lines(tmp_path / ROLLOUTS, {1})} == {1}  # and not 10
+    assert "11 rollouts recorded, 2 of them shown" in (tmp_path / PAGE).read_text()
 
 
 def test_groups_of_every_kind_are_chosen():

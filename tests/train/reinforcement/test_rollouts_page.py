@@ -13,7 +13,7 @@ from PIL import Image
 from tests.train.reinforcement.asked import PROCESSOR, attempt, group, question
 from train.reinforcement import curves
 from train.reinforcement.recorded import Place, lines_of
-from train.reinforcement.rollouts_page import best_and_worst, evenly, table_of, write_page
+from train.reinforcement.rollouts_page import best_and_worst, evenly, shortened, table_of, write_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
@@ -46,7 +46,7 @@ def recorded(folder: Path) -> list[dict]:
 
 
 def page_of(folder: Path, lines: list[dict], learned: list[dict], **how: int) -> str:
-    settings = {"attempts": 6, "rollouts": 40} | how
+    settings = {"attempts": 6, "recorded": 2} | how
     rewards = [(0, 0.25), (1, 0.5), (2, 0.25), (3, 0.75)]
     return write_page(f"run {EVIL}", lines, learned, ZERO, rewards, folder=folder, band=(0.5, 5.0), **settings)
 
@@ -98,11 +98,32 @@ def test_pictures_are_stored_once_and_one_that_is_gone_is_left_out(tmp_path):
 
 
 def test_some_of_many_rollouts(tmp_path):
-    page = page_of(tmp_path, recorded(tmp_path), [], rollouts=1)
+    lines = [line for line in recorded(tmp_path) if line["rollout"] == 3]
+    page = page_of(tmp_path, lines, [])
     assert [one["number"] for one in data_of(page)["rollouts"]] == [3]
     assert "2 rollouts recorded, 1 of them shown" in page
     assert evenly(range(101), 5) == [0, 25, 50, 75, 100]
     assert evenly([3, 9], 5) == [3, 9]
+
+
+@pytest.mark.parametrize("first", range(1, 7))
+def test_of_a_long_attempt_both_ends_are_shown(first):
+    def piece(kind: str, *ids: int) -> dict:
+        return {"kind": kind, "ids": list(ids), "texts": [str(one) for one in ids], "logprobs": [0.0] * len(ids)}
+
+    pieces = [
+        piece("reasoning", 0, 1, 2),
+        {"kind": "image", "count": 4},
+        piece("result", 3, 4),
+        piece("answer", 5, 6, 7, 8),
+    ]
+    short = shortened(pieces, first, 2)
+    shown = [one for piece in short for one in piece.get("ids", ["cut"] if "left_out" in piece else [])]
+    assert shown == [*range(first), "cut", 7, 8]
+    assert [one["left_out"] for one in short if "left_out" in one] == [9 - first - 2]
+    assert sum("count" in one for one in short) == 1
+    assert all(len(one["ids"]) == len(one["texts"]) == len(one["logprobs"]) for one in short if "ids" in one)
+    assert shortened(pieces, 7, 2) == pieces
 
 
 def test_the_best_and_the_worst():
