@@ -38,9 +38,17 @@ def prompt(number: int) -> Prompt:
 def push(what: str, layout: str, folder: Path, url: str) -> None:
     run = Trained(LAYOUTS[layout], WHAT[what], model=start_model())
     config = VLLMConfig(urls=[url], retries=0)
-    arguments = dict(folder=folder / what / layout, max_tokens=64, optimizer=run.updates.optimizer)
     joint = LAYOUTS[layout].zero == 3 or LAYOUTS[layout].expert > 1
-    engine = VLLMEngine(config, run.policy.model, tiny_processor(SPARSE), run.weights, joint=joint, **arguments)
+    engine = VLLMEngine(
+        config,
+        run.policy.model,
+        tiny_processor(SPARSE),
+        run.weights,
+        folder=folder / what / layout,
+        max_tokens=64,
+        optimizer=run.updates.optimizer,
+        joint=joint,
+    )
     engine.begin(6)  # with the parity check
     (answer,) = asyncio.run(engine.together([engine.generate(prompt(run.rank), PARAMS)]))
     told = everyones((answer.token_ids, answer.versions, engine.metrics()))
