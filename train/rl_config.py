@@ -656,3 +656,10 @@ class RLConfig(TrainingConfig):
             "reference.kind=auto.",
         )
         reference_kind(self.reference, self.peft, needed=self.objective.kl > 0)
+        joint = self.parallel.expert > 1 or self.parallel.zero == 3
+        check(
+            not (self.rollout.ahead and joint and self.rollout.backend is RolloutBackend.local),
+            f"rollout.ahead is {self.rollout.ahead}, and with parallel.expert={self.parallel.expert} and "
+            f"parallel.zero={self.parallel.zero} a forward pass takes all ranks, so that nothing can be sampled while "
+            "the policy learns. Use rollout.ahead=0, or rollout.backend=vllm.",
+        )
