@@ -46,7 +46,7 @@ from train.loop import Beside, Hooks, Plan, TrainState, fit
 from train.objectives import Objective
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import Layout, build_accelerator, build_layout, leave
-from train.parallel.partition import partitioner
+from train.parallel.partition import found_by_reading, partitioner
 from train.parallel.rows import SharedSource, check_shareable
 from train.parallel.settings import deepspeed_config
 from train.parallel.traffic import Traffic
@@ -338,7 +338,8 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     def evaluate(state: TrainState) -> None:
         if data.heldout is None:
             return
-        score = algorithm.measure(setup)
+        with found_by_reading(model):  # before the first update, which would find them too
+            score = algorithm.measure(setup)
         best = max((entry["accuracy"] for entry in state.evaluations if entry["step"]), default=-1.0)
         state.evaluations.append({"step": state.step, "accuracy": score.accuracy, **vars(score)})
         log(state.step, score.metrics())

@@ -46,6 +46,7 @@ CASES = {
     "experts and ZeRO-1, replayed": Case((*QUEUE, "rollout.replay_experts=true"), zero=1, expert=2),
     "experts and ZeRO-3": Case(zero=3, expert=2),
     "adapters, experts": Case(LORA, expert=2),
+    "adapters, ZeRO-3": Case(LORA, zero=3),
 }
 RESUMED = {
     "from DDP to experts": ("DDP", Case(expert=2)),

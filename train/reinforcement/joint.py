@@ -23,7 +23,7 @@ from ernie_model.inference.request import MediaItem
 from ernie_model.inference.runner import Row, Runner, StepOutput
 from ernie_model.model import ErnieModel
 from train.checkpoint import everyones
-from train.parallel.partition import whole
+from train.parallel.partition import found_by_reading, whole
 
 
 class Want(IntEnum):
@@ -72,11 +72,13 @@ class JointRunner(Runner):
         if not media:
             return []
         self.meeting.join(Want.PIXELS)
-        return super().media_features(media)
+        with found_by_reading(self.model):
+            return super().media_features(media)
 
     def run(self, rows: Sequence[Row]) -> StepOutput:
         self.meeting.join(Want.RUN)
-        return super().run(rows)
+        with found_by_reading(self.model):
+            return super().run(rows)
 
     def _logits(self, hidden_SD: Tensor) -> Tensor:
         with whole(self.model.head):
@@ -93,6 +95,10 @@ class JointRunner(Runner):
 
     @torch.no_grad()
     def _take_part(self, want: Want) -> None:
+        with found_by_reading(self.model):
+            self._compute_nothing(want)
+
+    def _compute_nothing(self, want: Want) -> None:
         if want is Want.PIXELS:
             assert self.model.vision is not None
             patch_PX = torch.zeros(4, self.model.vision.config.patch_dim, device=self.device)
