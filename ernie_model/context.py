@@ -40,6 +40,7 @@ from torch import Tensor
 
 from ernie_model.layers import wide
 from ernie_model.rope import Grid
+from ernie_model.tile_plan import Tiles, take
 from ernie_model.tiles import tiled_attention
 
 LONGEST_TILED = 2048
@@ -74,6 +75,7 @@ class Packed:
         self.cuts, self.part = (0, self.num_tokens), 0
         self._varlen: dict[torch.device, _Varlen] = {}
         self._plan: _Plan | None = None
+        self._exact: Tiles | None = None
 
     def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
         """Softmax attention inside each segment and to its stem; returns (T, N, H) in the dtype of the queries."""
@@ -82,6 +84,17 @@ class Packed:
         if q_TNH.is_cuda and q_TNH.dtype in (torch.bfloat16, torch.float16):
             return self._attend_varlen(q_TNH, k_TGH, v_TGH)
         return self._attend_buckets(q_TNH, k_TGH, v_TGH)
+
+    def attend_exactly(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """As `attend`, without gradient, and bit for bit what a cache of the same tokens gives (exact.py)."""
+        if self._exact is None:
+            ends = [*accumulate(self.lengths)]
+            own = [torch.arange(end - length, end) for length, end in zip(self.lengths, ends, strict=True)]
+            stems = self.stems or [-1] * len(own)
+            before = [0 if stem < 0 else self.lengths[stem] for stem in stems]
+            rows = [rows if stem < 0 else torch.cat([own[stem], rows]) for rows, stem in zip(own, stems, strict=True)]
+            self._exact = Tiles(before, rows, q_TNH.device, causal=self.causal)
+        return self._exact.attend(q_TNH, lambda row_ZC: (take(k_TGH, row_ZC), take(v_TGH, row_ZC)))
 
     def media(self, grids: Sequence[Grid]) -> Sequence[Grid]:
         """All of the row's images and videos are computed here, and"""

@@ -74,6 +74,9 @@ class ErnieModel(nn.Module):
     `compute_dtype=torch.bfloat16` the forward rounds exactly as a bfloat16 model does while updates stay in float32.
     """
 
+    exact = False
+    """Each token is computed alike, to the last bit, whatever stands beside it (exact.py)."""
+
     def __init__(self, config: ErnieConfig, *, compute_dtype: torch.dtype | None = None):
         super().__init__()
         self.config = config

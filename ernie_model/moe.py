@@ -318,7 +318,7 @@ class MoE(nn.Module):
         if pools.replay_TK is not None:
             chosen_TK = torch.where(pools.replay_TK >= 0, pools.replay_TK - offset, chosen_TK)
         weight_TK = prob_TE.gather(1, chosen_TK)
-        weight_TK = weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
+        weight_TK = self.shares(weight_TK)
         expert_TK = chosen_TK if isinstance(offset, int) else chosen_TK + offset
         if pools.visited is not None:
             pools.visited.append(expert_TK)
@@ -327,6 +327,10 @@ class MoE(nn.Module):
             return routing, None
         preferred_TK = prob_TE.detach().topk(self.experts_per_token, dim=-1).indices + offset
         return routing, self._stats(logit_TE, prob_TE, routing.expert_TK, preferred_TK, pools)
+
+    def shares(self, prob_TK: Tensor) -> Tensor:
+        """Probabilities of the chosen experts over their sum."""
+        return prob_TK / prob_TK.sum(dim=-1, keepdim=True).clamp(min=self.norm_min)
 
     def _stats(
         self, logit_TE: Tensor, prob_TE: Tensor, expert_TK: Tensor, preferred_TK: Tensor, pools: Pools

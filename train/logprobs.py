@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ernie_model.distribution import Distribution, masses, temper_, thresholds
+from ernie_model.exact import product
 from ernie_model.layers import cast, wide
 
 FEWEST_ROWS = 64
@@ -57,6 +58,7 @@ def token_logprobs(
     entropy: bool = False,
     slope_T: Tensor | None = None,
     chunk_bytes: int | None = None,
+    exact: bool = False,
 ) -> TokenLogprobs:
     """log p(target_t | ...) of every row, natural logarithm.
 
@@ -73,9 +75,10 @@ def token_logprobs(
             target weights). The gradients are then made in the forward pass, from logits that are there anyway: one
             matmul in four is saved. A hint, never trusted: if the real slope differs, or the loss depends on the
             entropy too, the backward pass recomputes.
+        exact: logits bit for bit those of `ErnieModel.logits` of a model that is exact (ernie_model/exact.py).
         chunk_bytes: memory for one chunk of logits; None takes what suits the device. The entropy takes as much again.
     """
-    shape = _Shape(distribution or AS_IT_IS, hidden_TD.device)
+    shape = _Shape(distribution or AS_IT_IS, hidden_TD.device, exact)
     if chunk_bytes is None:
         # Sorted logits with their places, and what remains of them, are several times as large.
         chunk_bytes = chunk_size(hidden_TD.device) // (4 if shape.distribution.truncates else 1)
@@ -91,7 +94,8 @@ def token_logprobs(
 class _Shape:
     """Rows of logits -> x, of which exp are the masses, under one distribution for all rows."""
 
-    def __init__(self, distribution: Distribution, device: torch.device):
+    def __init__(self, distribution: Distribution, device: torch.device, exact: bool = False):
+        self.exact = exact
         self.distribution = distribution
         banned = distribution.banned_ids
         self.banned_B = torch.tensor(banned, dtype=torch.int64, device=device) if banned else None
@@ -122,13 +126,18 @@ def _chunks(hidden_TD: Tensor, head_VD: Tensor, chunk_bytes: int) -> list[slice]
     return [slice(at, min(at + size, tokens)) for at in range(0, tokens, size)] if tokens else []
 
 
-def _logits(hidden_TD: Tensor, weight_VD: Tensor, chunk_bytes: int) -> Iterator[tuple[slice, Tensor]]:
+def _logits(
+    hidden_TD: Tensor, weight_VD: Tensor, chunk_bytes: int, exact: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
     """Logits of each chunk in the wide dtype. One buffer serves all chunks, so that it stays in the cache."""
     chunks = _chunks(hidden_TD, weight_VD, chunk_bytes)
     buffer = hidden_TD.new_empty((chunks[0].stop if chunks else 0, weight_VD.shape[0]))
     for rows in chunks:
         out = buffer[: rows.stop - rows.start]
-        torch.mm(hidden_TD[rows], weight_VD.T, out=out)
+        if exact:
+            out = product(hidden_TD[rows], weight_VD)
+        else:
+            torch.mm(hidden_TD[rows], weight_VD.T, out=out)
         yield rows, wide(out)
 
 
@@ -190,7 +199,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if slope_T is not None and slope_T.shape[0] and any(needed)
             else None
         )
-        for rows, x_CV in _logits(hidden_TD, weight_VD, chunk_bytes):
+        for rows, x_CV in _logits(hidden_TD, weight_VD, chunk_bytes, shape.exact):
             target_C1 = target_T[rows, None]
             shape.ban_(x_CV, target_C1)
             highest_C1, argmax_C1 = x_CV.max(dim=1, keepdim=True)
@@ -239,7 +248,7 @@ class _TokenLogprobs(torch.autograd.Function):
             weight_VD, shape = cast(head_VD, hidden_TD), ctx.shape
             late = _Gradients(hidden_TD, head_VD, *ctx.needs_input_grad[:2])
             temperature = shape.distribution.temperature
-            for rows, x_CV in _logits(hidden_TD, weight_VD, ctx.chunk_bytes):
+            for rows, x_CV in _logits(hidden_TD, weight_VD, ctx.chunk_bytes, shape.exact):
                 target_C1 = target_T[rows, None]
                 shape.ban_(x_CV, target_C1)
                 shape.temper_(x_CV, highest_T[rows, None])

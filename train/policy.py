@@ -116,6 +116,7 @@ class Policy(nn.Module):
             distribution=self.distribution,
             entropy=self.wants_entropy,
             slope_T=batch.weight_T[row_R] if self.loss_is_linear else None,
+            exact=self.model.exact,
         )
 
         def spread(value_R: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from data.quarantine import Quarantine
+from ernie_model.exact import check_exact, make_exact
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.sampling import Vocabulary, distribution_of
 from ernie_model.inference.tools import ToolBox
@@ -27,6 +28,7 @@ from ernie_model.processor import Processor
 from train.agents import open_toolbox, sampling_params
 from train.checkpoint import Resumable
 from train.compose import register, to_typed
+from train.config import UserError
 from train.loop import Beside
 from train.objectives import Objective, policy_gradient
 from train.objectives.policy_record import PolicyRecord
@@ -110,6 +112,8 @@ class RL(Algorithm[RLConfig]):
         self.params = sampling_params(config.sampling)
         never = setup.model.config.vision_pool_token_ids
         vocabulary = Vocabulary(processor.tokenizer, setup.model.config.vocab_size, never=never)
+        if config.rollout.exact:
+            self.make_exact(setup)
         # Before the reference, which is compared under the same.
         setup.policy.distribution = distribution_of(self.params, vocabulary)
         self.reference = build_reference(
@@ -165,6 +169,19 @@ class RL(Algorithm[RLConfig]):
             self.mismatch,
             self.record,
         ]
+
+    def make_exact(self, setup: Setup) -> None:
+        """Raises UserError: rollout.exact=true cannot be kept with these settings, or on this machine."""
+        if setup.layout.joint:
+            raise UserError(
+                "rollout.exact is true, and parallel shares a model or a row among ranks (expert, sequence or ZeRO-3). "
+                "Use parallel=single, ddp, zero1 or zero2, or set rollout.exact=false."
+            )
+        try:
+            make_exact(setup.model)
+            check_exact(setup.model)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(f"rollout.exact=true: {error}") from error
 
     def open_engine(self, setup: Setup) -> RolloutEngine:
         rollout = self.config.rollout

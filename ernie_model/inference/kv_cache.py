@@ -23,6 +23,7 @@ from ernie_model.config import ErnieConfig
 from ernie_model.context import Packed
 from ernie_model.layers import wide
 from ernie_model.rope import Grid
+from ernie_model.tile_plan import Tiles, take
 from ernie_model.tiles import attention_after
 
 GATHERED_BYTES = 2**20
@@ -94,6 +95,7 @@ class KVCache:
         self.num_tokens = sum(span.length for span in spans)
         self.cuts, self.part = (0, self.num_tokens), 0
         self._layer = 0
+        self._spans, self._exact = [spans[i] for i in self.order], None
         size, device = cache.page_tokens, cache.data.device
         slots: list[int] = []
         for start, length, pages in (spans[i] for i in self.order):
@@ -124,11 +126,34 @@ class KVCache:
         """so are all features."""
         return feature_MD
 
-    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
-        """Keep the step's keys and values of this layer, then let every token see its request up to itself."""
+    def attend_exactly(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """As `attend`, and bit for bit what a whole row of the same tokens gives (ernie_model/exact.py)."""
+        kv = self._keep(k_TGH, v_TGH).flatten(1, 2).transpose(0, 1)
+        if self._exact is None:
+            size = self.cache.page_tokens
+            slot_C = torch.arange(size)
+            keys = [
+                (torch.tensor(span.pages)[:, None] * size + slot_C).flatten()[: span.start + span.length]
+                for span in self._spans
+            ]
+            self._exact = Tiles([span.start for span in self._spans], keys, q_TNH.device)
+
+        def fetch(row_ZC: Tensor) -> tuple[Tensor, Tensor]:
+            k_ZCGH, v_ZCGH = take(kv, row_ZC).chunk(2, dim=2)
+            return k_ZCGH, v_ZCGH
+
+        return self._exact.attend(q_TNH, fetch)
+
+    def _keep(self, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """Write this layer's keys and values; (2G, P, C, H), all of its cache."""
         kv = self.cache.data[self._layer]
         self._layer += 1
         kv.flatten(1, 2).index_copy_(1, self._slot_T, torch.cat((k_TGH, v_TGH), dim=1).transpose(0, 1))
+        return kv
+
+    def attend(self, q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor) -> Tensor:
+        """Keep the step's keys and values of this layer, then let every token see its request up to itself."""
+        kv = self._keep(k_TGH, v_TGH)
         if len(self._parts) == 1:
             return self._parts[0][1].attend(q_TNH, k_TGH, v_TGH, kv)
         sizes = [tokens for tokens, _ in self._parts]

@@ -24,6 +24,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from ernie_model.exact import ADAPTERS, KINDS, grouped_product, product
 from ernie_model.expert_parallel import mark, shard_of
 from ernie_model.hub import Index, Read
 from ernie_model.layers import Linear, cast, silu_mul, touch, wide
@@ -227,3 +228,32 @@ def _to_masters(layer: LoraLayer, adapter: str, base: Tensor, device: torch.devi
         values = getattr(layer, name)
         if adapter in values:
             values[adapter] = values[adapter].to(device or base.device, dtype)
+
+
+class ExactLoraLinear(LoraLinear):
+    """See ernie_model/exact.py."""
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        y_TO = self.base_layer(x_TI)
+        for name in self.active_adapters:
+            if name not in self.lora_A:
+                continue
+            if name in self.lora_variant:
+                raise ValueError("rollout.exact=true knows no DoRA (peft.use_dora). Set one of them to false.")
+            x_TL = product(self.lora_dropout[name](x_TI), self._weight("lora_A", name)) * self.scaling[name]
+            y_TO = y_TO + product(x_TL, self._weight("lora_B", name))
+        return y_TO
+
+
+class ExactLoraExperts(LoraExperts):
+    """See ernie_model/exact.py."""
+
+    def product(self, tensor: str, x_UI: Tensor, count_E: Tensor) -> Tensor:
+        y_UO = grouped_product(x_UI, getattr(self.base_layer, tensor), count_E)
+        for A_ELI, B_EOL, scale, _ in self.factors(tensor).values():
+            y_UO = y_UO + grouped_product(grouped_product(x_UI, A_ELI, count_E) * scale, B_EOL, count_E)
+        return y_UO
+
+
+KINDS[LoraLinear], KINDS[LoraExperts] = ExactLoraLinear, ExactLoraExperts
+ADAPTERS |= {LoraLinear, LoraExperts}
