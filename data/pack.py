@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from data.batch import PackedBatch, Role
 from data.encode import Example
@@ -132,11 +133,9 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
         patch_PX=torch.cat(patches) if patches else None,
         ids=tuple(example.id for example, own in zip(examples, lengths, strict=True) for _ in own),
         datasets=tuple(example.dataset for example, own in zip(examples, lengths, strict=True) for _ in own),
-        **{
-            name: torch.cat([getattr(example, name) for example in examples])
-            for name in ("engine_logprob_T", "advantage_T", "expert_TLK")
-            if getattr(examples[0], name) is not None
-        },
+        engine_logprob_T=_joined([example.engine_logprob_T for example in examples]),
+        advantage_T=_joined([example.advantage_T for example in examples]),
+        expert_TLK=_joined([example.expert_TLK for example in examples]),
     )
     if not any(example.lengths for example in examples):
         return batch
@@ -160,6 +159,13 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
             for score in example.scores or (math.nan,) * len(own)
         ),
     )
+
+
+def _joined(streams: Sequence[Tensor | None]) -> Tensor | None:
+    """All examples of a row have a stream, or none has."""
+    present = [stream for stream in streams if stream is not None]
+    assert len(present) in (0, len(streams)), "some of a row's examples lack a stream"
+    return torch.cat(present) if present else None
 
 
 def filler(token: int) -> PackedBatch:

@@ -73,7 +73,7 @@ def collect(config: TrainingConfig, processor: Witness) -> tuple[list[Sample], l
     """Rows as training packs and deals them, until there are enough of them and of the conversations in them."""
     wanted, ranks, rules = config.preview, config.preview.ranks, rules_of(config)
     streams = [
-        build_data(config.data, processor, rules=rules, rank=rank, world=ranks, folder=Path(config.run.folder)).train
+        build_data(config.data, processor, rules=rules, rank=rank, world=ranks, folder=Path(config.run.folder)).packed
         for rank in range(ranks)
     ]
     samples: list[Sample] = []

@@ -75,10 +75,15 @@ class Data(NamedTuple):
     """Of the datasets that are trained on, as `PackedBatch.datasets` has them."""
 
     @property
-    def encoder(self) -> Encoder:
-        """Of packed records that are trained on."""
+    def packed(self) -> PackedStream:
+        """What is trained on, where it is packed records."""
         assert isinstance(self.train, PackedStream)
-        return self.train.encoder
+        return self.train
+
+    @property
+    def encoder(self) -> Encoder:
+        """Of these records."""
+        return self.packed.encoder
 
     @property
     def heldout_encoder(self) -> Encoder | None:
