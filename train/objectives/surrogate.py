@@ -64,7 +64,7 @@ def pull(
             high_T = ratio_T > config.cispo_cap
             return Pull(slope_T * logprob_T, slope_T, none_T, high_T, none_T)
         case PolicyLoss.sapo:
-            tau_T = torch.where(advantage_T > 0, config.sapo_positive, config.sapo_negative).to(ratio_T.dtype)
+            tau_T = torch.full_like(ratio_T, config.sapo_negative).masked_fill(advantage_T > 0, config.sapo_positive)
             gate_T = torch.sigmoid(tau_T * (ratio_T - 1))
             slope_T = 4 * gate_T * (1 - gate_T) * ratio_T * advantage_T
             return Pull(4 / tau_T * gate_T * advantage_T, slope_T, none_T, none_T, none_T)
