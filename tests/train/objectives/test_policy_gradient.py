@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from train.objectives.policy_gradient import build
 from train.rl_config import Aggregate, Correction, KLEstimator, PolicyLoss, Ratio
 
 CLIP = {"clip_low": 0.2, "clip_high": 0.2}
-SEQUENCE = {"clip_low": 3e-4, "clip_high": 4e-4}
 
 
 def logs(*probabilities: float) -> list[float]:
@@ -45,6 +46,60 @@ def close(ours: object, expected: object, digits: float = 1e-9) -> None:
         rtol=digits,
         atol=digits,
     )
+
+
+@dataclass(frozen=True)
+class Case:
+    block: str
+    """Of the reference's numbers."""
+    keys: dict[str, Any]
+    attempts: list[Attempt]
+    loss: float
+
+
+OLD = [-1.0] * 4
+MIXED = [moved(OLD, [0.02, -0.01, 0.03, 0.0], engine=engine(OLD, K[:4]))]  # IcePop.3
+RATIOS = (-0.7, 0.0, 0.5, 2.0)
+OTHER = [Attempt([-1.0, -2.0, -0.5, -0.1], [-0.3, -2.0, -1.0, -2.1])]
+WORSE = [moved(OLD, RATIOS, advantage=-1.0)]
+TOKEN = {"ratio": Ratio.token}
+NONE = {"correction": Correction.none}
+NUMBERS = [
+    Case("GSPO.1", NONE, PAPER, -0.0003000225023),
+    Case("GSPO.1", {**NONE, **TOKEN, "clip_high": 0.27}, PAPER, -0.0004000757604),
+    Case("GSPO.2", {**NONE, **CLIP}, WIDE, -0.5488088482),
+    Case("GSPO.2", {**NONE, **TOKEN}, WIDE, -0.45),
+    Case("IcePop.2", TOKEN, ICEPOP, -1.282),
+    Case("IcePop.2", {**TOKEN, "correction": Correction.icepop_mask}, ICEPOP, -0.6),
+    Case("IcePop.2", {**TOKEN, "correction": Correction.tis}, ICEPOP, -1.182),
+    Case("IcePop.2", {**TOKEN, "correction": Correction.mis}, ICEPOP, -1.91 / 5),
+    Case("IcePop.2", {**TOKEN, "band": [0.0, math.inf]}, ICEPOP, -2.462),
+    Case("IcePop.2", {**TOKEN, **NONE}, ICEPOP, -1.0),
+    Case("IcePop.3", CLIP, MIXED, -1.489823996),
+    Case("IcePop.3", {**CLIP, "correction": Correction.icepop_sequence}, MIXED, -1.830196140),
+    Case("OTHER", {**NONE, **TOKEN}, WORSE, (0.8 + 1 + 1.648721271 + 7.389056099) / 4),
+    Case("OTHER", {**NONE, **TOKEN, "dual_clip": 3.0}, WORSE, (0.8 + 1 + 1.648721271 + 3) / 4),
+    Case("OTHER", {**NONE, **TOKEN, "dual_clip": 2.0}, WORSE, (0.8 + 1 + 1.648721271 + 2) / 4),
+    Case(
+        "OTHER",
+        {**NONE, **TOKEN, "loss": PolicyLoss.cispo, "aggregate": Aggregate.token, "cispo_cap": 1.28},
+        OTHER,
+        0.8161463259,
+    ),
+    Case(
+        "OTHER",
+        {**NONE, **TOKEN, "loss": PolicyLoss.sapo},
+        WORSE,
+        (1.412749997 + 1.904761905 + 2.529512204 + 3.80488002) / 4,
+    ),
+    Case("OTHER", {**NONE, "loss": PolicyLoss.gmpo}, WORSE, 1.690458848),
+    Case("OTHER", {**NONE, "loss": PolicyLoss.gmpo}, [moved(OLD, RATIOS)], -1.025315121),
+]
+
+
+@pytest.mark.parametrize("case", NUMBERS, ids=lambda case: case.block)
+def test_numbers(case):
+    close(update(settings(**case.keys), case.attempts).loss, case.loss)
 
 
 def test_gspo_in_the_clip_range_of_the_paper():
@@ -194,7 +249,6 @@ def test_off_policy_attempts_are_left_out():
     assert [any(slopes) for slopes in learned.gradients] == [True, False, True]
 
 
-RATIOS = (-0.7, 0.0, 0.5, 2.0)
 E_ = math.exp
 
 
