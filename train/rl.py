@@ -165,7 +165,12 @@ class RL(Algorithm[RLConfig]):
         self.rollouts.told = self.record.told
         return [
             self.reference,
-            PolicyRecord(objective, accelerator, attempts_per_update=self.attempts_per_update),
+            PolicyRecord(
+                objective,
+                accelerator,
+                attempts_per_update=self.attempts_per_update,
+                sequence=setup.layout.sequence,
+            ),
             self.mismatch,
             self.record,
         ]

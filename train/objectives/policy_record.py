@@ -81,7 +81,7 @@ class PolicyRecord(Beside):
 
     def terms(self, batch: PackedBatch, output: PolicyOutput) -> Tensor | float:
         attempts = gather_attempts(output.logprob_T, batch)
-        entropy_T: Tensor | None = getattr(output, "entropy_T", None)
+        entropy_T = output.entropy_T
         if entropy_T is not None:
             entropy_T = torch.where(attempts.sampled_T, entropy_T.double(), 0.0)
         with torch.no_grad():

@@ -14,7 +14,7 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import torch
 from torch import Tensor
-from trl.experimental.gmpo import GMPOTrainer
+from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from tests.train.objectives.attempts import Attempt
