@@ -39,6 +39,7 @@ from train.reinforcement.engines import LocalEngine, RolloutEngine
 from train.reinforcement.mismatch import Mismatch
 from train.reinforcement.prompts import Prompts, open_prompts
 from train.reinforcement.record import Record
+from train.reinforcement.routing import RoutingAgreement
 from train.reinforcement.score import RolloutScore, measure
 from train.reinforcement.scoring import RewardPool
 from train.reinforcement.source import RolloutSource
@@ -109,9 +110,13 @@ class RL(Algorithm[RLConfig]):
 
     def begin(self, setup: Setup) -> Sequence[Beside]:
         config, processor = self.config, setup.processor
-        self.params = sampling_params(config.sampling)
-        never = setup.model.config.vision_pool_token_ids
-        vocabulary = Vocabulary(processor.tokenizer, setup.model.config.vocab_size, never=never)
+        replays = config.rollout.replay_experts
+        routing = replays or config.mismatch.routing
+        if routing and not setup.model.config.sparse_layers:
+            key = "rollout.replay_experts" if replays else "mismatch.routing"
+            raise UserError(f"{key} is true, and this model has no experts. Leave it out.")
+        self.params = replace(sampling_params(config.sampling), routed_experts=routing)
+        vocabulary = Vocabulary.of(processor.tokenizer, setup.model.config)
         if config.rollout.exact:
             self.make_exact(setup)
         # Before the reference, which is compared under the same.
@@ -133,6 +138,7 @@ class RL(Algorithm[RLConfig]):
         setup.notes.extend(self.reference.notes())
         self.mismatch = Mismatch(config.mismatch, config.objective, setup.model.config, setup.accelerator)
         setup.policy.wants_entropy = True
+        setup.policy.replays = replays
         self.pool = RewardPool(config.rewards, self.prompts.questions)
         self.engine = self.open_engine(setup)
         self.examiner = self.engine
@@ -163,7 +169,7 @@ class RL(Algorithm[RLConfig]):
             step=setup.state.step,
         )
         self.rollouts.told = self.record.told
-        return [
+        beside = [
             self.reference,
             PolicyRecord(
                 objective,
@@ -174,6 +180,9 @@ class RL(Algorithm[RLConfig]):
             self.mismatch,
             self.record,
         ]
+        if routing:
+            beside.append(RoutingAgreement(setup.policy, setup.model.config, accelerator.device))
+        return beside
 
     def make_exact(self, setup: Setup) -> None:
         """Raises UserError: rollout.exact=true cannot be kept with these settings, or on this machine."""
@@ -261,8 +270,9 @@ class RL(Algorithm[RLConfig]):
         self.rollouts.settle()
         self.examiner.begin(self.rollouts.updates)
         agents = self.agents(self.examiner)
+        params = replace(self.params, routed_experts=False)
         found = measure(
-            self.heldout, self.examiner, agents, self.pool, setup.processor, self.params, setup.layout, self.runner
+            self.heldout, self.examiner, agents, self.pool, setup.processor, params, setup.layout, self.runner
         )
         self.examiner.end()
         return found

@@ -291,6 +291,9 @@ class MismatchConfig:
     rise: float = 2.0
     """Told when the mean of |log p_old - log p_engine| over 20 updates is more than this many times that of the
     20 before."""
+    routing: bool = False
+    """Compare what the routers of engine and trainer choose, too (train/reinforcement/routing.py). The engine must
+    report it, which takes time. With rollout.replay_experts it does anyway."""
 
     def __post_init__(self):
         for key, limits in (("warn", self.warn), ("stop", self.stop)):
@@ -407,7 +410,7 @@ class RolloutConfig:
                 value = getattr(self, name)
                 check(
                     not value,
-                    f"rollout.{name} is {value}, which vLLM cannot do. Leave it out, or use rollout.backend=local.",
+                    f"rollout.{name} is true, which vLLM cannot do. Leave it out, or use rollout.backend=local.",
                 )
 
 
@@ -654,6 +657,11 @@ class RLConfig(TrainingConfig):
             self.reference.kind is not ReferenceKind.cache,
             "reference.kind=cache holds log-probabilities of records, and attempts are new every time. Use "
             "reference.kind=auto.",
+        )
+        check(
+            not self.mismatch.routing or self.rollout.backend is RolloutBackend.local,
+            "mismatch.routing is true, and vLLM does not report the experts of both pools. Set it to false, or use "
+            "rollout.backend=local.",
         )
         reference_kind(self.reference, self.peft, needed=self.objective.kl > 0)
         joint = self.parallel.expert > 1 or self.parallel.zero == 3

@@ -183,7 +183,7 @@ class Episode:
     def _add_experts(self, expert_TLK: Tensor) -> None:
         """Those of prompt and answer. What is known already stays: it is what led to the tokens sampled until then."""
         if len(expert_TLK) != len(self.token_ids):
-            raise ValueError(
+            raise RuntimeError(
                 f"the engine told the experts of {len(expert_TLK)} tokens; there are {len(self.token_ids)}."
             )
         new_TLK = expert_TLK[sum(map(len, self.experts)) :]

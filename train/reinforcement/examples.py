@@ -129,6 +129,7 @@ def _encode(
         name: [] for name in ("token_T", "target_T", "weight_T", "position_3T", "engine_logprob_T", "expert_TLK")
     }
     media = list(shared)
+    told = next((one.expert_TLK for one in episodes if one.experts), None)
     for episode, learns in zip(episodes, learned, strict=True):
         token_T = torch.tensor(episode.token_ids)
         grids = [item.grid for item in episode.media]
@@ -139,9 +140,10 @@ def _encode(
             "position_3T": position_ids(token_T, grids, config),
             "engine_logprob_T": shift(torch.tensor(episode.logprobs, dtype=torch.float32)) * learns,
         }
-        experts = getattr(episode, "expert_TLK", None)
-        if experts is not None:
-            streams["expert_TLK"] = experts
+        if told is not None:
+            experts = episode.expert_TLK
+            unknown = (len(episode.token_ids), *told.shape[1:])
+            streams["expert_TLK"] = told.new_full(unknown, -1) if experts is None else experts
         first = not parts["token_T"]
         for name, stream in streams.items():
             if first:

@@ -151,5 +151,5 @@ def test_experts_stay_what_they_were_when_tokens_were_first_computed():
     episode.append([11])
     assert episode.expert_TLK is not None
     assert episode.expert_TLK.flatten().tolist() == [0, 1, 2, 0, 1, -1, -1]
-    with pytest.raises(ValueError, match="experts of 3 tokens; there are 8"):
+    with pytest.raises(RuntimeError, match="experts of 3 tokens; there are 8"):
         episode.append([12], completion=completion([12], [0, 0, -1]))

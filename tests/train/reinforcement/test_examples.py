@@ -51,6 +51,18 @@ def test_by_hand():
     assert row.advantage_T.tolist() == 2 * spread.advantage_T.tolist()
 
 
+def test_experts_lie_with_their_tokens_and_are_unknown_where_an_attempt_tells_none():
+    """Token t visited expert t of its attempt; the prompt's are those of the first."""
+    first, silent, last = (episode([1, 2, 3], ([7] * n, [])) for n in (2, 1, 3))
+    first.experts = [torch.arange(4, dtype=torch.int16).view(-1, 1, 1)]
+    last.experts = [torch.arange(10, 13, dtype=torch.int16).view(-1, 1, 1), torch.full((2, 1, 1), 9).to(torch.int16)]
+    ((example, _),) = encoded([first, silent, last])
+    assert example.lengths == (2, 3, 2, 4) and example.expert_TLK is not None
+    assert example.expert_TLK.flatten().tolist() == [0, 1, 2, 3, -1, -1, -1, 12, 9, 9, -1]
+    ((example, _),) = encoded([silent, episode([1, 2, 3], ([8], []))])
+    assert example.expert_TLK is None
+
+
 def test_an_attempt_that_is_not_learned_stays_with_weight_0():
     ((example, _),) = encoded([episode([1, 2], ([7], [])), episode([1, 2], ([8], []))], [True, False])
     assert example.weight_T.tolist() == [0, 1, 0, 0, 0] and example.lengths == (1, 2, 2)

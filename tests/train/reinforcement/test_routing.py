@@ -11,8 +11,10 @@ from ernie_model.inference.request import SamplingParams
 from ernie_model.inference.sampling import Vocabulary, distribution_of
 from ernie_model.model import ErnieModel
 from tests.ernie_model.inference.test_engine import text, with_pictures
+from tests.test_configs import load
 from tests.tiny import SPARSE, tiny_processor
 from tests.train import sampled, small
+from train.config import UserError
 from train.policy import Policy, on_device
 from train.reinforcement.routing import RoutingAgreement, agreement
 
@@ -114,3 +116,19 @@ def test_replayed_experts_bring_the_trainer_far_closer_to_the_engine(change, ima
     # A token that goes astray comes to the next router as another one, so without a replay more of them disagree.
     assert reports[True]["routing_sampled_agreement"] > reports[False]["routing_sampled_agreement"]
     assert reports[True]["routing_sampled_differing"] < reports[False]["routing_sampled_differing"]
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("sampling.temperature=0", r"sampling\.temperature is 0\.0; .*Use 1\.0"),
+        ("sampling.repetition_penalty=1.1", r"sampling\.repetition_penalty is 1\.1; .*must be 1\.0"),
+        ("mismatch.routing=true", r"mismatch\.routing is true, and vLLM"),
+        ("rollout.replay_experts=true", r"rollout\.replay_experts is true, which vLLM cannot do"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_refused_from_the_settings_alone(override, says):
+    vllm = ["rollout.backend=vllm", "rollout.vllm.urls=[http://localhost:8000]", "rollout.vllm.folder=/tmp/weights"]
+    load("data.path=prompts.jsonl", *vllm, entry="rl")
+    with pytest.raises(UserError, match=says):
+        load("data.path=prompts.jsonl", *vllm, override, entry="rl")
