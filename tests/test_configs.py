@@ -39,6 +39,9 @@ ROLLOUTS = ("optim=rl", *(f"experiment={file.stem}" for file in CONFIGS.glob("ex
 ROLLOUTS += tuple(
     f"objective={file.stem}" for file in CONFIGS.glob("objective/*.yaml") if "kind: rl" in file.read_text()
 )
+ON_TASKS = [
+    f"experiment={file.stem}" for file in CONFIGS.glob("experiment/*.yaml") if "/data: task" in file.read_text()
+]
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 
 
@@ -54,7 +57,7 @@ def test_every_choice_of_every_group_composes(choice):
     task = ["data.task=counting"] if choice.endswith("=task") else []
     needed = ["data.path=chats.jsonl"] if choice in theirs else task
     entry = "rl" if choice in ROLLOUTS else "dpo" if choice in PAIRS else "sft"
-    needed += ["data.path=pairs.jsonl"] if entry != "sft" else []
+    needed += ["data.path=pairs.jsonl"] if entry != "sft" and choice not in ON_TASKS else []
     assert isinstance(load(choice, *needed, entry=entry), ENTRIES[entry])
 
 

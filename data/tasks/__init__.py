@@ -4,12 +4,25 @@ A task draws its pictures when it is asked for conversations. Naming it costs no
 (scikit-learn, matplotlib) is imported then.
 """
 
-from data.tasks import cards, charts, circuits, counting, digits, documents, glance, grounding, search, video, zoom
+from data.tasks import (
+    cards,
+    charts,
+    circuits,
+    counting,
+    digits,
+    documents,
+    glance,
+    grounding,
+    looks,
+    search,
+    video,
+    zoom,
+)
 from data.tasks.base import SPLITS, Split, Task, question_of
 
 TASKS: dict[str, Task] = {
     module.TASK.name: module.TASK
-    for module in (digits, grounding, counting, charts, documents, zoom, cards, glance, video, circuits, search)
+    for module in (digits, grounding, counting, charts, documents, zoom, cards, glance, looks, video, circuits, search)
 }
 
 __all__ = ["SPLITS", "TASKS", "Split", "Task", "question_of"]

@@ -11,8 +11,9 @@ of the *original* is as readable as the scans of data/tasks/digits.py. There are
 the tool is used. Reading comes from the digits task, whose model configs/experiment/zoom.yaml starts from.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -49,23 +50,41 @@ def _around(place: int, side: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
-def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
-    scans = digits.scans(split, seed)
-    chosen = rng.integers(len(scans), size=len(PLACES))
-    ink = rng.uniform(*INK, size=len(PLACES)).round(3)
-    tone = rng.integers(*TONES, size=len(PLACES))
-    place = int(rng.integers(len(PLACES)))
-    answer = scans[chosen[place]][1]
-    domain = "middle" if place == 4 else "edge" if place % 2 else "corner"
+class Sheet(NamedTuple):
+    """A page of cards."""
 
-    def render(id: str) -> Conversation:
+    scans: Sequence[tuple[Image.Image, str]]
+    chosen: list[int]
+    """Of each place, which scan lies there,"""
+    ink: list[float]
+    tone: list[int]
+    """and the grey of its tile."""
+
+    def page(self) -> Image.Image:
         page = Image.new("L", (SIDE, SIDE), 255)
-        for number, index in enumerate(chosen):
-            page.paste(int(tone[number]), _around(number, TILE))
-            page.paste(card(scans[index][0], float(ink[number])), _around(number, CARD))
-        return trace(id, page, f"Which digit is {PLACES[place]}?", list(_around(place, CARD)), answer, domain)
+        for number, index in enumerate(self.chosen):
+            page.paste(self.tone[number], _around(number, TILE))
+            page.paste(card(self.scans[index][0], self.ink[number]), _around(number, CARD))
+        return page
 
-    return Item(f"{chosen.tolist()} {PLACES[place]}", render)
+    def look(self, id: str, *, asked: int, seen: int) -> Conversation:
+        """The question for one place, and a look at one, whose digit is the answer."""
+        domain = "middle" if asked == 4 else "edge" if asked % 2 else "corner"
+        question, box = f"Which digit is {PLACES[asked]}?", list(_around(seen, CARD))
+        return trace(id, self.page(), question, box, self.scans[self.chosen[seen]][1], domain)
+
+
+def draw_sheet(rng: np.random.Generator, split: Split, seed: int) -> Sheet:
+    scans = digits.scans(split, seed)
+    chosen = rng.integers(len(scans), size=len(PLACES)).tolist()
+    ink = rng.uniform(*INK, size=len(PLACES)).round(3).tolist()
+    return Sheet(scans, chosen, ink, rng.integers(*TONES, size=len(PLACES)).tolist())
+
+
+def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
+    sheet = draw_sheet(rng, split, seed)
+    place = int(rng.integers(len(PLACES)))
+    return Item(f"{sheet.chosen} {PLACES[place]}", lambda id: sheet.look(id, asked=place, seen=place))
 
 
 def trace(id: str, page: Image.Image, question: str, box: list[int], answer: str, domain: str) -> Conversation:

@@ -15,7 +15,20 @@ from PIL import Image
 
 from data.conversation import Conversation
 from data.encode import encode
-from data.tasks import cards, charts, circuits, counting, digits, documents, glance, grounding, search, video, zoom
+from data.tasks import (
+    cards,
+    charts,
+    circuits,
+    counting,
+    digits,
+    documents,
+    glance,
+    grounding,
+    looks,
+    search,
+    video,
+    zoom,
+)
 from data.tasks.base import drawn
 from data.tasks.drawing import COLOURS
 from ernie_model.images import ImageSettings, pictures
@@ -207,6 +220,20 @@ def test_a_glance_is_a_trace_without_its_tool():
     one, trace = glance.draw(rng, "train", 0).render("x"), zoom.draw(same, "train", 0).render("x")
     assert one.messages[0] == trace.messages[0] and one.tools == trace.tools and len(one.messages) == 2
     assert not one.messages[1].tool_calls and one.messages[1].text == trace.messages[-1].text == one.answer
+
+
+def test_looks_read_what_they_show_wherever_that_is():
+    sheet = zoom.draw_sheet(np.random.default_rng(5), "train", 0)
+    trace = sheet.look("x", asked=0, seen=8)
+    assert trace.messages[0].text == f"Which digit is {zoom.PLACES[0]}?"
+    assert trace.messages[1].tool_calls[0].arguments["bbox_2d"] == [823, 823, 837, 837]
+    assert trace.answer == sheet.scans[sheet.chosen[8]][1]
+    places = set()
+    for one in some(looks, 60, "train"):
+        left, top, *_ = one.messages[1].tool_calls[0].arguments["bbox_2d"]
+        places.add((one.messages[0].text, left, top))
+    assert len({place[1:] for place in places}) == 9
+    assert len(places) > 30  # a question says nothing of the place: of 60 looks, few are alike
 
 
 def test_the_digit_can_be_read_in_the_crop_and_not_in_the_picture_as_the_model_gets_it():
