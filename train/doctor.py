@@ -2,6 +2,7 @@
 
 ernie doctor experiment=digits              the settings of `ernie sft`, all of them
 ernie doctor dpo data.path=pairs.jsonl      those of `ernie dpo`
+ernie doctor rl data.path=prompts.jsonl     those of `ernie rl`: prompts, rewards and tools
 ernie doctor ... doctor.processes=8         every record is read and decoded, by eight processes
 
     machine      versions, device, threads, disk            weights    headers of the checkpoint, tokenizer, chat format
@@ -14,6 +15,7 @@ programs, RUN_FOLDER/quarantine.jsonl the records that cannot be trained on.
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train import report
 from train.build import human
-from train.checks import cost, records
+from train.checks import cost, prompts, records
 from train.checks.findings import Finding, Level, Report, ok, warning
 from train.checks.machine import available_cores, check_machine
 from train.checks.settings import check_settings
@@ -41,6 +43,8 @@ from train.config import (
     check_steps,
 )
 from train.outline import outline
+from train.reinforcement.looks import open_looks
+from train.rl_config import RLConfig
 from train.run import USER_ERRORS, forget_earlier_looks, program
 from train.sources import open_parts, rules_of
 from train.trained import trained_parts
@@ -86,7 +90,11 @@ def examine(config: TrainingConfig, found: Report) -> None:
         if processor is None:
             add([warning("not looked at: that needs the tokenizer (see weights).")])
         else:
-            rows = examine_data(config, processor, found, add)
+            if isinstance(config, RLConfig):
+                assert architecture is not None  # both come from check_weights
+                examine_prompts(config, architecture, processor, found, add)
+            else:
+                rows = examine_data(config, processor, found, add)
     with found.section("training") as add:
         if architecture is not None:
             examine_training(config, architecture, rows, device, found, add)
@@ -141,6 +149,24 @@ def examine_data(config: TrainingConfig, processor: Processor, found: Report, ad
         }
     check_heldout(config, parts.heldout is not None)
     return epoch
+
+
+def examine_prompts(config: RLConfig, architecture: ErnieConfig, processor: Processor, found: Report, add: Add) -> None:
+    """What rollouts ask; how many rows the answers fill is not known before."""
+    looks = open_looks(config, processor, architecture)
+    for name, part in (("training data", looks.train), ("held-out data", looks.heldout)):
+        if part is None:
+            continue
+        measured = prompts.measure(part.questions, looks, config)
+        add(prompts.judge(measured, name))
+        if part is looks.train:
+            for line in prompts.describe(measured):
+                found.console.print(f"    {line}", markup=False)
+            rewards = Counter(one.reward_name for one in part.questions)
+            add([ok("judged by " + ", ".join(f"{name} ({count:,})" for name, count in rewards.most_common()))])
+            add([ok(prompts.describe_rollouts(len(part), config))])
+            found.numbers |= {"prompts": len(part), "refused": len(measured.refused)}
+            found.numbers |= {"longest": max(measured.tokens, default=0)}
 
 
 def examine_training(

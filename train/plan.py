@@ -30,12 +30,18 @@ from train.planning import tables
 from train.planning.estimate import Estimate, Subject, check_layout, estimate
 from train.planning.pace import peak_tflops
 from train.planning.search import fewest_gpus, search
+from train.rl_config import RLConfig
 from train.run import program
 
 register()
 
 WIDTH = 120
 """Of tables that go to a file."""
+ROLLOUTS = (
+    "rollouts are not in these numbers: neither the time to sample and judge, nor what the engine's cache takes "
+    "meanwhile. An update is counted with one full row on each rank; answers may fill more"
+)
+"""Of reinforcement learning."""
 
 
 @program("sft", also=ALGORITHMS)
@@ -57,6 +63,8 @@ def main(cfg: DictConfig) -> None:
     console.print(f"{'machines':<12} {machine}", markup=False)
     if adapted is not None:
         console.print(adapted)
+    if isinstance(config, RLConfig):
+        notes = [*notes, ROLLOUTS]
     for note in notes:
         console.print(f"{'note':<12} {note}", markup=False)
 
@@ -96,6 +104,8 @@ def held_subjects(config: TrainingConfig, architecture: ErnieConfig) -> dict[Hel
 
 def planned_tokens(config: TrainingConfig, one: Estimate) -> float | None:
     """In the whole run, as far as it is known."""
+    if isinstance(config, RLConfig):  # as many as answers turn out to have
+        return config.plan.tokens
     if config.plan.tokens:
         return config.plan.tokens
     if config.run.steps:

@@ -3,23 +3,29 @@
 ernie preview experiment=digits                        runs/digits/preview.html
 ernie preview data=files data.path=chats.jsonl ...     the settings of `ernie sft`, all of them
 ernie preview dpo data.path=pairs.jsonl ...            those of `ernie dpo`
+ernie preview rl data.path=prompts.jsonl ...           those of `ernie rl`: prompts, with what is right
 ernie preview ... preview.examples=30 preview.ranks=8  more of it; rows dealt to eight processes
 
 The page has the pictures as the model sees them, every token with who wrote it and whether it is trained, and the
 packed rows. Nothing is trained and no weights are read.
 """
 
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from data.batch import Role
+from data.encode import Example
 from data.loader import StreamReport
+from data.pack import collate
 from ernie_model.atomic import atomic_write
 from ernie_model.chat import SpanKind
+from ernie_model.config import ErnieConfig
 from train import contact_sheet
 from train.build import build_processor, read_config
 from train.compose import (
@@ -29,7 +35,10 @@ from train.compose import (
     training_settings,
 )
 from train.config import TaskData, TrainingConfig
+from train.evaluation.questions import evenly
 from train.preview_page import Page, write_page
+from train.reinforcement.looks import open_looks
+from train.rl_config import RLConfig
 from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Section, Witness, kind_of, samples_of, stretches_of
 from train.sources import build_data, rules_of
@@ -47,14 +56,19 @@ def main(cfg: DictConfig) -> None:
     processor = Witness(build_processor(config.model, architecture))
     folder = Path(config.run.folder)
     forget_earlier_looks(folder)
-    samples, rows, stream = collect(config, processor)
+    stream = None
+    if isinstance(config, RLConfig):
+        samples, rows = list(prompts(config, processor, architecture)), []
+    else:
+        samples, rows, stream = collect(config, processor)
 
     folder.mkdir(parents=True, exist_ok=True)
     source = config.data.task if isinstance(config.data, TaskData) else config.data.kind.value
     page = Page(
         title=f"What {config.run.name} is shown",
-        subtitle=f"The first {kind_of(samples)} of {source} data, as {config.model.name or 'the model'} "
-        "would be trained on them. Hover over tokens and pictures.",
+        subtitle=f"{'The first' if rows else 'Some'} {kind_of(samples)} of {source} data, as "
+        f"{config.model.name or 'the model'} would {'be trained on' if rows else 'get'} them. Hover over tokens and "
+        "pictures.",
         samples=samples,
         rows=rows,
         max_tokens=config.data.max_tokens,
@@ -101,18 +115,38 @@ def collect(config: TrainingConfig, processor: Witness) -> tuple[list[Sample], l
     return samples, rows, report
 
 
+def prompts(config: RLConfig, processor: Witness, architecture: ErnieConfig) -> Iterator[Sample]:
+    """Of reinforcement learning: as many as wanted, evenly over all, in the form that rollouts ask them."""
+    looks = open_looks(config, processor, architecture)
+    for number, one in enumerate(evenly(looks.train.questions, config.preview.examples)):
+        encoded = looks.open(one).encoded
+        example = Example(
+            id=one.id,
+            token_T=encoded.token_T,
+            target_T=torch.zeros_like(encoded.token_T),
+            weight_T=torch.zeros(len(encoded.token_T)),
+            position_3T=encoded.position_3T,
+            grids=encoded.grids,
+            patch_PX=encoded.patch_PX,
+            dataset=one.task,
+        )
+        (sample,) = samples_of(collate([example]), processor, row=number)
+        yield dataclasses.replace(sample, right=f"right: {one.expected}   ({one.reward_name})")
+
+
 def tell(
-    console: Console, samples: Sequence[Sample], rows: Sequence[Row], report: StreamReport, max_tokens: int
+    console: Console, samples: Sequence[Sample], rows: Sequence[Row], report: StreamReport | None, max_tokens: int
 ) -> None:
     """The page in four lines."""
     tokens = sum(len(sample.ids) for sample in samples)
     trained = sum(sample.num_trained for sample in samples)
     media = sum(medium.num_tokens for sample in samples for medium in sample.media)
     longest = max(samples, key=lambda sample: len(sample.ids))
-    console.print(
-        f"shown     {len(samples)} {kind_of(samples)}, {tokens:,} tokens: {trained:,} trained, {media:,} of media"
-    )
-    console.print(f"longest   {longest.id}: {len(longest.ids):,} tokens")
+    learned = f" {trained:,} trained," if rows else ""
+    console.print(f"shown     {len(samples)} {kind_of(samples)}, {tokens:,} tokens:{learned} {media:,} of media")
+    console.print(f"longest   {longest.id}: {len(longest.ids):,} tokens", markup=False)
+    if report is None:
+        return
     fill = sum(row.tokens for row in rows) / (len(rows) * max_tokens)
     patches = max(row.patches for row in rows)
     skipped = f"; {report.num_refused} draws left out, see quarantine.jsonl" if report.num_refused else ""
@@ -129,7 +163,9 @@ def track(config: TrainingConfig, folder: Path, samples: Sequence[Sample], proce
     if not items:
         return False
     sheet = folder / "preview.png"
-    contact_sheet.draw(items, sheet, f"{config.run.name}, before training", summary="under each image, what is trained")
+    contact_sheet.draw(
+        items, sheet, f"{config.run.name}, before training", summary="under each image, what is trained, or right"
+    )
     for tracker in make_trackers(config.tracker.names, config.tracker.project):
         if tracker.name == "jsonl":  # the record of the run that is yet to come
             continue
@@ -140,7 +176,9 @@ def track(config: TrainingConfig, folder: Path, samples: Sequence[Sample], proce
 
 
 def taught(sample: Sample) -> str:
-    """The answers that are trained, as text: of a pair `this, not that`."""
+    """The answers that are trained, as text: of a pair `this, not that`, of a prompt the right one."""
+    if sample.right:
+        return sample.right
     wanted, unwanted = (Role.WHOLE, Role.CHOSEN, Role.WANTED), (Role.REJECTED, Role.UNWANTED)
     said, avoided = (
         "".join(_written(sample, section) for section in sample.sections if section.role in roles)

@@ -61,6 +61,7 @@ class Page:
     subtitle: str
     samples: Sequence[Sample]
     rows: Sequence[Row]
+    """Empty of prompts, which fill rows only together with what will be answered."""
     max_tokens: int
     max_patches: int | None
     patch_size: int
@@ -73,7 +74,7 @@ def write_page(page: Page) -> str:
     parts = [
         head(page.title, ["preview.css"]),
         *_header(page),
-        *_rows(page),
+        *(_rows(page) if page.rows else ()),
         *(part for number, sample in enumerate(page.samples) for part in _sample(number, sample, page)),
         "<details class=settings><summary>Settings that made this</summary>",
         f"<pre>{text(page.settings)}</pre></details>",
@@ -91,14 +92,13 @@ def _header(page: Page) -> Iterator[str]:
     tokens = sum(len(sample.ids) for sample in page.samples)
     trained = sum(sample.num_trained for sample in page.samples)
     media = sum(medium.num_tokens for sample in page.samples for medium in sample.media)
-    filled = sum(row.tokens for row in page.rows) / (len(page.rows) * page.max_tokens)
-    facts = [
-        (f"{len(page.samples)}", f"{kind_of(page.samples)} shown"),
-        (f"{tokens:,}", "tokens"),
-        (f"{trained / tokens:.1%}", "of them trained"),
-        (f"{media / tokens:.1%}", "image and video"),
-        (f"{filled:.1%}", f"of {len(page.rows)} row{'s' * (len(page.rows) > 1)} filled"),
-    ]
+    facts = [(f"{len(page.samples)}", f"{kind_of(page.samples)} shown"), (f"{tokens:,}", "tokens")]
+    if page.rows:
+        facts.append((f"{trained / tokens:.1%}", "of them trained"))
+    facts.append((f"{media / tokens:.1%}", "image and video"))
+    if page.rows:
+        filled = sum(row.tokens for row in page.rows) / (len(page.rows) * page.max_tokens)
+        facts.append((f"{filled:.1%}", f"of {len(page.rows)} row{'s' * (len(page.rows) > 1)} filled"))
     yield f"<header><h1>{text(page.title)}</h1><p class=sub>{text(page.subtitle)}</p><dl class=facts>"
     yield "".join(f"<div><dt>{value}</dt><dd>{label}</dd></div>" for value, label in facts)
     yield "</dl></header><nav class=legend><span class=group>"
@@ -147,13 +147,15 @@ def _rows(page: Page) -> Iterator[str]:
 
 
 def _sample(number: int, sample: Sample, page: Page) -> Iterator[str]:
-    facts = [
-        f"{len(sample.ids):,} tokens",
-        f"{sample.num_trained:,} trained ({sample.num_trained / len(sample.ids):.0%})",
-    ]
+    facts = [f"{len(sample.ids):,} tokens"]
+    if page.rows:
+        facts.append(f"{sample.num_trained:,} trained ({sample.num_trained / len(sample.ids):.0%})")
     if sample.media:
         facts.append(f"{sum(m.num_tokens for m in sample.media):,} of images and videos")
-    facts.append(f"row {sample.row + 1}, place {sample.record + 1}")
+    if page.rows:
+        facts.append(f"row {sample.row + 1}, place {sample.record + 1}")
+    if sample.right:
+        facts.append(text(sample.right))
     dataset = f"<span class=dataset>{text(sample.dataset)}</span>" if sample.dataset else ""
     name = f"<span title='{text(sample.id)}'>{text(sample.id.rpartition('/')[2])}</span>"
     yield f"<article id=s{number}><h2><b>{number + 1}</b> {name}{dataset}"

@@ -29,6 +29,7 @@ from train.agents import open_toolbox, sampling_params
 from train.checkpoint import Resumable
 from train.compose import register, to_typed
 from train.config import UserError
+from train.evaluation.questions import Question
 from train.loop import Beside
 from train.objectives import Objective, policy_gradient
 from train.objectives.policy_record import PolicyRecord
@@ -37,7 +38,7 @@ from train.reference import Reference, build_reference
 from train.reinforcement.difficulty import DifficultySampler
 from train.reinforcement.engines import LocalEngine, RolloutEngine
 from train.reinforcement.mismatch import Mismatch
-from train.reinforcement.prompts import Prompts, open_prompts
+from train.reinforcement.prompts import Prompts, check_reward, open_prompts
 from train.reinforcement.record import Record
 from train.reinforcement.routing import RoutingAgreement
 from train.reinforcement.score import RolloutScore, measure
@@ -84,12 +85,18 @@ class RL(Algorithm[RLConfig]):
         self.prompts = open_prompts(parts.train, config, processor)
         limit = config.evaluate.max_examples or None
         self.heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, limit=limit)
+        check_reward(config, self.asked)
         sampler = DifficultySampler(
             self.prompts.infos, config.sampler, attempts=config.rollout.attempts, seed=config.run.seed
         )
         self.rollouts = RolloutSource(self.prompts, sampler, config, layout)
         names = tuple(one.name for one in parts.train.sets)
         return Data(self.rollouts, self.heldout, Quarantine(folder, num_records=len(self.prompts)), names)
+
+    @property
+    def asked(self) -> list[Question]:
+        """All questions, the held-out ones last."""
+        return [*self.prompts.questions, *(() if self.heldout is None else self.heldout.questions)]
 
     def update_text(self) -> str:
         rollout = self.config.rollout
@@ -225,9 +232,8 @@ class RL(Algorithm[RLConfig]):
     def agents(self, engine: RolloutEngine | None) -> Mapping[tuple[str, ...], Agent]:
         """One for each choice of tools among the questions; without an engine, only to see that they can be opened."""
         config = self.config
-        asked = [*self.prompts.questions, *(() if self.heldout is None else self.heldout.questions)]
         agents = {}
-        for tools in dict.fromkeys(one.tools for one in asked):
+        for tools in dict.fromkeys(one.tools for one in self.asked):
             if tools not in self.toolboxes:
                 self.toolboxes[tools] = open_toolbox(replace(config.agent, tools=list(tools)), self.served)
             if engine is not None:

@@ -629,6 +629,12 @@ class RLConfig(TrainingConfig):
             "likeliest token is drawn from no distribution that could be learned. Use 1.0, or another positive number.",
         )
         check(
+            sampling.top_k != 1 and sampling.min_p < 1,
+            f"sampling.top_k is {sampling.top_k} and sampling.min_p {sampling.min_p}, which leave the likeliest token "
+            "alone: all attempts at a prompt would be the same. Use sampling.top_k=0 and sampling.min_p=0, which leave "
+            "all tokens, or other values.",
+        )
+        check(
             sampling.repetition_penalty == 1,
             f"sampling.repetition_penalty is {sampling.repetition_penalty}; log-probabilities are learned without it, "
             "so it must be 1.0. To discourage repetition, reward it less.",

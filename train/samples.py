@@ -51,6 +51,8 @@ class Witness(Processor):
     def encode(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Encoded:
         encoded = super().encode(messages, **settings)
         roles = tuple(str(message["role"]) for message in messages)
+        if settings.get("add_generation_prompt"):
+            roles += ("assistant",)  # whose turn is opened
         self._seen[_key(encoded.token_T)] = Authors(encoded.spans, roles, tuple(_media_names(messages)))
         return encoded
 
@@ -121,6 +123,8 @@ class Sample:
     """How much *writing this token* counts: the weight of the place before it, whose target it is."""
     in_vision_pool: list[bool]
     media: list[Medium]
+    right: str = ""
+    """Of a prompt, which holds no answer: the right one, and what compares it."""
 
     @property
     def spans(self) -> Iterator[Span]:
@@ -201,6 +205,8 @@ def samples_of(batch: PackedBatch, processor: Witness, *, row: int) -> Iterator[
 def kind_of(samples: Sequence[Sample]) -> str:
     """What these are called, in the plural."""
     roles = {section.role for sample in samples for section in sample.sections}
+    if not any(sample.num_trained for sample in samples):
+        return "prompts"
     if Role.CHOSEN in roles:
         return "pairs"
     return "labelled answers" if roles & {Role.WANTED, Role.UNWANTED} else "conversations"

@@ -23,6 +23,7 @@ from ernie_model.atomic import atomic_write
 from ernie_model.images import MediaError
 from ernie_model.inference.agent import Agent, Episode, Status
 from ernie_model.inference.request import EngineFull, RequestError, SamplingParams
+from ernie_model.inference.tools import ToolBox
 from train.compose import flatten
 from train.config import UserError
 from train.evaluation.questions import AskedTask, Question
@@ -202,7 +203,7 @@ async def _ask(
         chat = await asyncio.to_thread(question.asked.to_chat, question.media.open)
         while True:
             try:
-                tools = tools_of(question, agent)
+                tools = tools_of(question, agent.toolbox)
                 episode = await agent.run(chat, tools=tools, params=own, thinking=question.thinking)
                 break
             except EngineFull:
@@ -235,11 +236,11 @@ async def _ask(
     return answer, [image for turn in episode.turns for result in turn.results for image in result.images]
 
 
-def tools_of(question: Question, agent: Agent) -> list[dict[str, Any]]:
+def tools_of(question: Question, toolbox: ToolBox) -> list[dict[str, Any]]:
     """Definitions that the question is asked with: its own, and the agent's others."""
     given = [dict(tool) for tool in question.conversation.tools]
     names = {tool.get("function", tool).get("name") for tool in given}
-    return given + [tool for tool in agent.toolbox.definitions() if tool["function"]["name"] not in names]
+    return given + [tool for tool in toolbox.definitions() if tool["function"]["name"] not in names]
 
 
 def attempt_seed(seed: int, task: str, id: str, attempt: int) -> int:

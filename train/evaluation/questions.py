@@ -191,6 +191,8 @@ def questions_of(
     """Raises DataError, UserError: a conversation that cannot be scored, or a reward that cannot score it."""
     questions: list[Question] = []
     problems: list[str] = []
+    per_task = isinstance(config, Asking)
+    where = f"tasks={name}" if per_task else name
     thinking = asked.thinking
     if thinking is None:
         thinking = config.sampling.thinking or (task is not None and task.thinking)
@@ -210,7 +212,7 @@ def questions_of(
             reward = reward_named(reward_name)
             check_options(reward_name, options)
         except UserError as error:
-            raise UserError(f"tasks={name}: {conversation.name}: {error}") from error
+            raise UserError(f"{where}: {conversation.name}: {error}") from error
         expected = _right_answer(conversation)
         if expected is None and needs_answer(reward_name):
             problems.append(f"{conversation.name} has no right answer")
@@ -234,10 +236,11 @@ def questions_of(
         questions.append(question)
     if problems:
         raise DataError(
-            f"tasks={name}: {len(problems)} of {len(conversations)} questions cannot be scored:\n  "
+            f"{where}: {len(problems)} of {len(conversations)} questions cannot be scored:\n  "
             + "\n  ".join(problems[:NAMED])
             + "\nGive each record `answer` (or the assistant's right answer as its last message) and `reward`; or name "
-            f"one reward for all: reward=exact, per_task.{name}.reward=exact."
+            "one reward for all that have none: reward=exact"
+            + (f", per_task.{name}.reward=exact." if per_task else ".")
         )
     return questions
 
@@ -276,7 +279,7 @@ def check_fits(tasks: Sequence[AskedTask], *, text_model: bool) -> None:
                 what = f"shows an {shows[0]}" if shows else f"has the tool {sees[0]}, which returns images"
                 raise UserError(
                     f"the question {one.id!r} of {task.name} {what}, but the checkpoint is a text model. Use a "
-                    f"vision-language checkpoint, or leave {task.name} out of tasks."
+                    f"vision-language checkpoint, or leave {task.name} out."
                 )
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from ernie_model.images import MediaError
 from ernie_model.inference.agent import Agent, Episode, Status
 from ernie_model.inference.request import Prompt, RequestError, SamplingParams
-from ernie_model.processor import Processor
+from ernie_model.inference.tools import ToolBox
+from ernie_model.processor import Encoded, Processor
 from train.evaluation.asking import to_attempt, tools_of
 from train.evaluation.questions import Question
 from train.reinforcement.engines import RolloutEngine
@@ -28,6 +29,24 @@ class Asked:
     question: Question
     seeds: Sequence[int]
     """Of its attempts."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A question as the model gets it."""
+
+    chat: list[dict]
+    tools: list[dict]
+    encoded: Encoded
+    prompt: Prompt
+
+
+def open_question(question: Question, toolbox: ToolBox, processor: Processor) -> Opened:
+    """Raises MediaError, ChatError: pictures that cannot be read, messages that cannot be honoured."""
+    chat = question.asked.to_chat(question.media.open)
+    tools = tools_of(question, toolbox)
+    encoded = processor.encode(chat, tools=tools, thinking=question.thinking, add_generation_prompt=True)
+    return Opened(chat, tools, encoded, Prompt.of(encoded))
 
 
 async def collect(
@@ -56,7 +75,7 @@ async def collect(
     async def score(question: Question, episode: Episode) -> Scored:
         return Scored(episode=episode, scores=await pool.score(question, to_attempt(episode)))
 
-    async def attempt(one: Asked, prompt: "asyncio.Task[_Opened]", seed: int) -> asyncio.Task[Scored]:
+    async def attempt(one: Asked, prompt: asyncio.Task[Opened], seed: int) -> asyncio.Task[Scored]:
         nonlocal done
         question, agent = one.question, agents[one.question.tools]
         own = replace(params, max_new_tokens=question.max_new_tokens, seed=seed)
@@ -73,10 +92,10 @@ async def collect(
         scoring.append(task)
         return task
 
-    async def opened(question: Question) -> "_Opened":
-        return await asyncio.to_thread(_open, question, agents[question.tools], processor)
+    async def opening(question: Question) -> Opened:
+        return await asyncio.to_thread(open_question, question, agents[question.tools].toolbox, processor)
 
-    prompts = [asyncio.ensure_future(opened(one.question)) for one in asked]
+    prompts = [asyncio.ensure_future(opening(one.question)) for one in asked]
     attempts = [attempt(one, prompt, seed) for one, prompt in zip(asked, prompts, strict=True) for seed in one.seeds]
     left = await engine.together(attempts)
     begin = time.perf_counter()
@@ -86,17 +105,3 @@ async def collect(
         Group(ticket=one.ticket, version=version, attempts=pool.compared([next(done_ones) for _ in one.seeds]))
         for one in asked
     ]
-
-
-@dataclass(frozen=True)
-class _Opened:
-    chat: list[dict]
-    tools: list[dict]
-    prompt: Prompt
-
-
-def _open(question: Question, agent: Agent, processor: Processor) -> _Opened:
-    chat = question.asked.to_chat(question.media.open)
-    tools = tools_of(question, agent)
-    encoded = processor.encode(chat, tools=tools, thinking=question.thinking, add_generation_prompt=True)
-    return _Opened(chat, tools, Prompt.of(encoded))

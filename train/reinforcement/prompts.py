@@ -70,6 +70,17 @@ def _tasks(config: DataConfig) -> Callable[[str], Task | None]:
     return lambda name: TASKS.get(names.get(name) or "")
 
 
+def check_reward(config: RLConfig, questions: Sequence[Question]) -> None:
+    """Raises UserError: `reward` is for records that name none, and there are none."""
+    named = dict.fromkeys(one.reward_name for one in questions)
+    if config.reward is not None and config.reward not in named:
+        raise UserError(
+            f"reward={config.reward} is for records that name none, and all name their own ({', '.join(named)}), so it "
+            "would never be asked. Leave it out, or take `reward` out of the records; something to be weighed beside "
+            "what is right is a part of its own (rewards.weights)."
+        )
+
+
 def open_prompts(mixture: Mixture, config: RLConfig, processor: Processor, *, limit: int | None = None) -> Prompts:
     """Every record of the mixture, in the order of `Mixture.keys`.
 

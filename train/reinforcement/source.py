@@ -48,6 +48,11 @@ from train.reinforcement.prompts import Prompts
 from train.reinforcement.scoring import RewardPool
 from train.rl_config import RLConfig
 
+MAX_BLIND = 3
+"""Rollouts in a row without one score that end a run: a reward's server may be away for a while."""
+NAMED = 3
+"""How many reasons an error names."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
@@ -113,6 +118,8 @@ class RolloutSource:
         self.updates = 0
         """Drawn so far."""
         self.rollouts = self.asked = self.learned = 0
+        self._blind = 0
+        """Rollouts in a row, up to the last, of which no attempt could be scored."""
         self.told: Callable[[Rollout], None] = lambda rollout: None
         """Hears of every rollout, on all ranks."""
         self._pending: list[list[PackedBatch]] = []
@@ -204,6 +211,7 @@ class RolloutSource:
         clock.seconds["scoring"] = min(flight.scoring_s, clock.seconds["asking"])
         clock.seconds["asking"] -= clock.seconds["scoring"]
         summaries.sort(key=lambda one: one.outcome.group)
+        self._check_scored(summaries)
         accepted = self._accept(made, summaries)
         self.sampler.update([one.outcome for one in summaries], trained=len(accepted))
         worth = self._advantages(accepted)
@@ -282,6 +290,20 @@ class RolloutSource:
             version=flight.version,
             scored=flight.scored,
         )
+
+    def _check_scored(self, summaries: Sequence[Summary]) -> None:
+        """Raises UserError, on all ranks: no attempt of the run's first rollout could be scored, or of the last few."""
+        attempts = [attempt for one in summaries for attempt in one.attempts]
+        scored = any(attempt.worth is not None for attempt in attempts)
+        self._blind = 0 if scored or not attempts else self._blind + 1
+        if self._blind and (self.rollouts == 0 or self._blind == MAX_BLIND):
+            reasons = Counter(attempt.problem or f"the attempt ended as {attempt.status}" for attempt in attempts)
+            told = "\n  ".join(f"{count} x {reason}" for reason, count in reasons.most_common(NAMED))
+            when = "in the first rollout" if self.rollouts == 0 else f"in {self._blind} rollouts, one after the other"
+            raise UserError(
+                f"none of the {len(attempts)} attempts could be scored {when}, so there is nothing to learn from:\n  "
+                f"{told}\nPut that right, and start again. `ernie doctor rl ...` looks at every prompt beforehand."
+            )
 
     def _domain(self, prompt: int) -> str:
         question = self.prompts.questions[prompt]
