@@ -163,9 +163,8 @@ def track(config: TrainingConfig, folder: Path, samples: Sequence[Sample], proce
     if not items:
         return False
     sheet = folder / "preview.png"
-    contact_sheet.draw(
-        items, sheet, f"{config.run.name}, before training", summary="under each image, what is trained, or right"
-    )
+    under = "what is trained" if any(sample.num_trained for sample in samples) else "what is right"
+    contact_sheet.draw(items, sheet, f"{config.run.name}, before training", summary=f"under each image, {under}")
     for tracker in make_trackers(config.tracker.names, config.tracker.project):
         if tracker.name == "jsonl":  # the record of the run that is yet to come
             continue

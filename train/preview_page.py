@@ -106,8 +106,10 @@ def _header(page: Page) -> Iterator[str]:
     for kind, name in KINDS.items():
         if kind in present:
             yield f"<button data-kind={kind.value}><i class=k-{kind.value}>{name}</i></button>"
-    yield "</span><span class=group><button data-kind=t><i class='t k-answer'>trained</i></button>"
-    yield "<button data-kind=w><i>weight<sup>×0.5</sup></i></button></span>"
+    yield "</span>"
+    if page.rows:
+        yield "<span class=group><button data-kind=t><i class='t k-answer'>trained</i></button>"
+        yield "<button data-kind=w><i>weight<sup>×0.5</sup></i></button></span>"
     if any(sample.media for sample in page.samples):
         yield "<span class=group><label><input type=checkbox id=grid28 checked> token grid</label>"
         yield "<label><input type=checkbox id=grid14> patch grid</label></span>"

@@ -8,7 +8,16 @@ from enum import Enum
 from typing import Any
 
 from ernie_model.inference.engine import EngineSettings
-from train.config import ObjectiveKind, TrainingConfig, check, check_kind, suggestion
+from train.config import (
+    EvaluateConfig,
+    FilesData,
+    ObjectiveKind,
+    TooLong,
+    TrainingConfig,
+    check,
+    check_kind,
+    suggestion,
+)
 from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
 from train.inference_config import AgentConfig, SamplingConfig
 from train.rewards.registry import OWN, check_part
@@ -644,6 +653,7 @@ class RLConfig(TrainingConfig):
             f"data.accumulation is {self.data.accumulation}, but an update of `ernie rl` goes through as many rows as "
             "its attempts fill. Leave it out; rollout.groups, attempts and updates say how much that is.",
         )
+        self._check_nothing_ignored()
         check(
             self.agent.max_tokens <= self.data.max_tokens,
             f"agent.max_tokens is {self.agent.max_tokens} and data.max_tokens {self.data.max_tokens}: an attempt with "
@@ -677,3 +687,31 @@ class RLConfig(TrainingConfig):
             f"parallel.zero={self.parallel.zero} a forward pass takes all ranks, so that nothing can be sampled while "
             "the policy learns. Use rollout.ahead=0, or rollout.backend=vllm.",
         )
+
+    def _check_nothing_ignored(self) -> None:
+        """Raises UserError: a setting of fine-tuning on which nothing here depends."""
+        data, evaluate = self.data, self.evaluate
+        check(
+            data.too_long is TooLong.quarantine,
+            f"data.too_long is {data.too_long.value}, and `ernie rl` neither cuts prompts nor shrinks their pictures. "
+            "Leave it out; those that are too long fail (`ernie doctor rl ...` names them), so shorten them, or raise "
+            "agent.max_tokens and data.max_tokens.",
+        )
+        check(
+            data.shuffle,
+            "data.shuffle is false, and the sampler of `ernie rl` always draws prompts at random. Leave it out; "
+            "sampler.kind=uniform draws all alike, epoch after epoch.",
+        )
+        check(
+            evaluate.max_new_tokens == EvaluateConfig().max_new_tokens,
+            f"evaluate.max_new_tokens is {evaluate.max_new_tokens}, and held-out questions are answered as in a "
+            "rollout. Leave it out; sampling.max_new_tokens is for both.",
+        )
+        if isinstance(data, FilesData):
+            weighted = [name for name, one in data.sets.items() if one.weight != 1]
+            check(
+                not weighted and not data.modality_ratio,
+                f"{f'data.sets.{weighted[0]}.weight' if weighted else 'data.modality_ratio'} would do nothing: "
+                "`ernie rl` draws prompts by difficulty and domain. Leave it out; sampler.quotas sets the shares of "
+                "domains, which are the sets where records name no `domain`.",
+            )

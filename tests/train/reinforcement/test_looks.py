@@ -1,0 +1,110 @@
+"""`ernie doctor rl`, `preview rl` and `plan rl`, and what `ernie rl` refuses or gives up on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_configs import load
+from train import doctor, plan, preview, rl
+from train.config import UserError
+
+SETTINGS = ["tracker=none", "plan.device=cpu", "model.precision=fp32", "data=files", "agent.max_tokens=256"]
+PROGRAMS = {"doctor": doctor, "preview": preview, "plan": plan}
+
+
+def records(folder: Path, *given: dict) -> str:
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"answer": "4", "reward": "exact", **one}) + "\n" for one in given))
+    return f"data.path={path}"
+
+
+def asks(text: str, *parts: dict) -> dict:
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]}
+
+
+def run(monkeypatch, name: str, folder: Path, *settings: str) -> int:
+    arguments = [f"ernie {name}", *([] if name == "rl" else ["rl"]), *SETTINGS, f"run.folder={folder}", *settings]
+    monkeypatch.setattr(sys, "argv", arguments)
+    try:
+        (rl if name == "rl" else PROGRAMS[name]).main()
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code
+    return 0
+
+
+def test_the_doctor_looks_at_prompts(tmp_path, monkeypatch):
+    data = records(tmp_path, asks("2 + 2?"), asks("1 + 3?"))
+    assert run(monkeypatch, "doctor", tmp_path / "run", data, "sampling.max_new_tokens=8") == 0
+    report = json.loads((tmp_path / "run" / "doctor.json").read_text())
+    assert report["numbers"]["prompts"] == 2 and report["numbers"]["refused"] == 0
+
+
+def test_the_doctor_names_prompts_that_cannot_be_asked(tmp_path, monkeypatch, capsys):
+    data = records(
+        tmp_path,
+        asks("word " * 300),
+        asks("?", {"type": "image", "image": "missing.png"}),
+        asks("2 + 2?") | {"tools": [{"type": "function", "function": {"name": "stranger", "parameters": {}}}]},
+    )
+    assert run(monkeypatch, "doctor", tmp_path / "run", data) == 1
+    said = capsys.readouterr().out
+    assert "prompts.jsonl:1' has" in said and "agent.max_tokens=256" in said
+    assert "missing.png: no such file" in said
+    assert "2 prompts of training data cannot be asked" in said
+    assert "offer the tool stranger, which agent.tools does not have" in said
+    assert "after 1 of 1 prompts" in said  # sampling.max_new_tokens=1024
+
+
+def test_the_preview_shows_prompts_and_what_is_right(tmp_path, monkeypatch, capsys):
+    data = records(tmp_path, asks("2 + 2?"), asks("3 + 1?"))
+    settings = (data, "agent.tools=[image_zoom_in_tool]", "agent.max_tokens=1024")
+    assert run(monkeypatch, "preview", tmp_path / "run", *settings) == 0
+    assert "shown     2 prompts" in capsys.readouterr().out
+    page = (tmp_path / "run" / "preview.html").read_text()
+    assert page.count("right: 4   (exact)") == 2 and "tool definitions" in page and "Packed rows" not in page
+
+
+def test_the_plan_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "plan", tmp_path / "run", "data.path=-", "run.steps=3") == 0
+    said = capsys.readouterr().out
+    assert "rollouts are not in these numbers" in said and "\ndata " not in said
+
+
+def test_a_run_that_can_score_nothing_ends(tmp_path, monkeypatch, capfd):
+    data = records(tmp_path, asks("?", {"type": "image", "image": "missing.png"}))
+    small = ("rollout.groups=1", "rollout.updates=1", "rollout.attempts=2", "run.steps=3", "rewards.workers=0")
+    assert run(monkeypatch, "rl", tmp_path / "run", data, *small, "rollout.max_rounds=1") == 1
+    told = capfd.readouterr().err
+    assert "none of the 2 attempts could be scored in the first rollout" in told and "2 x missing.png" in told
+
+
+def test_a_reward_that_no_record_asks_for_is_refused(tmp_path, monkeypatch, capfd):
+    assert run(monkeypatch, "rl", tmp_path / "run", records(tmp_path, asks("?")), "reward=math", "run.steps=1") == 1
+    assert "reward=math is for records that name none, and all name their own (exact)" in capfd.readouterr().err
+
+
+def test_records_without_a_reward_are_told_of_settings_that_there_are(tmp_path, monkeypatch, capfd):
+    data = records(tmp_path, asks("?") | {"reward": None})
+    assert run(monkeypatch, "rl", tmp_path / "run", data, "run.steps=1") == 1
+    told = capfd.readouterr().err
+    assert "names no reward" in told and "reward=exact." in told and "per_task" not in told and "tasks=" not in told
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("sampling.top_k=1", "leave the likeliest token"),
+        ("sampling.min_p=1", "leave the likeliest token"),
+        ("data.too_long=shrink_images", "neither cuts prompts"),
+        ("data.shuffle=false", "always draws prompts at random"),
+        ("evaluate.max_new_tokens=99", "sampling.max_new_tokens is for both"),
+        ("data.sets={a: {path: a.jsonl, weight: 2}, b: {path: b.jsonl}}", "data.sets.a.weight would do nothing"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(setting, told):
+    data = ["data=files"] if "sets" in setting else ["data=files", "data.path=x.jsonl"]
+    with pytest.raises(UserError, match=told):
+        load(*data, setting, entry="rl")
