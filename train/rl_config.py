@@ -9,6 +9,7 @@ from typing import Any
 
 from ernie_model.inference.engine import EngineSettings
 from train.config import (
+    DataConfig,
     EvaluateConfig,
     FilesData,
     ObjectiveKind,
@@ -244,6 +245,12 @@ class RLObjectiveConfig:
                 )
         if self.correction is Correction.none:
             refuse("band", "objective.correction=none has no use for it. Leave it out, or choose a correction.")
+        if self.advantage in (AdvantageKind.group_mean, AdvantageKind.rloo):
+            refuse(
+                "advantage_eps",
+                f"objective.advantage={self.advantage.value} divides by no deviation. Leave it out, or choose "
+                "objective.advantage=group_std.",
+            )
         if self.kl == 0:
             for key in ("kl_estimator", "kl_unbiased"):
                 refuse(key, "objective.kl is 0. Give objective.kl a weight, for example 0.001, or leave it out.")
@@ -707,6 +714,18 @@ class RLConfig(TrainingConfig):
             f"evaluate.max_new_tokens is {evaluate.max_new_tokens}, and held-out questions are answered as in a "
             "rollout. Leave it out; sampling.max_new_tokens is for both.",
         )
+        for key, set_to, default, meaning in (
+            ("lookahead", data.lookahead, DataConfig.lookahead, "from how many records a row is filled"),
+            ("workers", data.workers, DataConfig.workers, "how many processes read records ahead"),
+            ("prefetch", data.prefetch, DataConfig.prefetch, "how many rows are packed ahead"),
+            ("max_bad", data.max_bad, DataConfig.max_bad, "how many records may be put aside"),
+            ("min_image_pixels", data.min_image_pixels, DataConfig.min_image_pixels, "how far pictures may shrink"),
+        ):
+            check(
+                set_to == default,
+                f"data.{key} is {set_to}, and would do nothing: it says {meaning}, and `ernie rl` reads prompts "
+                "as they are drawn and fills rows with attempts. Leave it out.",
+            )
         if isinstance(data, FilesData):
             weighted = [name for name, one in data.sets.items() if one.weight != 1]
             check(

@@ -238,11 +238,12 @@ def test_agreement_corrects_nothing():
 
 
 def test_off_policy_attempts_are_left_out():
-    """OPSM: of three attempts sampled at log p = -1 the second has a negative advantage and moved by .25 > .1."""
+    """OPSM: of three attempts sampled at log p = -1 the second has a negative advantage and is .25 > .1 away from where
+    it was sampled, although only .05 from p_old."""
     sampled = [-1.0, -1.0]
     attempts = [
         Attempt([-1.2, -1.3], [-1.1, -1.1], advantage=1.0, engine=sampled),
-        Attempt([-1.2, -1.3], [-1.1, -1.1], advantage=-1.0, engine=sampled),
+        Attempt([-1.2, -1.3], [-1.2, -1.2], advantage=-1.0, engine=sampled),
         Attempt([-1.0, -1.1], [-1.1, -1.1], advantage=-1.0, engine=sampled),
     ]
     learned = update(settings(opsm_delta=0.1, ratio=Ratio.token, clip_low=0.5), attempts)

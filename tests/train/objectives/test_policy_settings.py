@@ -11,6 +11,7 @@ from train.config import UserError
 from train.objectives.policy_gradient import needs_reference
 from train.rl_config import (
     READS,
+    AdvantageKind,
     Aggregate,
     Correction,
     KLEstimator,
@@ -56,6 +57,10 @@ from train.rl_config import (
         ({"correction": Correction.tis, "band": [0.5, 2.0]}, "tis has no lower bound. Use [0, 2]"),
         ({"correction": Correction.mis_product, "band": [0.5, 2.0]}, "mis_product has no lower bound. Use [0, 2]"),
         ({"correction": Correction.none, "band": [0.5, 2.0]}, "objective.correction=none has no use for it"),
+        (
+            {"advantage": AdvantageKind.rloo, "advantage_eps": 0.1},
+            "objective.advantage=rloo divides by no deviation. Leave it out",
+        ),
         ({"opsm_delta": -0.1}, "objective.opsm_delta is -0.1; it must be 0 or more"),
         ({"kl": -1.0}, "objective.kl is -1.0; it must be 0 or a positive number"),
         ({"entropy": math.inf}, "objective.entropy is inf; it must be 0 or a positive number"),

@@ -19,7 +19,8 @@ R = [1.0, 0.0, 0.0, 0.0]
 
 
 def advantage(worth, kind="group_std", eps=0.0, per_domain=False, **others):
-    config = RLObjectiveConfig(advantage=AdvantageKind(kind), advantage_eps=eps, per_domain=per_domain)
+    eps_of = {} if kind in ("group_mean", "rloo") else {"advantage_eps": eps}  # they divide by no deviation
+    config = RLObjectiveConfig(advantage=AdvantageKind(kind), per_domain=per_domain, **eps_of)
     return advantages(worth, config, **others)
 
 

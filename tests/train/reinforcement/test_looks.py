@@ -101,6 +101,8 @@ def test_records_without_a_reward_are_told_of_settings_that_there_are(tmp_path, 
         ("data.too_long=shrink_images", "neither cuts prompts"),
         ("data.shuffle=false", "always draws prompts at random"),
         ("evaluate.max_new_tokens=99", "sampling.max_new_tokens is for both"),
+        *((f"data.{key}", "and would do nothing") for key in ("lookahead=8", "workers=2", "prefetch=4", "max_bad=0.1")),
+        ("data.min_image_pixels=784", "says how far pictures may shrink"),
         ("data.sets={a: {path: a.jsonl, weight: 2}, b: {path: b.jsonl}}", "data.sets.a.weight would do nothing"),
     ],
 )
