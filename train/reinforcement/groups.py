@@ -104,6 +104,7 @@ class AttemptSummary:
     """Sampled."""
     calls: int
     failed_calls: int
+    """Those that a tool answered with an error, or not at all, unreadable ones among them: as `Attempt` counts them."""
     unreadable: int
     """Turns whose call cannot be read."""
     pictures: int
@@ -114,14 +115,15 @@ class AttemptSummary:
     def of(one: Scored) -> "AttemptSummary":
         episode, scores = one.episode, one.scores
         results = [result for turn in episode.turns for result in turn.results]
+        calls = sum(max(len(turn.calls), turn.problem is not None) for turn in episode.turns)
         return AttemptSummary(
             worth=scores.total,
             accuracy=scores.accuracy,
             parts=scores.parts,
             status=episode.status.value,
             tokens=episode.num_sampled,
-            calls=sum(max(len(turn.calls), turn.problem is not None) for turn in episode.turns),
-            failed_calls=sum(result.error for result in results),
+            calls=calls,
+            failed_calls=calls - sum(not result.error for result in results),
             unreadable=sum(turn.problem is not None for turn in episode.turns),
             pictures=sum(len(result.images) for result in results),
             problem=scores.problem or episode.error,
