@@ -75,6 +75,9 @@ class PackedBatch:
     """0, 0, 0, 1, ...: the record of each segment, counted within the row. Empty: each is one."""
     scores: tuple[float, ...] = ()
     """How good each answer was found to be, where its record says so, and nan. Empty: none says so."""
+    waited: tuple[int, ...] = ()
+    """How many rollouts ago each attempt was sampled, when others were learned from; 0 in the last one. Empty: all were
+    sampled in the last one."""
     ref_logprob_T: Tensor | None = None  # float32, log p(target_T[t]) of the reference model; 0 where weight_T is 0
     old_logprob_T: Tensor | None = None
     """float32, log p(target_T[t]) of the policy that the row was sampled with, as the trainer computes it; 0 where

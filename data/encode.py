@@ -55,6 +55,7 @@ class Example:
     stems: tuple[int, ...] = ()
     roles: tuple[Role, ...] = ()
     scores: tuple[float, ...] = ()
+    waited: tuple[int, ...] = ()
     engine_logprob_T: Tensor | None = None
     advantage_T: Tensor | None = None
     expert_TLK: Tensor | None = None

@@ -158,6 +158,13 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
             for example, own in zip(examples, lengths, strict=True)
             for score in example.scores or (math.nan,) * len(own)
         ),
+        waited=tuple(
+            rollouts
+            for example, own in zip(examples, lengths, strict=True)
+            for rollouts in example.waited or (0,) * len(own)
+        )
+        if any(example.waited for example in examples)
+        else (),
     )
 
 

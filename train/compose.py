@@ -88,6 +88,10 @@ FREE_TO_CHANGE: tuple[str, ...] = (
     "data.workers",
     "data.prefetch",
     "optim.max_skipped",
+    "mismatch",
+    "rollout.vllm",
+    "rollout.max_idle",
+    "rewards.workers",
     "model.name",
     "model.recompute",  # the same gradients to the last bit
     "model.offload_activations",

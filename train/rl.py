@@ -87,7 +87,11 @@ class RL(Algorithm[RLConfig]):
         self.heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, limit=limit)
         check_reward(config, self.asked)
         sampler = DifficultySampler(
-            self.prompts.infos, config.sampler, attempts=config.rollout.attempts, seed=config.run.seed
+            self.prompts.infos,
+            config.sampler,
+            attempts=config.rollout.attempts,
+            seed=config.run.seed,
+            keep_equal=config.rollout.keep_equal,
         )
         self.rollouts = RolloutSource(self.prompts, sampler, config, layout)
         names = tuple(one.name for one in parts.train.sets)
@@ -288,6 +292,10 @@ class RL(Algorithm[RLConfig]):
 
     def warnings(self, step: int, metrics: dict[str, float]) -> Sequence[str]:
         return [*self.mismatch.warnings(metrics), *(self.record.notes(step) if "loss" in metrics else ())]
+
+    @property
+    def gives_up(self) -> str | None:
+        return self.rollouts.gives_up
 
     def show(self, step: int, trackers: Sequence[Tracker]) -> None:
         self.record.show(step, trackers)

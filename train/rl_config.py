@@ -106,7 +106,7 @@ class AdvantageKind(Enum):
     rloo = "rloo"
     """R - mean of the others."""
     batch_std = "batch_std"
-    """R - mean of the group, over the standard deviation of all of the rollout."""
+    """R - mean of the group, over the standard deviation of all that the rollout's updates learn from."""
     gdpo = "gdpo"
     """group_std of each part of the reward for itself, then their weighted sum, then over its own deviation."""
 
@@ -388,6 +388,9 @@ class RolloutConfig:
     """1: answers are sampled while the policy learns from those before, with weights that are one rollout older."""
     mask_truncated: bool = False
     """Attempts that a limit cut off teach nothing (overlong filtering); statistics keep them, as wrong."""
+    max_idle: int | None = 20
+    """Rollouts in a row that give nothing to learn, all attempts of a group being worth the same, before the run saves
+    and ends; null never ends it."""
     keep_equal: bool = False
     """Learn from groups whose attempts are all worth the same, too: they teach nothing, but take a place."""
     noise: float = 0.0
@@ -415,6 +418,11 @@ class RolloutConfig:
             "forbids any difference. Leave it out.",
         )
         check(self.max_lag >= 0, f"rollout.max_lag is {self.max_lag}; it must be 0 or more.")
+        check(
+            self.max_idle is None or self.max_idle >= 1,
+            f"rollout.max_idle is {self.max_idle}; it must be at least 1, or null to go on however little there is to "
+            "learn.",
+        )
         check(self.ahead in (0, 1), f"rollout.ahead is {self.ahead}; it must be 0 or 1.")
         if self.backend is RolloutBackend.vllm:
             check(

@@ -163,6 +163,11 @@ class Algorithm(Generic[ConfigT]):
         """What else to report of a logged update. All ranks ask."""
         return {}
 
+    @property
+    def gives_up(self) -> str | None:
+        """Why there is no use in going on, in words, after an update: the run saves, and ends. Alike on all ranks."""
+        return None
+
     def show(self, step: int, trackers: Sequence[Tracker]) -> None:
         """After an update was logged, on all ranks: what people look at. Only the main rank has trackers."""
 
@@ -400,6 +405,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         save_every=config.run.save_every,
         evaluate_every=config.evaluate.every,
     )
+    stop = StopSignal(at_end, grace_s=config.run.grace_s)
     hooks = Hooks(
         log=log,
         save=save,
@@ -407,7 +413,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         saw=saw,
         nonfinite=nonfinite,
         spiked=spiked,
-        stop=StopSignal(at_end, grace_s=config.run.grace_s),
+        stop=lambda: stop() or (state.step < steps and algorithm.gives_up is not None),
     )
 
     # The run.
@@ -422,6 +428,12 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
             progress.note(report.resumed_line(run.resume_from, state, steps))
         finished = fit(
             updates, objective, shared, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
+        )
+    if not finished and (reason := algorithm.gives_up) is not None:
+        algorithm.finish(setup, console, trackers)
+        export = f"ernie export checkpoint={run.folder} output=..."
+        raise UserError(
+            f"ended after step {state.step} of {steps}: {reason} What has been learned is saved: `{export}`."
         )
     if not finished:
         console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")

@@ -3,9 +3,12 @@
     group_std     (R - m) / (s + eps)      m, s: mean and standard deviation of the group                 GRPO
     group_mean     R - m                                                                             Dr. GRPO
     rloo           R - mean of the others                                           = A / (A - 1) * group_mean
-    batch_std     (R - m) / (S + eps)      S: standard deviation of all R of the rollout
+    batch_std     (R - m) / (S + eps)      S: standard deviation of all R
     gdpo           D / (S + eps)           D: sum of weight * group_std over the parts of the reward, S: standard
                                            deviation of all D (their mean is 0)                 2601.05242
+
+`All` are the groups that the rollout's updates learn from: those that were left out have no part in S, those that come
+out of the queue have.
 
     R = 1, 0, 0, 0    group_std 1.5, -0.5 (three times)    group_mean 0.75, -0.25    rloo 1, -0.3333    at eps 0
 

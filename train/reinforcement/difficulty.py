@@ -221,15 +221,25 @@ class DifficultySampler:
         prompts: all there are.
         attempts: answers to each prompt.
         seed: of the run.
+        keep_equal: groups whose attempts are alike are learned from, too, so that none is asked in their place.
 
     Raises:
         DataError: no prompts, two with one id, a tier that the settings don't know.
         UserError: quotas of other domains than the prompts'.
     """
 
-    def __init__(self, prompts: Sequence[PromptInfo], config: SamplerConfig, *, attempts: int, seed: int):
+    def __init__(
+        self,
+        prompts: Sequence[PromptInfo],
+        config: SamplerConfig,
+        *,
+        attempts: int,
+        seed: int,
+        keep_equal: bool = False,
+    ):
         _check_prompts(prompts, config)
         self.config, self.attempts, self.seed = config, attempts, seed
+        self._useful = {one for one in Verdict if one is not Verdict.UNSCORED} if keep_equal else {Verdict.MIXED}
         self.step = 0
         """Rollouts done."""
         self.next_group = 0
@@ -481,7 +491,7 @@ class DifficultySampler:
         for lane in range(len(self.lanes)):
             here = [v for v, one in zip(verdicts, told, strict=True) if self._lane[one.prompt] == lane]
             if here:
-                now = 1 - here.count(Verdict.MIXED) / len(here)
+                now = 1 - sum(one in self._useful for one in here) / len(here)
                 before, rho = self.z[lane], self.config.smoothing
                 self.z[lane] = now if before is None else (1 - rho) * before + rho * now
 

@@ -170,8 +170,13 @@ def _encode(
     return example
 
 
-def with_advantages(example: Example, advantages: Sequence[float]) -> Example:
-    """`advantages`: of the example's attempts, in order."""
+def with_advantages(example: Example, advantages: Sequence[float], *, waited: int = 0) -> Example:
+    """
+    Args:
+        advantages: of the example's attempts, in order.
+        waited: rollouts that their group was in the queue for.
+    """
     per_segment = torch.tensor([0.0, *advantages], dtype=torch.float32)
     spread_T = torch.repeat_interleave(per_segment, torch.tensor(example.lengths))
-    return replace(example, advantage_T=spread_T * (example.weight_T != 0))
+    waiting = (waited,) * len(example.lengths) if waited else ()
+    return replace(example, advantage_T=spread_T * (example.weight_T != 0), waited=waiting)

@@ -1,6 +1,7 @@
 """How far engine and trainer disagree on the tokens that the engine sampled, and when that is too far.
 
-With d = log p_old - log p_engine and k = exp(d), over the sampled tokens of an update whose log p_engine is known:
+With d = log p_old - log p_engine and k = exp(d), over the sampled tokens of an update whose log p_engine is known, of
+attempts that were sampled for this rollout:
 
     mismatch_mean    mismatch_max      of |d|
     mismatch_p_mean  mismatch_p_max    of |p_old - p_engine|
@@ -13,10 +14,12 @@ With d = log p_old - log p_engine and k = exp(d), over the sampled tokens of an 
     mismatch_unknown                   share of all sampled tokens whose log p_engine is nan
     ..._text  ..._image  ..._video     the same of attempts that saw neither, an image, a video; if there are several.
                                        An offset of one modality alone is a bug in how it is computed, not noise.
+    ..._queued                         the same of attempts that waited in the queue. Older weights sampled them, so
+                                       what has been learned since is in k, too; no limit goes by it.
 
 A difference beyond 20 nats counts as 20. Reference 2.7.
 
-Shape letters:  T tokens   S segments   G modalities   M sums
+Shape letters:  T tokens   S segments   G modalities, and attempts of the queue   M sums
 """
 
 import math
@@ -43,6 +46,8 @@ WINDOW = 20
 NOISE = 1e-3
 """A mean difference, in nats, that nobody needs to hear of."""
 
+QUEUED = "queued"
+GROUPS = (*MODALITIES, QUEUED)
 SUMS = ("known", "unknown", "d", "abs_d", "abs_p", "k", "square", "low", "high")
 
 
@@ -66,14 +71,15 @@ class Mismatch(Beside):
 
     def _start(self) -> None:
         device = self.accelerator.device
-        self._sums_MG = torch.zeros(len(SUMS), len(MODALITIES), dtype=torch.float64, device=device)
-        self._most_2G = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=device)
+        self._sums_MG = torch.zeros(len(SUMS), len(GROUPS), dtype=torch.float64, device=device)
+        self._most_2G = torch.zeros(2, len(GROUPS), dtype=torch.float64, device=device)
 
     # --------------------------------------------------------------------------------------------- numbers of an update
 
     def before(self, microbatches: Sequence[PackedBatch]) -> None:
         for name, values in self._beyond.items():
-            if len(values) >= self.config.patience:
+            # The limit again: it may have been raised since the values were saved.
+            if len(values) >= self.config.patience and min(values) > self.config.stop.get(name, math.inf):
                 raise UserError(
                     f"engine and trainer disagree too much: mismatch_{name} was "
                     f"{', '.join(f'{value:.3g}' for value in values)} in the last {len(values)} updates, and "
@@ -114,7 +120,8 @@ class Mismatch(Beside):
         return 0.0
 
     def members(self, batch: PackedBatch) -> Tensor:
-        """float64 (S, G): 1 for what an attempt saw, its prompt included; both images and videos count as video."""
+        """float64 (S, G): 1 for what an attempt saw, its prompt included; both images and videos count as video. One of
+        the queue is in no other group."""
         segment_T, device = batch.segment_T, batch.token_T.device
         stem_S = torch.tensor(batch.stems or (-1,) * batch.num_segments, device=device)
         saw = []
@@ -123,21 +130,24 @@ class Mismatch(Beside):
             count_S = here_T.new_zeros(batch.num_segments).index_add(0, segment_T, here_T)
             saw.append((count_S + count_S[stem_S] * (stem_S >= 0)) > 0)
         image_S, video_S = saw
-        return torch.stack([~image_S & ~video_S, image_S & ~video_S, video_S], 1).double()
+        queued_S = torch.tensor(batch.waited or (0,) * batch.num_segments, device=device) > 0
+        saw_SG = torch.stack([~image_S & ~video_S, image_S & ~video_S, video_S], 1) & ~queued_S[:, None]
+        return torch.cat([saw_SG, queued_S[:, None]], 1).double()
 
     def sums(self) -> Tensor:
         return torch.cat([self._sums_MG.flatten(), one_of_ranks(self._most_2G, self.accelerator).flatten()])
 
     def report(self, sums: Tensor) -> dict[str, float]:
         split = self._sums_MG.numel()
-        sums_MG = sums[:split].view(len(SUMS), len(MODALITIES))
-        most_2G = sums[split:].view(2, len(MODALITIES), -1).amax(2)
-        out = {f"mismatch_{name}": value for name, value in numbers(sums_MG.sum(1), most_2G.amax(1)).items()}
-        seen = [index for index in range(len(MODALITIES)) if sums_MG[:2, index].sum()]
-        if len(seen) > 1:
-            for index in seen:
-                own = numbers(sums_MG[:, index], most_2G[:, index])
-                out |= {f"mismatch_{name}_{MODALITIES[index]}": value for name, value in own.items()}
+        sums_MG = sums[:split].view(len(SUMS), len(GROUPS))
+        most_2G = sums[split:].view(2, len(GROUPS), -1).amax(2)
+        fresh = slice(len(MODALITIES))
+        whole = numbers(sums_MG[:, fresh].sum(1), most_2G[:, fresh].amax(1))
+        out = {f"mismatch_{name}": value for name, value in whole.items()}
+        seen = [index for index, group in enumerate(GROUPS) if group != QUEUED and sums_MG[:2, index].sum()]
+        for index in [*(seen if len(seen) > 1 else ()), GROUPS.index(QUEUED)]:
+            own = numbers(sums_MG[:, index], most_2G[:, index])
+            out |= {f"mismatch_{name}_{GROUPS[index]}": value for name, value in own.items()}
         self._watch(out)
         return out
 

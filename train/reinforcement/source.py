@@ -120,6 +120,8 @@ class RolloutSource:
         self.rollouts = self.asked = self.learned = 0
         self._blind = 0
         """Rollouts in a row, up to the last, of which no attempt could be scored."""
+        self._idle: list[dict[str, int]] = []
+        """Of the last rollouts, all in a row that gave nothing to learn, the groups that were asked, by kind."""
         self.told: Callable[[Rollout], None] = lambda rollout: None
         """Hears of every rollout, on all ranks."""
         self._pending: list[list[PackedBatch]] = []
@@ -173,6 +175,21 @@ class RolloutSource:
         return max(1, rollouts) * self.config.rollout.updates
 
     @property
+    def gives_up(self) -> str | None:
+        """Why there is no use in going on, on all ranks alike."""
+        most = self.config.rollout.max_idle
+        if most is None or len(self._idle) < most:
+            return None
+        kinds = sum((Counter(of_rollout) for of_rollout in self._idle), Counter[str]())
+        found = ", ".join(f"{kinds[kind]} {IDLE[kind]}" for kind in KINDS if kinds[kind])
+        return (
+            f"the last {len(self._idle)} rollouts gave nothing to learn, and rollout.max_idle allows {most}. Of "
+            f"{kinds.total()} groups {found}. All right: these prompts have nothing left to teach, harder ones may. "
+            "All wrong: easier prompts, a better start (`ernie sft`) or more rollout.attempts. The same command with a "
+            "larger rollout.max_idle goes on, with null however long it takes."
+        )
+
+    @property
     def report(self) -> RolloutReport:
         return RolloutReport(last=self._metrics, rollouts=self.rollouts, asked=self.asked, learned=self.learned)
 
@@ -223,6 +240,7 @@ class RolloutSource:
             for one in self._ready
             if one.summary.outcome.group in worth
         }
+        self._count_idle(summaries)
         taken = {group: self._summaries.pop(group) for group in accepted}
         self._ready = [one for one in self._ready if one.summary.outcome.group not in taken]
         self._add_old_logprobs()
@@ -295,8 +313,10 @@ class RolloutSource:
         """Raises UserError, on all ranks: no attempt of the run's first rollout could be scored, or of the last few."""
         attempts = [attempt for one in summaries for attempt in one.attempts]
         scored = any(attempt.worth is not None for attempt in attempts)
-        self._blind = 0 if scored or not attempts else self._blind + 1
-        if self._blind and (self.rollouts == 0 or self._blind == MAX_BLIND):
+        if not attempts:  # all of it is in the queue
+            return
+        self._blind = 0 if scored else self._blind + 1
+        if self._blind and (self.rollouts == 0 or self._blind >= MAX_BLIND):
             reasons = Counter(attempt.problem or f"the attempt ended as {attempt.status}" for attempt in attempts)
             told = "\n  ".join(f"{count} x {reason}" for reason, count in reasons.most_common(NAMED))
             when = "in the first rollout" if self.rollouts == 0 else f"in {self._blind} rollouts, one after the other"
@@ -304,6 +324,13 @@ class RolloutSource:
                 f"none of the {len(attempts)} attempts could be scored {when}, so there is nothing to learn from:\n  "
                 f"{told}\nPut that right, and start again. `ernie doctor rl ...` looks at every prompt beforehand."
             )
+
+    def _count_idle(self, summaries: Sequence[Summary]) -> None:
+        rows = [row.advantage_T for rows in self._pending for row in rows if row.advantage_T is not None]
+        if any(everyones(any(bool(advantage_T.any()) for advantage_T in rows))):
+            self._idle = []
+        else:
+            self._idle.append(dict(Counter(kind_of(one) for one in summaries)))
 
     def _domain(self, prompt: int) -> str:
         question = self.prompts.questions[prompt]
@@ -379,7 +406,7 @@ class RolloutSource:
     def _rows(self, groups: Iterable[int], worth: Mapping[int, Sequence[float]]) -> list[PackedBatch]:
         ready = {one.summary.outcome.group: one for one in self._ready}
         examples = [
-            with_advantages(example, [worth[group][i] for i in held])
+            with_advantages(example, [worth[group][i] for i in held], waited=self.rollouts - ready[group].rollout)
             for group in groups
             if group in ready
             for example, held in ready[group].examples
@@ -413,6 +440,8 @@ class RolloutSource:
             "prompts": self.prompts.fingerprint,
             "updates": self.updates,
             "counts": [self.rollouts, self.asked, self.learned],
+            "blind": self._blind,
+            "idle": self._idle,
             "sampler": self.sampler.state_dict(),
             "waiting": self._waiting,
             "metrics": self._metrics,
@@ -427,6 +456,7 @@ class RolloutSource:
             )
         self.updates = state["updates"]
         self.rollouts, self.asked, self.learned = state["counts"]
+        self._blind, self._idle = state["blind"], state["idle"]
         self.sampler.load_state_dict(state["sampler"])
         self._waiting = [(group, rollout) for group, rollout in state["waiting"]]
         self._metrics = state["metrics"]
@@ -572,6 +602,14 @@ def rollout_metrics(
 
 
 KINDS = ("mixed", "right", "wrong", "equal", "unscored")
+IDLE = {
+    "mixed": "differ, but in nothing that was learned from",
+    "right": "are all right",
+    "wrong": "are all wrong",
+    "equal": "are all alike, in between",
+    "unscored": "could not be scored",
+}
+"""What groups that give nothing to learn are called."""
 
 
 def kind_of(summary: Summary) -> str:

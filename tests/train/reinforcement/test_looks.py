@@ -81,6 +81,20 @@ def test_a_run_that_can_score_nothing_ends(tmp_path, monkeypatch, capfd):
     assert "none of the 2 attempts could be scored in the first rollout" in told and "2 x missing.png" in told
 
 
+def test_a_run_with_nothing_left_to_learn_saves_and_ends(tmp_path, monkeypatch, capfd):
+    """No answer of random weights is the right one, so that all groups are all wrong."""
+    data = records(tmp_path, asks("2 + 2?"), asks("1 + 3?"))
+    small = ("rollout.updates=2", "rollout.attempts=2", "run.steps=9", "rewards.workers=0", "rollout.max_rounds=1")
+    small = (*small, "rollout.groups=2", "sampling.max_new_tokens=4", "optim.schedule=constant")
+    assert run(monkeypatch, "rl", tmp_path / "run", data, *small, "rollout.max_idle=2") == 1
+    told = capfd.readouterr().err
+    assert "ended after step 3 of 9: the last 2 rollouts gave nothing to learn" in told and "are all wrong" in told
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000003"]
+    # With a larger limit it goes on from there, and its last update ends it as ever.
+    assert run(monkeypatch, "rl", tmp_path / "run", data, *small, "rollout.max_idle=3", "run.steps=5") == 0
+    assert (tmp_path / "run/export").is_dir()
+
+
 def test_a_reward_that_no_record_asks_for_is_refused(tmp_path, monkeypatch, capfd):
     assert run(monkeypatch, "rl", tmp_path / "run", records(tmp_path, asks("?")), "reward=math", "run.steps=1") == 1
     assert "reward=math is for records that name none, and all name their own (exact)" in capfd.readouterr().err

@@ -11,8 +11,10 @@ import torch
 
 from data.batch import PackedBatch
 from data.pack import filler
+from tests.test_configs import load
 from tests.train import small
 from tests.train.objectives.attempts import Attempt, row, settings
+from train.compose import differences, plain
 from train.config import UserError
 from train.policy import PolicyOutput
 from train.reinforcement.mismatch import WINDOW, Mismatch
@@ -118,6 +120,21 @@ def test_by_what_an_attempt_saw():
     assert not any(name.endswith("_text") for name in report(build(), text))  # it would repeat the whole
 
 
+def test_limits_go_by_attempts_of_this_rollout():
+    """Those of the queue are told apart: older weights sampled them."""
+    older, fresh = row([attempt()]), row([attempt(TRAINER)])
+    older = older[0], dataclasses.replace(older[1], waited=(1,) * older[1].num_segments)
+    mismatch = build(warn={"mean": 0.1}, stop={"mean": 0.2}, patience=1)
+    found = report(mismatch, older, fresh)
+    assert found["mismatch_mean"] == found["mismatch_max"] == found["mismatch_masked"] == 0
+    assert found["mismatch_mean_queued"] == pytest.approx(GIVEN["mean"]) and found["mismatch_masked_queued"] == 0.25
+    assert "mismatch_mean_text" not in found
+    assert mismatch.warnings(found) == []
+    found = report(mismatch, older)
+    assert "mismatch_mean" not in found and found["mismatch_mean_queued"] == pytest.approx(GIVEN["mean"])
+    assert mismatch.warnings(found) == [] and not report(mismatch, fresh).get("mismatch_mean")
+
+
 def test_several_ranks_report_what_one_does():
     rows = [row([attempt()]), row([attempt(TRAINER), attempt([-1.0, -2.0, -3.0, math.nan])])]
     sums = []
@@ -142,6 +159,19 @@ def test_it_warns_once_and_stops_when_it_stays_too_far():
         UserError, match=r"mismatch_mean was 0.556, 0.556 in the last 2 updates, and mismatch.stop.mean"
     ):
         mismatch.before([])
+
+
+@pytest.mark.parametrize("stop", [{"mean": 0.6}, {}])
+def test_a_run_that_it_ended_goes_on_with_a_larger_limit(stop):
+    mismatch = build(warn={}, stop={"mean": 0.5}, patience=1)
+    report(mismatch, row([attempt()]))
+    later = build(warn={}, stop=stop, patience=1)
+    later.load_state_dict(json.loads(json.dumps(mismatch.state_dict())))
+    later.before([])
+    with pytest.raises(UserError, match="mismatch.stop.mean allows 0.5"):
+        mismatch.before([])
+    limits = [plain(load("data=files", "data.path=-", *given, entry="rl")) for given in ((), ("mismatch.stop.mean=2",))]
+    assert not differences(*limits)
 
 
 def test_it_tells_of_a_slow_rise():
