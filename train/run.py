@@ -12,7 +12,8 @@
       adapter/          with peft=lora, in peft's format; best_adapter/ likewise
       answers.png       held-out images with the model's answers
 
-Errors that only the user can put right end in a short message and exit code 1; anything else keeps its traceback.
+Errors that only the user can put right end in a short message and exit code 1, Ctrl-C in one and exit code 130;
+anything else keeps its traceback.
 """
 
 import faulthandler
@@ -28,8 +29,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TextIO
@@ -116,6 +117,11 @@ def program(entry: str, *, also: Sequence[str] = ()) -> Callable[[Callable[[Dict
                 message = explain(error, chosen) if isinstance(error, HYDRA_ERRORS) else str(error)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 sys.exit(1)
+            except KeyboardInterrupt as error:
+                if debugging():
+                    raise
+                print(stopped(error), file=sys.stderr, flush=True)
+                sys.exit(130)
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
@@ -134,8 +140,26 @@ def debugging() -> bool:
     return os.environ.get("ERNIE_DEBUG", "0") not in ("", "0")
 
 
+def stopped(error: KeyboardInterrupt) -> str:
+    """What is said after Ctrl-C; whoever knows the way on has put it into the error (`going_on`)."""
+    return " ".join(["stopped.", *map(str, error.args)])
+
+
+@contextmanager
+def going_on(folder: Path) -> Iterator[None]:
+    """Ctrl-C while a run writes to `folder` tells how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        saved = checkpoint.complete(folder / "checkpoints")
+        where = f"goes on from {saved[-1]}" if saved else "begins anew: nothing was saved yet"
+        raise KeyboardInterrupt(f"The same command {where}. SIGTERM, instead of Ctrl-C, saves first.") from error
+
+
 def described(error: BaseException) -> str:
     """What the user is told about an error that ends a run of several ranks."""
+    if isinstance(error, KeyboardInterrupt) and not debugging():
+        return stopped(error)
     return f"error: {error}" if isinstance(error, USER_ERRORS) and not debugging() else trace(error)
 
 

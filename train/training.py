@@ -61,6 +61,7 @@ from train.run import (
     check_same_maths,
     check_same_start,
     described,
+    going_on,
     open_folder,
     start_trackers,
     write_start,
@@ -227,6 +228,7 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     rank, ranks, on_main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     console = Console(quiet=not on_main, highlight=False, soft_wrap=True)
     run = open_folder(config.run, at_end, main=on_main)
+    at_end.enter_context(going_on(run.folder))
     check_same_start(accelerator, run)
     settings = plain(config) | {"rows_per_update": algorithm.rows_per_update(layout)}
     saved = None if run.resume_from is None else checkpoint.read_state(run.resume_from)

@@ -9,9 +9,20 @@ from types import SimpleNamespace
 import pytest
 
 from tests.train import small
-from train import checkpoint
+from train import checkpoint, rl
 from train.config import RunConfig, UserError
-from train.run import Opened, check_same_maths, check_same_start, command, open_folder, start_trackers, write_start
+from train.run import (
+    Opened,
+    check_same_maths,
+    check_same_start,
+    command,
+    described,
+    going_on,
+    open_folder,
+    start_trackers,
+    stopped,
+    write_start,
+)
 from train.weights import AllWeights
 
 
@@ -125,6 +136,33 @@ with ExitStack() as at_end:
     assert done.returncode == 1
     assert "SIGTERM: saving after this step; run.grace_s=0.5 seconds from now the process ends anyway." in done.stderr
     assert "most recent call first" in done.stderr
+
+
+def test_ctrl_c_in_a_module_ends_without_a_traceback(monkeypatch, capsys):
+    """`python -m train.rl` and what `accelerate launch` starts; `ernie rl` is train/cli.py's."""
+
+    def interrupted(algorithm):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rl, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train.rl", "data.path=prompts.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        rl.main()
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped.\n"
+    assert described(KeyboardInterrupt()) == "stopped."
+
+
+def test_ctrl_c_tells_where_the_run_goes_on(tmp_path):
+    def interrupted() -> str:
+        with pytest.raises(KeyboardInterrupt) as error, ExitStack() as at_end:
+            at_end.enter_context(going_on(tmp_path))
+            raise KeyboardInterrupt
+        return stopped(error.value)
+
+    assert "begins anew: nothing was saved yet" in interrupted()
+    saved(tmp_path, 5)
+    newest = saved(tmp_path, 10)
+    assert f"goes on from {newest}. SIGTERM" in interrupted()
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

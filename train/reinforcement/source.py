@@ -18,7 +18,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -194,7 +194,9 @@ class RolloutSource:
         return RolloutReport(last=self._metrics, rollouts=self.rollouts, asked=self.asked, learned=self.learned)
 
     def close(self) -> None:
-        self.settle()
+        """The run is over, or was broken off: what is being sampled is given up."""
+        if self._flight is not None:
+            self._flight.give_up()
         self.pool.close()
         self.engine.close()
         self.runner.close()
@@ -203,7 +205,7 @@ class RolloutSource:
 
     def _roll_out(self) -> None:
         config, clock = self.config.rollout, _Clock()
-        flight, self._flight = self._flight, None
+        flight = self._flight
         clock.seconds["weights"] = 0.0 if flight is None else flight.begin_s
         if flight is None:
             flight = self._depart()
@@ -215,6 +217,7 @@ class RolloutSource:
         while tickets:
             rounds += 1
             groups = flight.land() if rounds == 1 else self.runner.run(self._collect(tickets, flight))
+            self._flight = None
             made += groups
             own = [group.summary(self._domain(group.ticket.prompt)) for group in groups]
             summaries += [one for of_rank in everyones(own) for one in of_rank]
@@ -268,7 +271,7 @@ class RolloutSource:
         )
         self.rollouts += 1
         if config.ahead and self.updates + config.updates < self.steps:
-            self._flight = self._depart(ahead=True)
+            self._depart(ahead=True)
 
     def _depart(self, *, ahead: bool = False) -> "_Flight":
         """The first round of a rollout begins; `ahead`, in a thread, while the policy learns from the one before."""
@@ -279,7 +282,9 @@ class RolloutSource:
         agents = self.agents(self.engine)
         flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=agents, stale=stale)
         flight.begin_s = time.perf_counter() - begin
-        flight.depart(lambda: self.runner.run(self._collect(tickets, flight)), ahead=ahead)
+        if ahead:
+            self._flight = flight  # first: whoever breaks the run off gives it up
+        flight.depart(lambda: self._collect(tickets, flight), self.runner, ahead=ahead)
         return flight
 
     def settle(self) -> None:
@@ -501,32 +506,57 @@ class _Flight:
     begin_s: float = 0.0
     scoring_s: float = 0.0
 
+    def __post_init__(self):
+        self._flies = False
+        self._landed = threading.Event()
+        """Waited for in place of the thread: Ctrl-C while `Thread.join` waits makes older Pythons (3.11) believe that
+        the thread has ended."""
+        self._task: asyncio.Task[Any] | None = None
+        self._given_up = False
+        self._groups: list[Group] = []
+        self._error: BaseException | None = None
+
     def scored(self, seconds: float) -> None:
         self.scoring_s += seconds
 
-    def depart(self, work: Callable[[], list[Group]], *, ahead: bool) -> None:
-        self._work = work
-        self._thread: threading.Thread | None = None
-        self._groups: list[Group] = []
-        self._error: BaseException | None = None
+    def depart(
+        self, asking: Callable[[], Coroutine[Any, Any, list[Group]]], runner: asyncio.Runner, *, ahead: bool
+    ) -> None:
+        self._asking, self._runner = asking, runner
         if ahead and self.tickets:
-            self._thread = threading.Thread(target=self._fly, name="rollout ahead")
-            self._thread.start()
+            runner.get_loop()  # made here: two threads must not
+            self._flies = True
+            threading.Thread(target=self._fly, name="rollout ahead").start()
 
     def _fly(self) -> None:
         try:
-            self._groups = self._work()
+            self._groups = self._runner.run(self._fly_on())
         except BaseException as error:
             self._error = error
+        finally:
+            self._landed.set()
+
+    async def _fly_on(self) -> list[Group]:
+        self._task = asyncio.current_task()
+        if self._given_up:
+            raise asyncio.CancelledError
+        return await self._asking()
+
+    def give_up(self) -> None:
+        """Nobody waits for it any longer. Between two steps of the engine it ends."""
+        self._given_up = True
+        if self._task is not None:
+            self._runner.get_loop().call_soon_threadsafe(self._task.cancel)
+        self.settle()
 
     def settle(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
+        if self._flies:
+            self._landed.wait()
 
     def land(self) -> list[Group]:
         """Its groups; raises what asking raised."""
-        if self._thread is None:
-            return self._work()
+        if not self._flies:
+            return self._runner.run(self._asking())
         self.settle()
         if self._error is not None:
             raise self._error
