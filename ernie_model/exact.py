@@ -14,7 +14,8 @@ So everything here is computed in calls of fixed shape:
 Gradients are those of the ordinary operators, at the values computed here. Sums over experts go one by one.
 
 What remains to be trusted of a kernel is that a row of a product of fixed shape does not depend on its place among the
-rows nor on their values, nor a matrix of a batch on the others: `check_exact` tries it with the model's own weights.
+rows nor on their values, nor a matrix of a batch on the others, and that sums along a row (softmax, chunks of the
+vocabulary) do not depend on the number of rows: `check_exact` tries it with the model's own weights.
 
 Shape letters:  T tokens   D model width   N query heads   G key/value heads   H head width   P patches
                 C vision width, or tokens of a tile   Z tiles   R routed rows   U rows of one pool   K experts per token
@@ -31,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from ernie_model.attention import Attention
 from ernie_model.context import Packed
+from ernie_model.distribution import masses
 from ernie_model.layers import Linear, RMSNorm, SwiGLU, _RMSNorm, cast, silu_mul, touch, wide
 from ernie_model.model import ErnieModel
 from ernie_model.moe import (
@@ -305,7 +307,7 @@ ADAPTERS: set[type[nn.Module]] = set()
 @torch.no_grad()
 def check_exact(model: ErnieModel) -> None:
     """Try on this machine what exact mode trusts kernels with: rows of each shape of weights, in other places and
-    beside others, and attention beside other sequences.
+    beside others, attention beside other sequences, and all of it together on rows of text.
 
     Raises:
         RuntimeError: a kernel that does not keep it.
@@ -336,5 +338,21 @@ def check_exact(model: ErnieModel) -> None:
     if not torch.equal(torch.cat(alone), Packed(lengths).attend_exactly(q, k, v)):
         raise RuntimeError(
             "rollout.exact=true cannot be kept on this machine: batched products depend on their number. "
+            "Set it to false."
+        )
+    text = [token for token in range(min(config.vocab_size, 1000)) if token not in config.vision_pool_token_ids]
+    place_T = torch.randint(len(text), (sum(lengths),), generator=generator)
+    token_T = torch.tensor(text, device=device)[place_T.to(device)]
+
+    def masses_of(token_T: Tensor, lengths: list[int]) -> Tensor:
+        position_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+        hidden_TD = model(token_T, position_T.expand(3, -1), Packed(lengths), stats=False).hidden_TD
+        x_TV = wide(model.logits(hidden_TD))
+        return masses((x_TV - x_TV.amax(1, keepdim=True)).exp())[1]
+
+    alone = [masses_of(part, [len(part)]) for part in token_T.split(lengths)]
+    if not torch.equal(torch.cat(alone), masses_of(token_T, lengths)):
+        raise RuntimeError(
+            "rollout.exact=true cannot be kept on this machine: sums along a row depend on how many rows there are. "
             "Set it to false."
         )

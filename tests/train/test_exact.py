@@ -1,17 +1,19 @@
 """Exact mode: what the engine says of its tokens is what a training row says of them, bit for bit."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import Role
 from data.encode import Example, shift
 from data.pack import collate
 from ernie_model.context import Packed
 from ernie_model.distribution import Distribution
-from ernie_model.exact import check_exact, make_exact
+from ernie_model.exact import ROWS, check_exact, make_exact
 from ernie_model.inference.engine import Engine, EngineSettings
 from ernie_model.inference.request import Completion, Prompt, SamplingParams
 from ernie_model.inference.runner import Runner
@@ -19,10 +21,12 @@ from ernie_model.inference.sampling import distribution_of
 from ernie_model.model import ErnieModel
 from ernie_model.recompute import recompute
 from ernie_model.rope import position_ids
+from ernie_model.tile_plan import TILE
 from ernie_model.tokenizer import load_tiny_tokenizer
 from tests.ernie_model.inference.test_engine import picture, text, with_pictures
 from tests.tiny import DENSE, SPARSE
 from train.config import PeftConfig, PeftKind
+from train.logprobs import token_logprobs
 from train.policy import Policy
 from train.weights import trained_weights
 
@@ -131,6 +135,46 @@ def test_engine_and_training_row_agree_bit_for_bit(config, dtype, settings):
     assert (stats.cached_tokens > 0) == (settings != "chunks")
 
 
+class Additions(TorchDispatchMode):
+    """What is added up by one call of an operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[tuple[str, tuple[int, ...]]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        kind = {"mm": "product", "linear": "product", "addmm": "product"}.get(name, name)
+        if kind in ("product", "mean", "sum", "bmm"):
+            given = args[1 if name == "addmm" else 0]
+            self.seen.add((kind, tuple(given.shape)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_sum_is_of_a_shape_that_follows_from_the_row():
+    """The order in which a kernel adds may follow from the shape, on this machine or on another one."""
+    model = build(SPARSE)
+    with Additions() as of_engine:
+        rollout(engine_of(model), 2)
+    seen = [of_engine.seen]
+    for tokens in (5, 37, 150):  # of 150 and 4 experts, some get more than a block
+        token_T = torch.tensor(text(1, tokens).token_ids)
+        with Additions() as of_training:
+            row = model(token_T, position_ids(token_T, [], SPARSE), Packed([tokens]), stats=False)
+            token_logprobs(row.hidden_TD, model.head_VD, token_T, exact=True)
+        seen.append(of_training.seen)
+    chunk = math.gcd(SPARSE.vocab_size, 1024)
+    for kind, shape in set().union(*seen):
+        match kind:
+            case "product" | "mean":
+                assert shape[0] == ROWS, (kind, shape)
+            case "bmm":
+                assert TILE in shape[1:] or 2 * TILE in shape[1:], shape  # two query heads share one of the keys
+            case "sum":  # counts, and of each token the chunks of its vocabulary
+                assert len(shape) == 1 or shape[1:] == (SPARSE.vocab_size // chunk, chunk), shape
+    assert all({"product", "mean", "bmm", "sum"} <= {kind for kind, _ in one} for one in seen)
+
+
 def test_activations_computed_again_and_what_is_trusted_of_kernels():
     model = build(SPARSE)
     check_exact(model)
@@ -166,6 +210,18 @@ def test_adapters_agree_bit_for_bit_too():
     torch.testing.assert_close(model(*inputs).hidden_TD, usual(*inputs).hidden_TD, rtol=0, atol=1e-4)
     engine = engine_of(model)
     assert difference(model, rollout(engine), distribution_of(PARAMS, engine._entry.vocabulary)) == 0
+
+
+def test_a_machine_whose_sums_depend_on_the_number_of_rows_is_found(monkeypatch):
+    model, softmax = build(SPARSE), torch.Tensor.softmax
+
+    def other(x, *args, **keys):
+        return softmax(x, *args, **keys) * (1 + 2**-20 * (len(x) % 2))
+
+    check_exact(model)
+    monkeypatch.setattr(torch.Tensor, "softmax", other)
+    with pytest.raises(RuntimeError, match="sums along a row depend on how many rows there are"):
+        check_exact(model)
 
 
 def test_what_cannot_be_exact_is_refused():

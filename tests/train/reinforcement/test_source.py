@@ -52,7 +52,7 @@ class Engine:
 
     async def collect(self, asked: Sequence[Asked], version: int) -> list[Group]:
         if self.gate is not None:
-            await asyncio.to_thread(self.gate.wait)
+            assert await asyncio.to_thread(self.gate.wait, 20), "sampling goes on beside learning"
         made = []
         for one in asked:
             attempts = tuple(attempt("7", total) for total in self.world(one.ticket.group, version))
@@ -143,6 +143,8 @@ def make(monkeypatch) -> Iterator[Callable[..., Made]]:
 
     yield made
     for one in every:
+        if one.engine.gate is not None:
+            one.engine.gate.set()
         one.source.close()
 
 
