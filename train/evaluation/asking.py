@@ -265,7 +265,8 @@ def to_attempt(episode: Episode) -> Attempt:
             )
         if not turn.calls and turn.problem is not None:
             calls.append({"name": "", "arguments": "", "failed": True, "images": 0})
-    failed = episode.status is Status.FAILED
+    # Whoever waited in line until the time was over has not been answered wrongly.
+    failed = episode.status is Status.FAILED or (episode.status is Status.TIMEOUT and not episode.num_sampled)
     return Attempt(
         answer=episode.answer,
         text="".join(turn.text for turn in episode.turns),

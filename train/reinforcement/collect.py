@@ -65,6 +65,7 @@ async def collect(
 
     Args:
         agents: by the tools of a question.
+        version: of the weights, for a group of which nothing was sampled.
         params: `max_new_tokens` and `seed` are each attempt's own.
         told: how many attempts are done, as they end.
         scored: seconds from the end of the last attempt until all have their scores.
@@ -101,7 +102,9 @@ async def collect(
     begin = time.perf_counter()
     done_ones = iter(await asyncio.gather(*left))
     scored(time.perf_counter() - begin)
-    return [
-        Group(ticket=one.ticket, version=version, attempts=pool.compared([next(done_ones) for _ in one.seeds]))
-        for one in asked
-    ]
+    groups = []
+    for one in asked:
+        attempts = pool.compared([next(done_ones) for _ in one.seeds])
+        versions = [of_token for done in attempts for of_token in done.episode.versions if of_token >= 0]
+        groups.append(Group(ticket=one.ticket, version=min(versions, default=version), attempts=attempts))
+    return groups

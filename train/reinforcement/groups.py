@@ -71,7 +71,7 @@ class Group:
 
     ticket: Ticket
     version: int
-    """Of the weights that the first token was sampled with: updates done before the rollout."""
+    """Of the oldest weights that a token was sampled with: updates done before."""
     attempts: tuple[Scored, ...]
 
     @property
