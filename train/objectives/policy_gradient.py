@@ -18,8 +18,9 @@ update takes a smaller step and not a noisier one. |attempt| counts sampled toke
 weighs the policy's term alone: the divergence is over all sampled tokens.
 
 A row without `old_logprob_T` is learned from by the very policy that wrote it: p_old is p, without gradient, and r is
-1 to the last bit. Sums over an attempt are taken without gradient, in float64. Tokens that the trainer itself gives
-probability 0 (top_p, top_k) teach nothing. Reference 1, 2.5.
+1 to the last bit. Sums over an attempt are taken without gradient, in float64. Tokens to which the trainer itself gives
+probability 0 teach nothing; those that top_p or top_k would cut off are not among them (train/logprobs.py). Reference 1,
+2.5.
 
 Shape letters:  T tokens   S segments
 """

@@ -149,8 +149,6 @@ def _encode(
             if first:
                 parts[name].append(stream[..., stem] if name == "position_3T" else stream[stem])
             parts[name].append(stream[..., prompt - 1 :] if name == "position_3T" else stream[prompt - 1 :])
-        if first:
-            parts["weight_T"][0] = torch.zeros_like(parts["weight_T"][0])
         media += episode.media[len(shared) :]
     example = Example(
         id=id,

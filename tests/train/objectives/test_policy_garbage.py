@@ -2,11 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.objectives.attempts import Attempt, row, settings, update
+from train.objectives.correction import LIMIT, correction_weights
 from train.objectives.policy_gradient import build
 from train.rl_config import Aggregate, Correction, PolicyLoss, Ratio
 
@@ -71,6 +73,27 @@ def test_a_log_probability_of_the_trainer_that_is_nan_is_not_hidden():
     logprob_T, batch = row([Attempt([-1.0, math.nan], [-1.0, -1.0])])
     for config in (settings(), settings(ratio=Ratio.token, aggregate=Aggregate.token)):
         assert build(config, attempts_per_update=1).loss(logprob_T, batch).total.isnan()
+
+
+TOKENS, ATTEMPT = "icepop icepop_mask tis mis", "icepop_sequence icepop_mask_sequence tis_product icepop_mask_product"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "band", "weights"),
+    [
+        (TOKENS, (0.5, 5.0), ([0, 0], [0, 0], [5, 0], [0, 0])),
+        (TOKENS, (0.0, math.inf), ([0, 0], [1, 1], [math.exp(LIMIT), 0], [0, 0])),
+        (ATTEMPT, (0.5, 5.0), ([0, 0], [0, 0], [5, 5], [0, 0])),
+        (ATTEMPT, (0.0, math.inf), ([0, 0], [0, 0], [math.exp(LIMIT)] * 2, [0, 0])),
+    ],
+)
+def test_k_that_is_infinite_or_of_an_attempt_undefined(kinds, band, weights):
+    """An engine that was sure of one token and ruled the other out: k is inf and 0, their mean and product nan."""
+    log_k_T, nan_S = torch.tensor([math.inf, -math.inf]).double(), torch.tensor([math.nan]).double()
+    for kind, expected in zip(kinds.split(), weights, strict=True):
+        low = band[0] if Correction(kind).has_lower_bound else 0.0
+        found = correction_weights(log_k_T, nan_S, nan_S, torch.zeros(2).long(), Correction(kind), low, band[1])
+        torch.testing.assert_close(found.weight_T, torch.tensor(expected).double())
 
 
 def test_an_unknown_engine_counts_as_one_that_agrees():

@@ -337,6 +337,15 @@ def test_divergence_is_not_weighed_by_the_correction():
     close(update(settings(kl=0.1), [masked]).gradients[0][0], 0.1 * (1 - math.exp(-behind)))
 
 
+def test_the_divergence_of_an_attempt_that_is_left_out_still_counts():
+    """It keeps the policy near the reference wherever that policy goes (objective.opsm_delta leaves out the rest)."""
+    behind = 0.2052733
+    dropped = Attempt([-1.0], [-0.5], advantage=-1.0, reference=[-1.0 - behind])
+    learned = update(settings(kl=0.1, opsm_delta=0.1), [dropped])
+    close(learned.loss, 0.1 * (math.exp(-behind) - 1 + behind))
+    close(learned.gradients[0][0], 0.1 * (1 - math.exp(-behind)))
+
+
 def test_both_sides_of_the_clip():
     """Outside on the side that the advantage has pushed to: no gradient. On the other: the full one."""
     for log_ratio, advantage, learns in ((0.5, 1.0, 0), (0.5, -1.0, 1), (-0.5, 1.0, 1), (-0.5, -1.0, 0)):

@@ -69,18 +69,23 @@ def test_an_attempt_that_is_not_learned_stays_with_weight_0():
 
 
 def test_pictures_of_the_prompt_come_first_and_those_of_tools_in_the_order_of_attempts():
-    grid = (1, 2, 2)
-    items = [MediaItem(grid, torch.full((4, 3), float(i))) for i in range(3)]
-    prompt = [1, IMAGE, 2]
-    first = episode(prompt, ([5], [IMAGE, 6]), ([7], []), media=[items[0], items[1]])
+    grid = (1, 4, 2)  # two tokens, which share a place in time
+    items = [MediaItem(grid, torch.full((8, 3), float(i))) for i in range(3)]
+    prompt = [1, IMAGE, IMAGE, 2]
+    first = episode(prompt, ([5], [IMAGE, IMAGE, 6]), ([7], []), media=[items[0], items[1]])
     other = episode(prompt, ([8], []), media=[items[0]])
-    last = episode(prompt, ([5], [IMAGE, 6]), ([9], []), media=[items[0], items[2]])
+    last = episode(prompt, ([5], [IMAGE, IMAGE, 6]), ([9], []), media=[items[0], items[2]])
     ((example, _),) = encoded([first, other, last])
     assert example.grids == (grid,) * 3
-    assert example.patch_PX[::4, 0].tolist() == [0, 1, 2]
+    assert example.patch_PX[::8, 0].tolist() == [0, 1, 2]
     alone = position_ids(torch.tensor(last.token_ids), [grid, grid], DENSE)
     begins = sum(example.lengths[:3])
-    assert torch.equal(example.position_3T[:, begins:], alone[:, 2:])
+    assert torch.equal(example.position_3T[:, begins:], alone[:, 3:])
+    # The prompt's picture and one of a tool fit in a row, a third does not; nor do two of one attempt.
+    parts = encoded([first, other, last], max_patches=16)
+    assert [held for _, held in parts] == [[0, 1], [2]] and [example.num_patches for example, _ in parts] == [16, 16]
+    parts = encoded([first, other, last], max_patches=15)
+    assert [held for _, held in parts] == [[1]]
 
 
 def test_attempts_that_do_not_fit_in_a_row_together_repeat_the_prompt():
