@@ -577,7 +577,7 @@ class RewardsConfig:
         for name, weight in self.weights.items():
             check(
                 name in known or name.startswith(OWN),
-                f"rewards.weights names {name}{suggestion(name, known)}; parts: {', '.join(known)}, and "
+                f"rewards.weights names {name}{suggestion(name, known) or '.'} Parts: {', '.join(known)}, and "
                 "python:module.function for one of your own.",
             )
             check(math.isfinite(weight), f"rewards.weights.{name} is {weight}; it must be a finite number.")
@@ -705,7 +705,7 @@ class RLConfig(TrainingConfig):
 
     def _check_nothing_ignored(self) -> None:
         """Raises UserError: a setting of fine-tuning on which nothing here depends."""
-        data, evaluate = self.data, self.evaluate
+        data, evaluate, agent = self.data, self.evaluate, self.agent
         check(
             data.too_long is TooLong.quarantine,
             f"data.too_long is {data.too_long.value}, and `ernie rl` neither cuts prompts nor shrinks their pictures. "
@@ -722,11 +722,27 @@ class RLConfig(TrainingConfig):
             f"evaluate.max_new_tokens is {evaluate.max_new_tokens}, and held-out questions are answered as in a "
             "rollout. Leave it out; sampling.max_new_tokens is for both.",
         )
+        check(
+            evaluate.sheet in (0, EvaluateConfig.sheet),
+            f"evaluate.sheet is {evaluate.sheet}, and `ernie rl` draws no sheet of held-out pictures. Leave it out; "
+            "rollouts.html shows what was asked and answered.",
+        )
+        for key in ("input_filters", "output_filters"):
+            check(
+                not getattr(agent, key),
+                f"agent.{key} is {getattr(agent, key)}, and attempts are not filtered: they are learned from as they "
+                "were sampled. Leave it out; what must not be written is worth less by a part of the reward "
+                "(rewards.weights).",
+            )
         for key, set_to, default, meaning in (
             ("lookahead", data.lookahead, DataConfig.lookahead, "from how many records a row is filled"),
             ("workers", data.workers, DataConfig.workers, "how many processes read records ahead"),
             ("prefetch", data.prefetch, DataConfig.prefetch, "how many rows are packed ahead"),
             ("max_bad", data.max_bad, DataConfig.max_bad, "how many records may be put aside"),
+            ("cache_gib", data.cache_gib, DataConfig.cache_gib, "how many encoded records are kept"),
+            ("cache_folder", data.cache_folder, DataConfig.cache_folder, "where decoded pixels are kept"),
+            ("slow_s", data.slow_s, DataConfig.slow_s, "when a record that is being read ahead is named"),
+            ("dead_s", data.dead_s, DataConfig.dead_s, "when a record that is being read ahead is given up"),
             ("min_image_pixels", data.min_image_pixels, DataConfig.min_image_pixels, "how far pictures may shrink"),
         ):
             check(
@@ -735,10 +751,15 @@ class RLConfig(TrainingConfig):
                 "as they are drawn and fills rows with attempts. Leave it out.",
             )
         if isinstance(data, FilesData):
-            weighted = [name for name, one in data.sets.items() if one.weight != 1]
+            default_of = {"modality_ratio": {}, "mix": FilesData.mix, "stop": FilesData.stop}
+            shares = [
+                *(f"data.sets.{name}.weight" for name, one in data.sets.items() if one.weight != 1),
+                *(f"data.sets.{name}.modality" for name, one in data.sets.items() if one.modality is not None),
+                *(f"data.{key}" for key in ("modality_ratio", "mix", "stop") if getattr(data, key) != default_of[key]),
+            ]
             check(
-                not weighted and not data.modality_ratio,
-                f"{f'data.sets.{weighted[0]}.weight' if weighted else 'data.modality_ratio'} would do nothing: "
-                "`ernie rl` draws prompts by difficulty and domain. Leave it out; sampler.quotas sets the shares of "
-                "domains, which are the sets where records name no `domain`.",
+                not shares,
+                f"{shares[0] if shares else ''} would do nothing: `ernie rl` draws prompts by difficulty and domain. "
+                "Leave it out; sampler.quotas sets the shares of domains, which are the sets where records name no "
+                "`domain`.",
             )

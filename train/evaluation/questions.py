@@ -9,7 +9,7 @@ reward that is not known or cannot read them, pictures for a text model.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -207,7 +207,13 @@ def questions_of(
         if reward_name is None:
             problems.append(f"{conversation.name} names no reward")
             continue
-        options = {**(conversation.extra.get("reward_options") or {}), **asked.reward_options}
+        own = conversation.extra.get("reward_options") or {}
+        if not isinstance(own, Mapping):
+            problems.append(
+                f"{conversation.name}: reward_options is {str(own)[:60]!r}; it must be like {{tolerance: 0.05}}"
+            )
+            continue
+        options = {**own, **asked.reward_options}
         try:
             reward = reward_named(reward_name)
             check_options(reward_name, options)

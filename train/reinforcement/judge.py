@@ -11,7 +11,7 @@ from ernie_model.worker import limit_memory
 from train.config import UserError
 from train.rewards import equation
 from train.rewards.base import Attempt
-from train.rewards.registry import REWARDS, RewardProblem, check_part, part_named, raising_reward
+from train.rewards.registry import REWARDS, RewardProblem, check_part, part_named, raised, raising_reward
 from train.rewards.shaping import ACCURACY, too_long
 
 PROBLEM_CHARS = 400
@@ -45,27 +45,27 @@ def judge(job: Job) -> Judgement:
     problems: dict[str, str] = {}
     spent = False
 
-    def compute(name: str, function: Callable[[], float | None]) -> float | None:
+    def compute(name: str, function: Callable[..., float | None], *given: Any, **options: Any) -> float | None:
         nonlocal spent
         values[name] = None
         try:
-            values[name] = function()
+            values[name] = function(*given, **options)
         except RewardProblem as error:
             problems[name] = str(error)[:PROBLEM_CHARS]
         except MemoryError:
             problems[name] = "took too much memory (rewards.memory_gib)"
             spent = True
         except (Exception, SystemExit) as error:
-            problems[name] = f"raised {type(error).__name__}: {error}"[:PROBLEM_CHARS]
+            problems[name] = raised(function, error)[:PROBLEM_CHARS]
         return values[name]
 
     attempt = job.attempt
     if not attempt.finished or too_long(attempt):
         accuracy = values[ACCURACY] = 0.0
     else:
-        accuracy = compute(ACCURACY, lambda: _reward(job.reward)(attempt, job.expected, **job.options))
+        accuracy = compute(ACCURACY, _reward(job.reward), attempt, job.expected, **job.options)
     for name, options in job.parts.items():
-        compute(name, lambda name=name, options=options: _part(name)(attempt, accuracy, **options))
+        compute(name, _part(name), attempt, accuracy, **options)
     return Judgement(parts=values, problems=problems, spent=spent)
 
 

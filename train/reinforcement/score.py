@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -35,6 +36,10 @@ class RolloutScore(score.Score):
     """Share of the calls that worked; 1 where there were none."""
     tokens: float
     """Sampled per question."""
+    unscored: int = 0
+    """Questions beside `total`, whose attempt has no score,"""
+    problem: str = ""
+    """and the commonest reason."""
 
     HEADER: ClassVar[tuple[str, ...]] = (
         "held-out questions",
@@ -52,27 +57,38 @@ class RolloutScore(score.Score):
 
     @property
     def accuracy(self) -> float:
-        return self.reward
+        """-1 where nothing could be scored: such weights are never the best."""
+        return self.reward if self.total else -1.0
 
     @property
     def interval(self) -> tuple[float, float]:
-        if math.isclose(self.reward * self.total, self.perfect):  # every reward is 0 or 1
+        if not self.total or math.isclose(self.reward * self.total, self.perfect):  # every reward is 0 or 1
             return score.wilson(self.perfect, self.total)
         half = 1.959964 * self.spread / math.sqrt(self.total)
         return max(self.reward - half, 0.0), min(self.reward + half, 1.0)
 
     def metrics(self) -> dict[str, float]:
-        return self.accuracy_metrics() | {
-            "eval_perfect": self.perfect / self.total,
-            "eval_tool_use": self.tool_use,
-            "eval_tool_success": self.tool_success,
-            "eval_tokens": self.tokens,
-        }
+        unscored = {"eval_unscored": float(self.unscored)} if self.unscored else {}
+        if not self.total:
+            return unscored
+        return (
+            self.accuracy_metrics()
+            | unscored
+            | {
+                "eval_perfect": self.perfect / self.total,
+                "eval_tool_use": self.tool_use,
+                "eval_tool_success": self.tool_success,
+                "eval_tokens": self.tokens,
+            }
+        )
 
     def line(self) -> str:
+        if not self.total:
+            return f"held out: none of {self.unscored} could be scored; {self.problem}"
+        left_out = f"; {self.unscored} could not be scored: {self.problem}" if self.unscored else ""
         return (
             f"held out {self.perfect}/{self.total} right, mean reward {self.reward:.3f} "
-            f"(95 % interval {self.interval_text}), tool used {self.tool_use:.0%}"
+            f"(95 % interval {self.interval_text}), tool used {self.tool_use:.0%}{left_out}"
         )
 
     def cells(self) -> tuple[str, ...]:
@@ -110,15 +126,18 @@ def measure(
 
 def score_of(attempts: Sequence[AttemptSummary]) -> RolloutScore:
     rewards = [one.accuracy for one in attempts if one.accuracy is not None]
+    problems = Counter(one.problem or f"it ended as {one.status}" for one in attempts if one.accuracy is None)
     mean = sum(rewards) / max(len(rewards), 1)
     variance = sum((value - mean) ** 2 for value in rewards) / max(len(rewards) - 1, 1)
     calls, failed = sum(one.calls for one in attempts), sum(one.failed_calls for one in attempts)
     return RolloutScore(
         perfect=sum(value >= 1 for value in rewards),
-        total=max(len(rewards), 1),
+        total=len(rewards),
         reward=mean,
         spread=math.sqrt(variance),
         tool_use=sum(one.calls > 0 for one in attempts) / len(attempts),
         tool_success=1 - failed / calls if calls else 1.0,
         tokens=sum(one.tokens for one in attempts) / len(attempts),
+        unscored=problems.total(),
+        problem=problems.most_common(1)[0][0] if problems else "",
     )

@@ -7,8 +7,11 @@ reward_named("python:my_metrics.close_enough")(attempt, expected)          def c
 import importlib
 import inspect
 import logging
+import traceback
 from collections.abc import Callable, Mapping
+from functools import wraps
 from math import nan
+from pathlib import Path
 from typing import Any
 
 from train.config import UserError, suggestion
@@ -44,6 +47,14 @@ WITHOUT_ANSWER = ("json_valid", "tool_success")
 """Those that need no right answer. A function of the user's own may do without as well: it is then given ""."""
 
 OWN = "python:"
+
+
+def raised(function: Callable[..., Any], error: BaseException) -> str:
+    """What a function of the user's own raised, with the deepest line of its own file on the way there."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    own = [one for one in traceback.extract_tb(error.__traceback__) if code and one.filename == code.co_filename]
+    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else ""
+    return f"raised {type(error).__name__}: {error}{where}"
 
 
 class RewardProblem(Exception):
@@ -139,9 +150,10 @@ def imported(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs, and may raise anything
+        absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        way_out = "Name the folder that holds it: PYTHONPATH=folder ernie ..." if absent else "Mend it."
         raise UserError(
-            f"reward {name!r}: the module {module_name} cannot be imported ({type(error).__name__}: {error}). It must "
-            "lie on PYTHONPATH."
+            f"reward {name!r}: the module {module_name} cannot be imported ({type(error).__name__}: {error}). {way_out}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -155,6 +167,7 @@ def imported(name: str) -> Callable[..., Any]:
 
 
 def _within(function: Callable[..., Any], least: float, most: float) -> Callable[..., float | None]:
+    @wraps(function)
     def held(attempt: Any, other: Any, **options: Any) -> float | None:
         value = function(attempt, other, **options)
         if value is None:
@@ -183,7 +196,7 @@ def guarded(name: str, function: Callable[..., Any]) -> Reward:
         except RewardProblem as error:
             problem = str(error)
         except Exception as error:
-            problem = f"raised {type(error).__name__}: {error}"
+            problem = raised(function, error)
         if not told:
             told = True
             logger.warning("reward %s %s; such attempts have no score. Said once.", name, problem)

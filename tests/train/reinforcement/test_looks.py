@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_configs import load
 from train import doctor, plan, preview, rl
+from train.compose import differences, plain
 from train.config import UserError
 
 SETTINGS = ["tracker=none", "plan.device=cpu", "model.precision=fp32", "data=files", "agent.max_tokens=256"]
@@ -107,6 +108,20 @@ def test_records_without_a_reward_are_told_of_settings_that_there_are(tmp_path, 
     assert "names no reward" in told and "reward=exact." in told and "per_task" not in told and "tasks=" not in told
 
 
+def test_options_of_a_reward_that_are_none_are_told_of(tmp_path, monkeypatch, capfd):
+    data = records(tmp_path, asks("?") | {"reward_options": "tight"})
+    assert run(monkeypatch, "rl", tmp_path / "run", data, "run.steps=1") == 1
+    assert "reward_options is 'tight'; it must be like {tolerance: 0.05}" in capfd.readouterr().err
+
+
+def test_what_does_not_change_the_numbers_may_change_when_a_run_goes_on():
+    settings = ("data=files", "data.path=x.jsonl")
+    free = ("rewards.workers=3", "rollout.vllm.urls=[http://elsewhere:8000]", "mismatch.stop.mean=2", "record.every=1")
+    old = plain(load(*settings, entry="rl"))
+    assert differences(old, plain(load(*settings, *free, entry="rl"))) == {}
+    assert list(differences(old, plain(load(*settings, "rewards.time_s=3", entry="rl")))) == ["rewards.time_s"]
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -118,6 +133,11 @@ def test_records_without_a_reward_are_told_of_settings_that_there_are(tmp_path, 
         *((f"data.{key}", "and would do nothing") for key in ("lookahead=8", "workers=2", "prefetch=4", "max_bad=0.1")),
         ("data.min_image_pixels=784", "says how far pictures may shrink"),
         ("data.sets={a: {path: a.jsonl, weight: 2}, b: {path: b.jsonl}}", "data.sets.a.weight would do nothing"),
+        ("data.sets={a: {path: a.jsonl, modality: text}}", "data.sets.a.modality would do nothing"),
+        *((f"data.{key}", "would do nothing") for key in ("mix=concat", "stop=last", "modality_ratio={text: 1}")),
+        *((f"data.{key}", "and would do nothing") for key in ("cache_gib=1", "cache_folder=x", "slow_s=3")),
+        ("evaluate.sheet=5", "draws no sheet"),
+        *((f"agent.{key}=[bad.txt]", "attempts are not filtered") for key in ("input_filters", "output_filters")),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(setting, told):

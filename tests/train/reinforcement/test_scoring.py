@@ -68,7 +68,7 @@ BAD = {
     "dies": "ended its process",
     "leaves": "raised SystemExit",
     "eats": "too much memory (rewards.memory_gib)",
-    "raises": "raised RuntimeError: broken",
+    "raises": "raised RuntimeError: broken (own_rewards.py:",
     "returns_two": "returned 2.0, which is not in [0, 1]",
     "returns_nan": "returned nan",
     "does_not_know": "cannot tell",
