@@ -19,8 +19,9 @@ weighs the policy's term alone: the divergence is over all sampled tokens.
 
 A row without `old_logprob_T` is learned from by the very policy that wrote it: p_old is p, without gradient, and r is
 1 to the last bit. Sums over an attempt are taken without gradient, in float64. Tokens to which the trainer itself gives
-probability 0 teach nothing; those that top_p or top_k would cut off are not among them (train/logprobs.py). Reference 1,
-2.5.
+probability 0 teach nothing; those that top_p or top_k would cut off are not among them (train/logprobs.py).
+
+Reference 1, 2.5.
 
 Shape letters:  T tokens   S segments
 """
