@@ -1,7 +1,8 @@
 # Every target sets up what it needs (a virtual environment with pinned packages) and then does its job.
 #
 #   make demo        train a small ERNIE-4.5-VL to read real handwriting, on a CPU, in minutes; then evaluate it, and
-#                    align another one that was stopped early, by its own mistakes
+#                    align another one that was stopped early, by its own mistakes; and teach the first one, by
+#                    reinforcement learning, to look closer with a tool
 #   make test        the test suite
 #   make test-vllm   real vLLM against ours, in a virtual environment of its own (about 4 minutes to install, 2.5 GB)
 #   make lint        ruff and pyright
@@ -31,7 +32,12 @@ demo: $(VENV)/.test
 	$(VENV)/bin/ernie dpo experiment=digits_dpo
 	$(VENV)/bin/ernie evaluate checkpoint=runs/digits_weak tasks=[digits] precision=fp32 output=runs/digits_weak/evaluation
 	$(VENV)/bin/ernie evaluate checkpoint=runs/digits_dpo tasks=[digits] precision=fp32 output=runs/digits_dpo/evaluation
-	$(VENV)/bin/python -m tests.end_to_end.demo_table runs/digits_weak runs/digits_dpo
+	$(VENV)/bin/python -m tests.end_to_end.demo_table digits "after SFT=runs/digits_weak" "after DPO=runs/digits_dpo" --untrained
+	$(VENV)/bin/ernie sft experiment=zoom_cold
+	$(VENV)/bin/ernie evaluate checkpoint=runs/zoom_cold tasks=[zoom] precision=fp32 output=runs/zoom_cold/evaluation
+	$(VENV)/bin/ernie rl experiment=zoom_rl
+	$(VENV)/bin/ernie evaluate checkpoint=runs/zoom_rl tasks=[zoom] precision=fp32 output=runs/zoom_rl/evaluation
+	$(VENV)/bin/python -m tests.end_to_end.demo_table zoom "cold start=runs/zoom_cold" "after RL=runs/zoom_rl"
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -n $(JOBS)

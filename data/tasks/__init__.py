@@ -13,16 +13,18 @@ from data.tasks import (
     documents,
     glance,
     grounding,
-    looks,
+    locate,
+    places,
     search,
     video,
     zoom,
 )
 from data.tasks.base import SPLITS, Split, Task, question_of
 
-TASKS: dict[str, Task] = {
-    module.TASK.name: module.TASK
-    for module in (digits, grounding, counting, charts, documents, zoom, cards, glance, looks, video, circuits, search)
-}
+_MODULES = (
+    *(digits, locate, grounding, counting, charts, documents),
+    *(zoom, cards, places, glance, video, circuits, search),
+)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES}
 
 __all__ = ["SPLITS", "TASKS", "Split", "Task", "question_of"]

@@ -29,11 +29,9 @@ CENTRES = (170, 500, 830)
 """Of tiles, and of the cards on them, across and down."""
 TILE = 280
 CARD = 14
-PLACES = (
-    *("at the top left", "at the top", "at the top right"),
-    *("at the left", "in the middle", "at the right"),
-    *("at the bottom left", "at the bottom", "at the bottom right"),
-)
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+PLACES = tuple(f"at the {row} {column}" for row in ROWS for column in COLUMNS)
+"""A word for the row and one for the column: either is half of where to look."""
 INK = (0.4, 1.0)
 """How bright the brightest ink of a card is: its mean does not tell the digit."""
 TONES = (190, 245)
@@ -50,6 +48,11 @@ def _around(place: int, side: int) -> tuple[int, int, int, int]:
     return left, top, left + side, top + side
 
 
+def box(place: int) -> tuple[int, int, int, int]:
+    """Of the card at one of `PLACES`, as the tool is asked for it."""
+    return _around(place, CARD)
+
+
 class Sheet(NamedTuple):
     """A page of cards."""
 
@@ -64,14 +67,8 @@ class Sheet(NamedTuple):
         page = Image.new("L", (SIDE, SIDE), 255)
         for number, index in enumerate(self.chosen):
             page.paste(self.tone[number], _around(number, TILE))
-            page.paste(card(self.scans[index][0], self.ink[number]), _around(number, CARD))
+            page.paste(card(self.scans[index][0], self.ink[number]), box(number))
         return page
-
-    def look(self, id: str, *, asked: int, seen: int) -> Conversation:
-        """The question for one place, and a look at one, whose digit is the answer."""
-        domain = "middle" if asked == 4 else "edge" if asked % 2 else "corner"
-        question, box = f"Which digit is {PLACES[asked]}?", list(_around(seen, CARD))
-        return trace(id, self.page(), question, box, self.scans[self.chosen[seen]][1], domain)
 
 
 def draw_sheet(rng: np.random.Generator, split: Split, seed: int) -> Sheet:
@@ -84,7 +81,13 @@ def draw_sheet(rng: np.random.Generator, split: Split, seed: int) -> Sheet:
 def draw(rng: np.random.Generator, split: Split, seed: int) -> Item:
     sheet = draw_sheet(rng, split, seed)
     place = int(rng.integers(len(PLACES)))
-    return Item(f"{sheet.chosen} {PLACES[place]}", lambda id: sheet.look(id, asked=place, seen=place))
+
+    def render(id: str) -> Conversation:
+        domain = "middle" if place == 4 else "edge" if place % 2 else "corner"
+        question, answer = f"Which digit is {PLACES[place]}?", sheet.scans[sheet.chosen[place]][1]
+        return trace(id, sheet.page(), question, list(box(place)), answer, domain)
+
+    return Item(f"{sheet.chosen} {PLACES[place]}", render)
 
 
 def trace(id: str, page: Image.Image, question: str, box: list[int], answer: str, domain: str) -> Conversation:

@@ -38,9 +38,10 @@ LAST = 5
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--noise", type=float, default=0.1)
+    parser.add_argument("--noise", type=float, default=0.15)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=3e-4, help="three times that of the recipe, so that errors show")
     parser.add_argument("--picture", type=Path, default=Path("docs/images/rl_comparison.png"))
     parser.add_argument("settings", nargs="*", help="further settings of `ernie rl`, for all variants")
     options = parser.parse_args()
@@ -51,8 +52,8 @@ def main() -> int:
         name = f"zoom_rl_noise{options.noise:g}_{number}_{options.seed}"
         train(
             "rl", "zoom_rl", f"run.name={name}", f"run.steps={options.steps}", f"run.seed={options.seed}",
-            f"rollout.noise={options.noise}", "mismatch.warn={}", "mismatch.stop={}", *settings, *options.settings,
-            name=name,
+            f"rollout.noise={options.noise}", f"optim.lr={options.lr}", "mismatch.warn={}", "mismatch.stop={}",
+            "rollout.max_idle=null", *settings, *options.settings, name=name,
         )  # fmt: skip
         runs[label] = metrics(name)
     print(table(runs))

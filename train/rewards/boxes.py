@@ -35,9 +35,10 @@ def read(text: str, most: int = 100_000) -> Grounding | None:
     return grounding
 
 
-def grounding_f1(attempt: Attempt, expected: str, *, iou: float = 0.5, labels: bool = True) -> float | None:
-    """F1 of the boxes at an IoU threshold; `labels`: only boxes with equal labels are paired, where the right answer
-    has labels. Both empty: 1. More than `CAP` times as many boxes as are right: 0.
+def grounding_f1(attempt: Attempt, expected: str, *, iou: float | None = 0.5, labels: bool = True) -> float | None:
+    """F1 of the boxes: a pair is a hit from an IoU of `iou` on, or, with iou=None, as much of one as it overlaps, which
+    tells a near miss from a far one. `labels`: only boxes with equal labels are paired, where the right answer has
+    labels. Both empty: 1. More than `CAP` times as many boxes as are right: 0.
     """
     right = read(expected)
     if right is None or right.points:
@@ -52,7 +53,9 @@ def grounding_f1(attempt: Attempt, expected: str, *, iou: float = 0.5, labels: b
         for g, box in enumerate(right.boxes):
             if not labels or _same_label(answered, box):
                 iou_AG[a, g] = overlap(answered, box)
-    return f1(int((paired(iou_AG) >= iou).sum()), len(said.boxes), len(right.boxes))
+    best = paired(iou_AG)
+    hits = best if iou is None else best >= iou
+    return f1(float(hits.sum()), len(said.boxes), len(right.boxes))
 
 
 def points(attempt: Attempt, expected: str, *, radius: float = 50.0, labels: bool = True) -> float | None:
@@ -102,6 +105,6 @@ def paired(value_AG: np.ndarray) -> np.ndarray:
     return value_AG[linear_sum_assignment(value_AG, maximize=True)]
 
 
-def f1(hits: int, said: int, right: int) -> float:
+def f1(hits: float, said: int, right: int) -> float:
     """2 hits / (said + right): the harmonic mean of precision and recall; 1 when both are empty."""
     return 2 * hits / (said + right) if said + right else 1.0

@@ -24,7 +24,8 @@ from data.tasks import (
     documents,
     glance,
     grounding,
-    looks,
+    locate,
+    places,
     search,
     video,
     zoom,
@@ -222,18 +223,33 @@ def test_a_glance_is_a_trace_without_its_tool():
     assert not one.messages[1].tool_calls and one.messages[1].text == trace.messages[-1].text == one.answer
 
 
-def test_looks_read_what_they_show_wherever_that_is():
-    sheet = zoom.draw_sheet(np.random.default_rng(5), "train", 0)
-    trace = sheet.look("x", asked=0, seen=8)
-    assert trace.messages[0].text == f"Which digit is {zoom.PLACES[0]}?"
-    assert trace.messages[1].tool_calls[0].arguments["bbox_2d"] == [823, 823, 837, 837]
-    assert trace.answer == sheet.scans[sheet.chosen[8]][1]
-    places = set()
-    for one in some(looks, 60, "train"):
-        left, top, *_ = one.messages[1].tool_calls[0].arguments["bbox_2d"]
-        places.add((one.messages[0].text, left, top))
-    assert len({place[1:] for place in places}) == 9
-    assert len(places) > 30  # a question says nothing of the place: of 60 looks, few are alike
+def test_all_of_a_digit_lies_in_its_box_and_nothing_else():
+    for one in some(locate, 20):
+        (found,) = json.loads(one.answer)
+        left, top, right, bottom = (round(value * locate.SIDE / 1000) for value in found["bbox_2d"])
+        page = np.asarray(picture(one).convert("L")).copy()
+        assert page[top:bottom, left:right].max() > 200
+        page[top:bottom, left:right] = 0
+        assert not page.any()
+        width, height = right - left, bottom - top
+        assert abs(width - height) <= 1 and 26 <= width <= 48
+
+
+def test_places_are_where_the_tool_is_asked_to_look():
+    """The box is that of the traces for the same place, and what lies there is a card: darker than its tile."""
+    traced = {}
+    for one in some(zoom, 60):
+        place = one.messages[0].text.removeprefix("Which digit is ").rstrip("?")
+        traced[place] = one.messages[1].tool_calls[0].arguments["bbox_2d"]
+    assert len(traced) == 9
+    for one in some(places, 20):
+        asked = next(place for place in traced if one.messages[0].text.endswith((f"{place}?", f"{place}.")))
+        (found,) = json.loads(one.answer)
+        assert found["bbox_2d"] == traced[asked]
+        left, top, right, bottom = found["bbox_2d"]
+        page = picture(one)
+        inside, around = page.crop((left, top, right, bottom)), page.crop((left - 9, top - 9, right + 9, top))
+        assert max(np.asarray(inside)[0, 0]) < min(np.asarray(around).min(axis=(0, 1)))
 
 
 def test_the_digit_can_be_read_in_the_crop_and_not_in_the_picture_as_the_model_gets_it():

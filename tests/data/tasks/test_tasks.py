@@ -56,7 +56,9 @@ def test_the_splits_share_neither_picture_nor_question(name):
     assert not {one.id for one in train} & {one.id for one in heldout}
 
 
-@pytest.mark.parametrize("name", ["grounding", "counting", "charts", "documents", "zoom", "cards", "video", "circuits"])
+@pytest.mark.parametrize(
+    "name", ["grounding", "counting", "charts", "documents", "zoom", "cards", "places", "locate", "video", "circuits"]
+)
 def test_no_question_is_asked_twice_or_on_both_sides(name):
     """By its key, which two pictures on different paper may share; nothing is rendered, so many are looked at."""
     module = importlib.import_module(f"data.tasks.{name}")

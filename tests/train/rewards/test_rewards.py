@@ -225,9 +225,10 @@ SPAM = '[{"bbox_2d": [0, 0, 100, 80]}, {"bbox_2d": [210, 200, 300, 300]}, {"bbox
 
 
 def test_spam_costs_precision():
-    """IoU 0.8, 0.9 and 0: of three boxes said two are hits at 0.5, one at 0.85."""
+    """IoU 0.8, 0.9 and 0: of three boxes said two are hits at 0.5, one at 0.85; or as much of one as they overlap."""
     assert score("grounding_f1", SPAM, GOLD) == pytest.approx(0.8)
     assert score("grounding_f1", SPAM, GOLD, iou=0.85) == pytest.approx(0.4)
+    assert score("grounding_f1", SPAM, GOLD, iou=None) == pytest.approx(2 * (0.8 + 0.9) / 5)
 
 
 def test_pairs_are_chosen_together():
