@@ -5,6 +5,7 @@ composes and prints the settings; a `make` target is asked for its recipe; other
 """
 
 import importlib.util
+import itertools
 import re
 import shlex
 import subprocess
@@ -44,6 +45,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def words_of(line: str) -> list[str]:
+    """Without the variables before the program: VARIABLE=value."""
+    return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(line)))
+
+
 def as_python(line: str) -> list[str]:
     """A training command as what Python runs, which is the same with the `ernie` command and under `accelerate launch`.
 
@@ -51,7 +57,7 @@ def as_python(line: str) -> list[str]:
     accelerate launch ... -m train.sft a=b    python -m train.sft a=b      (and its --config_file must exist)
     sbatch ... train.sbatch a=b               python -m train.sft a=b
     """
-    words = shlex.split(line)
+    words = words_of(line)
     if words[0] == "ernie":
         module, rest = COMMANDS[words[1]][0], words[2:]
     elif words[:2] == ["accelerate", "launch"]:
@@ -74,7 +80,7 @@ def test_a_command_on_a_page_works(line):
         out = run("make", "-n", *shlex.split(line)[1:])
         assert out.returncode == 0, out.stderr
         return
-    program, *rest = (word for word in shlex.split(line) if not re.match(r"[A-Z_]+=", word))  # VARIABLE=value
+    program, *rest = words_of(line)
     if Path(program).name == "python" and rest[0] == "-m":  # here, or that of another environment
         assert importlib.util.find_spec(rest[1]) is not None
         return
