@@ -97,7 +97,7 @@ class RolloutScore(score.Score):
             f"{self.reward:.3f}",
             self.interval_text,
             f"{self.tool_use:.0%}",
-            f"{self.tool_success:.0%}",
+            f"{self.tool_success:.0%}" if self.tool_use else "-",
             f"{self.tokens:.1f}",
         )
 

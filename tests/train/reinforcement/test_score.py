@@ -15,6 +15,7 @@ def test_what_cannot_be_scored_is_told_and_counts_for_nothing():
     assert (score.perfect, score.total, score.unscored, score.accuracy) == (1, 2, 1, 0.5)
     assert score.line().endswith("; 1 could not be scored: it hangs")
     assert score.metrics()["eval_unscored"] == 1.0
+    assert score.cells()[3:5] == ("0%", "-")  # no call was made, so none worked
     assert "scored" not in of(1.0).line() and "eval_unscored" not in of(1.0).metrics()
 
 
