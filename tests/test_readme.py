@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "launch/README.md", "docs/model.md", "docs/data.md", "docs/lora.md")
 PAGES += ("docs/adapt_your_data.md", "docs/telemetry.md", "docs/parallel.md", "docs/tools.md", "docs/inference.md")
 PAGES += ("docs/evaluation.md", "docs/serving.md", "docs/tasks.md", "docs/export.md", "docs/dpo.md")
-PAGES += ("docs/rewards.md", "docs/rl.md", "docs/rl_difficulty.md", "docs/rl_vllm.md")
+PAGES += ("docs/rewards.md", "docs/rl.md", "docs/rl_demo.md", "docs/rl_difficulty.md", "docs/rl_vllm.md")
 
 
 def commands(page: str) -> list[str]:
