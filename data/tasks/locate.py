@@ -1,6 +1,6 @@
 """Finding one handwritten digit: the shortest grounding task, for a model that reads digits already.
 
-    User: Picture 1:[84 x 84 pixels of paper, a scanned digit somewhere on it]Where is the digit?
+    User: Picture 1:[a dark page of 84 x 84 pixels, a scanned digit somewhere on it]Where is the digit?
     Assistant: [{"bbox_2d": [240, 480, 720, 960], "label": "7"}]
 
 The box is left, top, right, bottom in thousandths of the picture, in steps of a twenty-fifth of it.
