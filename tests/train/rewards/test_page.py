@@ -16,7 +16,7 @@ def shown(parameter: inspect.Parameter) -> str:
     default = parameter.default
     if default is parameter.empty:
         return parameter.name
-    value = "none" if default is None else str(default).lower() if isinstance(default, bool) else repr(default)
+    value = "null" if default is None else str(default).lower() if isinstance(default, bool) else repr(default)
     return f"{parameter.name}={value}"
 
 
