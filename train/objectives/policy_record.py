@@ -14,6 +14,8 @@ Of the weight M by k = p_old / p_engine:
     masked                                      share of sampled tokens with M = 0,
     masked_positive  masked_negative            of those with positive, and with negative advantage
     masked_attempts                             share of attempts with such a token
+    entropy_masked                              of the policy at such tokens, mean, where it is computed: above
+                                                `entropy` if they are those of which it is least certain
 
 Of attempts:
     attempt_tokens                              sampled tokens, mean; of attempts that have any
@@ -146,6 +148,7 @@ class Sums(NamedTuple, Generic[Number]):
     weightless_negative: Number
     entropy: Number
     entropy_tokens: Number
+    weightless_entropy: Number
     # why a gradient is zero
     impossible: Number
     zero_advantage: Number
@@ -163,6 +166,7 @@ def add_up(attempts: Attempts, terms: Terms, entropy_T: Tensor | None) -> Sums[T
     positive_T, negative_T = sampled_T & (advantage_T > 0), sampled_T & (advantage_T < 0)
     low_T, high_T, dual_T = (sampled_T & of_T for of_T in (terms.pull.low_T, terms.pull.high_T, terms.pull.dual_T))
     weightless_T = sampled_T & (terms.weights.weight_T == 0)
+    none = sampled_T.new_zeros((), dtype=torch.float64)
     left_T, kinds = sampled_T, {}
     for name, here_T in {
         "impossible": attempts.impossible_T,
@@ -199,8 +203,9 @@ def add_up(attempts: Attempts, terms: Terms, entropy_T: Tensor | None) -> Sums[T
         weightless=weightless_T.sum(),
         weightless_positive=(weightless_T & positive_T).sum(),
         weightless_negative=(weightless_T & negative_T).sum(),
-        entropy=sampled_T.new_zeros((), dtype=torch.float64) if entropy_T is None else entropy_T.sum(),
+        entropy=none if entropy_T is None else entropy_T.sum(),
         entropy_tokens=sampled_T.sum() * (entropy_T is not None),
+        weightless_entropy=none if entropy_T is None else (entropy_T * weightless_T).sum(),
         **kinds,
         taught=left_T.sum(),
         unknown=attempts.unknown_T.sum(),
@@ -248,4 +253,6 @@ def reported(sums: Sums[float], low: float, high: float, config: RLObjectiveConf
             out[f"attempt_tokens_{name}"] = getattr(sums, name) / of
     if sums.entropy_tokens:
         out["entropy"] = sums.entropy / sums.entropy_tokens
+        if sums.weightless:
+            out["entropy_masked"] = sums.weightless_entropy / sums.weightless
     return out

@@ -180,3 +180,21 @@ def test_the_entropy_bonus_is_a_mean_as_the_loss_is(aggregate):
     torch.testing.assert_close(entropy_T.grad, 0.5 * logprob_T.grad / divisor, rtol=1e-12, atol=0)
     mean = (entropy_T.detach() * batch.weight_T).sum() / 4
     assert record.report(record.sums())["entropy"] == pytest.approx(mean.item())
+
+
+def test_masked_tokens_have_an_entropy_of_their_own():
+    """Tokens with k = 1, 9, 0.1 and one that nobody sampled; the entropy at each is its place in the row, from 1."""
+    attempts = [moved([-1.0] * 4, [0.0] * 4, engine=[*ks(1.0, 9.0, 0.1), 0.0], sampled=[True, True, True, False])]
+    logprob_T, batch = row(attempts)
+    record = PolicyRecord(settings(), small.accelerator(), attempts_per_update=8)
+    record.before([batch])
+    record.terms(batch, output(logprob_T, entropies(batch)))
+    found = record.report(record.sums())
+    first = batch.lengths[0] + 1.0
+    assert found["masked"] == pytest.approx(2 / 3)
+    assert found["entropy"] == pytest.approx(first + 1) and found["entropy_masked"] == pytest.approx(first + 1.5)
+    alike = [moved([-1.0], [0.0], engine=ks(1.0))]
+    logprob_T, batch = row(alike)
+    record.before([batch])
+    record.terms(batch, output(logprob_T, entropies(batch)))
+    assert "entropy_masked" not in record.report(record.sums())
