@@ -1,6 +1,6 @@
-"""Which training survives an engine that disagrees with the trainer?  python -m tests.bench.rl_comparison
+"""Which training survives an engine that disagrees?  python -m tests.bench.rl_comparison [--seeds 0,1,2]
 
-`ernie rl experiment=zoom_rl` several times, from the same cold start and with the same seed, with an engine whose
+`ernie rl experiment=zoom_rl` several times, from the same cold start and with the same seeds, with an engine whose
 weights are disturbed by noise, drawn anew for each rollout (`rollout.noise`): what it samples, and the
 log-probabilities it tells, are those of a somewhat different model. Some runs correct for it, some don't:
 
@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.zoom_rl import COLD, metrics, rollouts, train
+
+Metrics = Sequence[Mapping[str, Any]]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "GRPO": ("objective=grpo", "objective.correction=none"),
@@ -40,69 +42,82 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--noise", type=float, default=0.15)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--lr", type=float, default=2e-4, help="twice that of the recipe, so that errors show")
     parser.add_argument("--picture", type=Path, default=Path("docs/images/rl_comparison.png"))
     parser.add_argument("settings", nargs="*", help="further settings of `ernie rl`, for all variants")
     options = parser.parse_args()
     train("sft", "digits")
     train("sft", COLD)
-    runs = {}
-    for number, (label, settings) in enumerate(VARIANTS.items()):
-        name = f"zoom_rl_noise{options.noise:g}_lr{options.lr:g}_{number}_{options.seed}"
-        train(
-            "rl", "zoom_rl", f"run.name={name}", f"run.steps={options.steps}", f"run.seed={options.seed}",
-            f"rollout.noise={options.noise}", f"optim.lr={options.lr}", "mismatch.warn={}", "mismatch.stop={}",
-            "rollout.max_idle=null", *settings, *options.settings, name=name,
-        )  # fmt: skip
-        runs[label] = metrics(name)
+    runs: dict[str, list[Metrics]] = {label: [] for label in VARIANTS}
+    for seed in map(int, options.seeds.split(",")):
+        for number, (label, settings) in enumerate(VARIANTS.items()):
+            name = f"zoom_rl_noise{options.noise:g}_lr{options.lr:g}_{number}_{seed}"
+            train(
+                "rl", "zoom_rl", f"run.name={name}", f"run.steps={options.steps}", f"run.seed={seed}",
+                f"rollout.noise={options.noise}", f"optim.lr={options.lr}", "mismatch.warn={}", "mismatch.stop={}",
+                "rollout.max_idle=null", *settings, *options.settings, name=name,
+            )  # fmt: skip
+            runs[label].append(metrics(name))
     print(table(runs))
     draw(runs, options.picture, options.noise)
     print(f"\ncurves: {options.picture}")
     return 0
 
 
-def table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Markdown."""
+def table(runs: Mapping[str, Sequence[Metrics]]) -> str:
+    """Markdown; `runs` are the metrics of each seed. What is one number is a mean over seeds."""
     shown = [
-        "| | held out, before | after | best | sampled right, last rollouts | tokens masked | asked per learned |",
+        "| | held out, before | after, by seed | best on the way | sampled right, last rollouts | tokens masked "
+        "| asked per learned |",
         "|---|---|---|---|---|---|---|",
     ]
-    for label, lines in runs.items():
-        held = [line["eval_accuracy"] for line in lines if "eval_accuracy" in line]
-        last = rollouts(lines)[-LAST:]
-        masked = [line["mismatch_masked"] for line in lines if "mismatch_masked" in line]
-        asked, learned = (sum(line[f"groups_{name}"] for line in rollouts(lines)) for name in ("asked", "learned"))
+    for label, seeds in runs.items():
+        held = [[line["eval_accuracy"] for line in lines if "eval_accuracy" in line] for lines in seeds]
+        after, best = (", ".join(f"{of(one):.0%}" for one in held) for of in (lambda one: one[-1], max))
+        last = [_mean([line["accuracy"] for line in rollouts(lines)[-LAST:]]) for lines in seeds]
+        masked = [_mean([line["mismatch_masked"] for line in lines if "mismatch_masked" in line]) for lines in seeds]
+        asked, learned = (
+            sum(line[f"groups_{name}"] for lines in seeds for line in rollouts(lines)) for name in ("asked", "learned")
+        )
         shown.append(
-            f"| {label} | {held[0]:.1%} | {held[-1]:.1%} | {max(held):.1%} "
-            f"| {sum(line['accuracy'] for line in last) / len(last):.1%} "
-            f"| {sum(masked) / max(len(masked), 1):.1%} | {asked / max(learned, 1):.2f} |"
+            f"| {label} | {held[0][0]:.0%} | {after} | {best} "
+            f"| {_mean(last):.0%} | {_mean(masked):.1%} | {asked / max(learned, 1):.2f} |"
         )
     return "\n".join(shown)
 
 
-def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, noise: float) -> None:
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def draw(runs: Mapping[str, Sequence[Metrics]], path: Path, noise: float) -> None:
+    """A row of panels for each of `VARIANTS`, a line for each seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(13, 3.2), constrained_layout=True)
-    for number, (label, lines) in enumerate(runs.items()):
-        for panel, key in zip(panels, PANELS, strict=True):
-            chosen = rollouts(lines) if key == "accuracy" else lines
-            points = [(line["step"], line[key]) for line in chosen if key in line]
-            if points:
-                marker = "o" if key == "eval_accuracy" else None
-                panel.plot(*zip(*points, strict=True), color=f"C{number}", marker=marker, markersize=4, label=label)
-    for panel, title in zip(panels, PANELS.values(), strict=True):
-        panel.set_title(title, fontsize=10)
-        panel.set_xlabel("update")
-        panel.set_ylim(bottom=0)
-        panel.grid(alpha=0.25)
-    panels[0].set_ylim(0, 1.02)
-    panels[1].set_ylim(0, 1.02)
-    panels[0].legend(fontsize=7, loc="center right")
+    shape = len(runs), len(PANELS)
+    figure, rows = pyplot.subplots(
+        *shape, figsize=(13, 1 + 1.9 * len(runs)), sharex=True, sharey="col", squeeze=False, constrained_layout=True
+    )
+    for number, (label, seeds) in enumerate(runs.items()):
+        for panel, (key, title) in zip(rows[number], PANELS.items(), strict=True):
+            for seed, lines in enumerate(seeds):
+                chosen = rollouts(lines) if key == "accuracy" else lines
+                points = [(line["step"], line[key]) for line in chosen if key in line]
+                if points:
+                    marker = "o" if key == "eval_accuracy" else None
+                    steps, values = zip(*points, strict=True)
+                    panel.plot(steps, values, color=f"C{number}", alpha=1 - 0.25 * seed, marker=marker, markersize=4)
+            panel.grid(alpha=0.25)
+            panel.set_ylim(0, 1.02 if "accuracy" in key else None)
+            if not number:
+                panel.set_title(title, fontsize=10)
+            if number == len(runs) - 1:
+                panel.set_xlabel("update")
+        rows[number][0].set_ylabel(label, fontsize=9)
     figure.suptitle(f"engine's weights disturbed by {noise:g} of each matrix's standard deviation", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -46,9 +46,9 @@ def test_seeds(tmp_path):
 
 
 def test_variants(tmp_path):
-    runs = {"GRPO": lines([0.2, 0.4, 0.1]), "GSPO": lines([0.2, 0.9])}
+    runs = {"GRPO": [lines([0.2, 0.4, 0.1]), lines([0.2, 0.4, 0.6])], "GSPO": [lines([0.2, 0.9])]}
     shown = rl_comparison.table(runs).splitlines()
-    assert shown[2] == "| GRPO | 20.0% | 10.0% | 20.0% | 23.3% | 5.0% | 1.50 |"
-    assert shown[3] == "| GSPO | 20.0% | 90.0% | 90.0% | 55.0% | 5.0% | 1.50 |"
+    assert shown[2] == "| GRPO | 20% | 10%, 60% | 20%, 60% | 32% | 5.0% | 1.50 |"
+    assert shown[3] == "| GSPO | 20% | 90% | 90% | 55% | 5.0% | 1.50 |"
     rl_comparison.draw(runs, tmp_path / "curves.png", noise=0.1)
     assert wide(tmp_path / "curves.png")
