@@ -1,4 +1,4 @@
-"""Defects of vLLM 0.32 that change what ERNIE-4.5 computes, and their repair.
+"""Defects of vLLM 0.32 that change what ERNIE-4.5 computes, or end it, and their repair.
 
     name         where        without it
     delimiters   any device   IMAGE_START or IMAGE_END goes to the text experts when it is scheduled apart from its
@@ -8,6 +8,8 @@
     rotary       CPU          TypeError in the first forward pass of a vision-language model.
     experts      CPU          A weight update leaves the experts in the wrong order in memory. Silent.
     tied_head    CPU          After a weight update, a tied head still multiplies by the old embedding. Silent.
+    seeds        CPU          The server dies of a request with a seed whose prompt is computed in several steps: a long
+                              one, or one of several that are computed anew after a weight update.
 
 Fixes for the CPU reach into details of one version and are applied to 0.32 alone; the others wherever what they replace
 is there. tests/vllm shows for each that vLLM without it gives another answer.
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple
 CPU_VERSIONS = re.compile(r"0\.32(\.|\+|$)")
 MODEL = "vllm.model_executor.models.ernie45_vl"
 LAYERS = "vllm.model_executor.layers"
+RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 
 class Fix(NamedTuple):
@@ -136,6 +139,34 @@ def tied_head() -> None:
     method.process_weights_after_loading = process_weights_after_loading
 
 
+def seeds() -> None:
+    """A token is sampled after each part of a prompt, and left out but for the last one. vLLM then turns the random
+    numbers back by setting an offset, which those of the CPU do not have."""
+    runner = find(RUNNER)
+    stock_sample, stock_sync = runner._sample, runner._bookkeeping_sync
+
+    def left_out(self):
+        mask = self.discard_request_mask.np
+        return {index: one for index, one in self.input_batch.generators.items() if mask[index]}
+
+    def _sample(self, *args, **kwargs):
+        states = [(generator, generator.get_state()) for generator in left_out(self).values()]
+        out = stock_sample(self, *args, **kwargs)
+        for generator, state in states:
+            generator.set_state(state)
+        return out
+
+    def _bookkeeping_sync(self, *args, **kwargs):
+        everyones, out = self.input_batch.generators, left_out(self)
+        self.input_batch.generators = {index: one for index, one in everyones.items() if index not in out}
+        try:
+            return stock_sync(self, *args, **kwargs)
+        finally:
+            self.input_batch.generators = everyones
+
+    runner._sample, runner._bookkeeping_sync = _sample, _bookkeeping_sync
+
+
 FIXES = {
     "delimiters": Fix(
         delimiters,
@@ -156,4 +187,5 @@ FIXES = {
         True,
         (f"{LAYERS}.vocab_parallel_embedding:UnquantizedEmbeddingMethod.process_weights_after_loading",),
     ),
+    "seeds": Fix(seeds, True, (f"{RUNNER}._sample", f"{RUNNER}._bookkeeping_sync")),
 }

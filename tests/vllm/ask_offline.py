@@ -3,7 +3,8 @@
     python ask_offline.py TASK.json OUT.json
 
 TASK  {"folder", "batched_tokens", "prefix_caching", "prompts": {name: {"ids", "images"}},
-       "events": [["ask", label, prompt] | ["reload", folder] | ["without", fix] | ["with", fix]]}
+       "events": [["ask", label, prompt] | ["ask", label, prompt, seed] | ["reload", folder] | ["without", fix]
+                  | ["with", fix]]}
 OUT   {label: {"ids", "logprobs" of the prompt but its first, "new", "new_logprobs"}}, or {"error": text}
 """
 
@@ -55,13 +56,13 @@ def run(task: dict, stock: dict, fixed: dict, find) -> dict:
     out = {}
     for kind, *said in task["events"]:
         if kind == "ask":
-            label, name = said
+            label, name, *seed = said
             prompt = {"prompt_token_ids": task["prompts"][name]["ids"]}
             if task["prompts"][name]["images"]:
                 images = [Image.open(path) for path in task["prompts"][name]["images"]]
                 prompt["multi_modal_data"] = {"image": images}
             # With log-probabilities of the prompt, vLLM leaves the prefix cache aside.
-            out[label] = answer(llm, prompt, prompt_logprobs=None if task["prefix_caching"] else 0)
+            out[label] = answer(llm, prompt, None if task["prefix_caching"] else 0, *seed)
         elif kind == "reload":
             llm.collective_rpc("reload_weights", kwargs={"weights_path": said[0]})
             llm.reset_prefix_cache()
@@ -75,11 +76,18 @@ def run(task: dict, stock: dict, fixed: dict, find) -> dict:
     return out
 
 
-def answer(llm, prompt: dict, prompt_logprobs: int | None) -> dict:
+def answer(llm, prompt: dict, prompt_logprobs: int | None, seed: int | None = None) -> dict:
+    """Greedy, or with a seed sampled."""
     from vllm import SamplingParams
 
     params = SamplingParams(
-        temperature=0, max_tokens=4, logprobs=0, prompt_logprobs=prompt_logprobs, ignore_eos=True, detokenize=False
+        temperature=0 if seed is None else 1,
+        seed=seed,
+        max_tokens=4,
+        logprobs=0,
+        prompt_logprobs=prompt_logprobs,
+        ignore_eos=True,
+        detokenize=False,
     )
     (one,) = llm.generate([prompt], params, use_tqdm=False)
     ids, new = list(one.prompt_token_ids), one.outputs[0]

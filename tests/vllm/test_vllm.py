@@ -178,7 +178,7 @@ def difference(model: ErnieModel, name: str, answer: dict) -> float:
 @pytest.fixture(scope="module")
 def offline(folders, tmp_path_factory) -> dict:
     """One engine with all fixes; some of them taken away and put back while it runs."""
-    events = [["ask", name, name] for name in PROMPTS]
+    events = [["ask", name, name] for name in PROMPTS] + [["ask", "in two steps", "text", 5]]
     for fix, prompt in (("delimiters", "apart"), ("router", "text")):
         events += [["without", fix], ["ask", f"without {fix}", prompt], ["with", fix]]
     events += [["reload", str(folders[1])], ["ask", "updated text", "text"], ["ask", "updated image", "image"]]
@@ -222,6 +222,14 @@ def test_fixes_of_what_is_built_are_still_needed(folders, models, tmp_path):
     assert difference(models[0], "text", out["text"]) < FP32
     assert difference(models[0], "image", out["image"]) > 10 * FP32
     assert difference(models[1], "text", out["updated"]) > 50 * FP32
+
+
+def test_the_fix_of_seeds_is_still_needed(offline, folders, tmp_path):
+    """Random numbers are those of the seed in one step or in two; without the fix, two end the server."""
+    out = ask(task(folders, tmp_path, [["ask", "in one step", "text", 5]]), tmp_path)
+    assert out["in one step"]["new"] == offline["in two steps"]["new"] != offline["text"]["new"]
+    out = ask(task(folders, tmp_path, [["ask", "text", "text", 5]], batched=32), tmp_path, without=("seeds",))
+    assert "Generator does not use offset" in out["error"] or "failed" in out["error"].lower()
 
 
 def test_the_fix_of_the_rotary_positions_is_still_needed(folders, tmp_path):
