@@ -50,11 +50,20 @@ class TrainState:
     """Parts of the model (values of `Part`) that have had a gradient other than zero."""
 
 
+class Interrupted(Exception):
+    """The process was asked to end, and something long was dropped in the middle. Raised on all ranks; everything
+    stands as the last update left it."""
+
+
 class Source(Protocol):
     """Where batches come from."""
 
     def next_step(self) -> list[PackedBatch]:
-        """This rank's micro-batches of the next update. Ranks may have different numbers of them."""
+        """This rank's micro-batches of the next update. Ranks may have different numbers of them.
+
+        Raises:
+            Interrupted: what a later start draws is what would have been drawn now.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -118,6 +127,7 @@ class Hooks:
     log: Callable[[int, dict[str, float]], None]
     save: Callable[[TrainState], None]
     evaluate: Callable[[TrainState], None]
+    """May raise `Interrupted`."""
     saw: Callable[[int, Sequence[PackedBatch]], None] = lambda step, microbatches: None
     """These are this rank's rows of the update."""
     nonfinite: Callable[[int, dict[str, float], Evidence], None] = lambda step, metrics, evidence: None
@@ -146,41 +156,54 @@ def fit(
     """
     updates.policy.train()
     clock = Clock(state.step, plan.steps, plan.peak_flops)
-    if evaluation_is_due(state, plan):  # the run was stopped before it
-        hooks.evaluate(state)
-    while state.step < plan.steps:
-        clock.start()
-        microbatches = source.next_step()
-        clock.data_arrived()
-        lr = plan.learning_rate(state.step)
-        for group in updates.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        evidence = Evidence()
-        metrics = train_step(
-            updates,
-            objective,
-            microbatches,
-            accelerator=accelerator,
-            max_grad_norm=plan.max_grad_norm,
-            beside=beside,
-            evidence=evidence,
-        )
-        state.step += 1
-        state.tokens_seen += int(metrics["tokens"])
-        hooks.saw(state.step, microbatches)
-        if state.step % plan.log_every == 0 or state.step in (1, plan.steps):
-            hooks.log(state.step, {**metrics, "lr": lr, **clock.speed(state.step, metrics)})
-        watch(state, metrics, evidence, plan, hooks)
-        # Asked before the evaluation, which may take longer than a process that must end is given.
-        stopping = any_rank(accelerator, hooks.stop())
-        if not stopping and evaluation_is_due(state, plan):
+    saved = state.step
+    """Where another start would go on: at first, where this one did."""
+
+    def save() -> None:
+        nonlocal saved
+        hooks.save(state)
+        saved = state.step
+
+    try:
+        if evaluation_is_due(state, plan):  # the run was stopped before it
             hooks.evaluate(state)
+        while state.step < plan.steps:
+            clock.start()
+            microbatches = source.next_step()
+            clock.data_arrived()
+            lr = plan.learning_rate(state.step)
+            for group in updates.optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            evidence = Evidence()
+            metrics = train_step(
+                updates,
+                objective,
+                microbatches,
+                accelerator=accelerator,
+                max_grad_norm=plan.max_grad_norm,
+                beside=beside,
+                evidence=evidence,
+            )
+            state.step += 1
+            state.tokens_seen += int(metrics["tokens"])
+            hooks.saw(state.step, microbatches)
+            if state.step % plan.log_every == 0 or state.step in (1, plan.steps):
+                hooks.log(state.step, {**metrics, "lr": lr, **clock.speed(state.step, metrics)})
+            watch(state, metrics, evidence, plan, hooks)
+            # Asked before the evaluation, which may take longer than a process that must end is given.
             stopping = any_rank(accelerator, hooks.stop())
-        last = state.step == plan.steps
-        if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
-            hooks.save(state)
-        if stopping:
-            return False
+            if not stopping and evaluation_is_due(state, plan):
+                hooks.evaluate(state)
+                stopping = any_rank(accelerator, hooks.stop())
+            last = state.step == plan.steps
+            if last or stopping or (plan.save_every and state.step % plan.save_every == 0):
+                save()
+            if stopping:
+                return False
+    except Interrupted:
+        if state.step > saved:
+            save()
+        return False
     return True
 
 

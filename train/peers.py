@@ -31,7 +31,7 @@ SILENT_S = 40.0
 """After so long without a beat a rank counts as dead. Longer than any call that holds Python's lock."""
 LEAVE_S = 10.0
 """What a rank is given to come out of its work and close its trackers; one that waits in a collective cannot."""
-TROUBLE, LEFT = "trouble", "left"
+TROUBLE, LEFT, STOP = "trouble", "left", "stop"
 FAILED = " failed:\n"
 GO_ON = "This run ends; the same command goes on from the last checkpoint."
 
@@ -102,6 +102,8 @@ class Peers:
         self.me = Process.this()
         self.over = threading.Event()  # this run has ended well
         self.heard = threading.Event()  # something happened to another rank
+        self.asked: Callable[[], bool] = lambda: False  # has somebody asked this rank to end its work in order?
+        self.stopping = False  # or any other rank, a beat or two ago
         self.saying = threading.Lock()
         self.thread: threading.Thread | None = None
 
@@ -205,6 +207,9 @@ class Peers:
             self._write(count)
             if self.store.check([TROUBLE]):
                 return self.store.get(TROUBLE).decode()
+            if self.asked():
+                self.store.set(STOP, "")
+            self.stopping = self.store.check([STOP])
             beats = self._read()
         except RuntimeError:
             # At a good end the rank that keeps the store may be the first to go; this one is about to.

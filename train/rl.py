@@ -10,7 +10,7 @@ accelerate launch -m train.rl ...                                               
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,6 +251,9 @@ class RL(Algorithm[RLConfig]):
         if isinstance(self.engine, VLLMEngine):
             self.engine.optimizer = optimizer
 
+    def may_stop(self, asked: Callable[[], bool]) -> None:
+        self.rollouts.stop = asked
+
     def source(self, setup: Setup) -> TrainSource:
         return self.rollouts
 
@@ -279,13 +282,20 @@ class RL(Algorithm[RLConfig]):
         assert self.heldout is not None
         self.rollouts.settle()
         self.examiner.begin(self.rollouts.updates)
-        agents = self.agents(self.examiner)
-        params = replace(self.params, routed_experts=False)
-        found = measure(
-            self.heldout, self.examiner, agents, self.pool, setup.processor, params, setup.layout, self.runner
-        )
-        self.examiner.end()
-        return found
+        try:
+            return measure(
+                self.heldout,
+                self.examiner,
+                self.agents(self.examiner),
+                self.pool,
+                setup.processor,
+                replace(self.params, routed_experts=False),
+                setup.layout,
+                self.runner,
+                self.rollouts.stop,
+            )
+        finally:
+            self.examiner.end()
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
         return self.record.metrics(step, metrics)

@@ -166,6 +166,8 @@ def described(error: BaseException) -> str:
 class StopSignal:
     """SIGTERM asks for an orderly end: finish the step, save, leave with exit code 0. A second one ends at once.
 
+    What comes before a step and takes long (a rollout) asks too, and may be dropped: `loop.Interrupted`.
+
     Whoever sends it (a batch system, torchrun) kills soon after. So when `grace_s` seconds have passed the process ends
     by itself, with exit code 1 and the stack of every thread on stderr, which tells what it was waiting for. The last
     checkpoint is whole whatever it was doing. The watch is Python's own fault handler: a thread in C, that goes off

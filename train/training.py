@@ -42,7 +42,7 @@ from train.config import (
 from train.efficiency import Work, peak_flops
 from train.heldout import draw_answers
 from train.ledger import Evidence, Ledger, Segment, nonfinite_entry, spike_entry
-from train.loop import Beside, Hooks, Plan, TrainState, fit
+from train.loop import Beside, Hooks, Interrupted, Plan, TrainState, fit
 from train.objectives import Objective
 from train.optim import build_optimizer, learning_rate
 from train.parallel.layout import Layout, build_accelerator, build_layout, leave
@@ -133,6 +133,10 @@ class Algorithm(Generic[ConfigT]):
             optimizer: PyTorch's, or the one of DeepSpeed's engine.
         """
 
+    def may_stop(self, asked: Callable[[], bool]) -> None:
+        """Before the first update. Has somebody asked this process, or another rank's, to end? What takes long and can
+        be dropped asks now and then, and raises `Interrupted`, on all ranks."""
+
     def source(self, setup: Setup) -> TrainSource:
         """`setup.data.train`, ready to be drawn from: after a checkpoint's state was loaded into it."""
         assert isinstance(setup.data.train, PackedStream)
@@ -157,7 +161,11 @@ class Algorithm(Generic[ConfigT]):
         """What `files` gave, of every rank that there was. After `load_state_dict`."""
 
     def measure(self, setup: Setup) -> Score:
-        """On `setup.data.heldout`, which there is. All ranks call it and get the same."""
+        """On `setup.data.heldout`, which there is. All ranks call it and get the same.
+
+        Raises:
+            Interrupted: see `may_stop`.
+        """
         raise NotImplementedError
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> Mapping[str, float]:
@@ -408,6 +416,8 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
         evaluate_every=config.evaluate.every,
     )
     stop = StopSignal(at_end, grace_s=config.run.grace_s)
+    peers.asked = stop
+    algorithm.may_stop(lambda: stop() or peers.stopping)
     hooks = Hooks(
         log=log,
         save=save,
@@ -424,13 +434,16 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
     else:
         checkpoint.load_generators(run.resume_from, rank=rank)
     with progress:
-        if state.step == 0:
-            evaluate(state)
-        else:
-            progress.note(report.resumed_line(run.resume_from, state, steps))
-        finished = fit(
-            updates, objective, shared, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
-        )
+        try:
+            if state.step == 0:
+                evaluate(state)
+            else:
+                progress.note(report.resumed_line(run.resume_from, state, steps))
+            finished = fit(
+                updates, objective, shared, state, accelerator=accelerator, plan=plan, hooks=hooks, beside=beside
+            )
+        except Interrupted:  # of the start weights' evaluation
+            finished = False
     if not finished and (reason := algorithm.gives_up) is not None:
         algorithm.finish(setup, console, trackers)
         export = f"ernie export checkpoint={run.folder} output=..."
@@ -438,7 +451,10 @@ def train(algorithm: Algorithm, at_end: ExitStack, peers: Peers) -> None:
             f"ended after step {state.step} of {steps}: {reason} What has been learned is saved: `{export}`."
         )
     if not finished:
-        console.print(f"stopped after step {state.step} of {steps}; the same command goes on from there.")
+        done, way_on = f"after step {state.step} of {steps}", "goes on from there"
+        if state.step == 0:
+            done, way_on = "before the first update", "begins anew: there is nothing to save yet"
+        console.print(f"stopped {done}; the same command {way_on}.")
     else:
         folders = weights.publish(run.folder, "export", processor, updates.optimizer)
         if on_main:

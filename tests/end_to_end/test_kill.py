@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -75,15 +75,16 @@ class Started:
     Args:
         program: what follows `python`.
         folder: of the run.
+        environment: what a launcher would set.
     """
 
-    def __init__(self, program: Sequence[str], folder: Path):
+    def __init__(self, program: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None):
         self.folder = folder
         self.log = (folder.parent / "log.txt").open("a")
         self.said_before = self.log.tell()
         self.process = subprocess.Popen(
             [sys.executable, *program],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | dict(environment or {}),
             stdout=self.log,
             stderr=subprocess.STDOUT,
         )
@@ -111,6 +112,9 @@ class Started:
 
     def end(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
+        return self.ended()
+
+    def ended(self) -> int:
         code = self.process.wait(200)
         self.log.close()
         return code

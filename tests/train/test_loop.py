@@ -17,7 +17,7 @@ from train.config import (
     Schedule,
     UserError,
 )
-from train.loop import Hooks, Plan, TrainState, fit, router_summary, train_step
+from train.loop import Hooks, Interrupted, Plan, TrainState, fit, router_summary, train_step
 from train.lora.adapt import adapt
 from train.objectives import Objective, sft
 from train.objectives.sft import SFT
@@ -179,7 +179,7 @@ class Rows:
     def load_state_dict(self, state: dict) -> None: ...
 
 
-def run(source, *, steps: int, stop=lambda: False, state: TrainState | None = None, **settings):
+def run(source, *, steps: int, stop=lambda: False, state: TrainState | None = None, evaluate=None, **settings):
     """`fit` on the small model; returns what happened, in order, and the learning rates of the updates."""
     happened: list[str] = []
     rates: list[float] = []
@@ -203,7 +203,7 @@ def run(source, *, steps: int, stop=lambda: False, state: TrainState | None = No
     hooks = Hooks(
         log=log,
         save=lambda state: happened.append(f"save {state.step}"),
-        evaluate=lambda state: happened.append(f"evaluate {state.step}"),
+        evaluate=evaluate or (lambda state: happened.append(f"evaluate {state.step}")),
         stop=stop,
     )
     finished = fit(
@@ -253,6 +253,44 @@ def test_fit_saves_and_leaves_when_it_is_asked_to_stop():
     asked = iter([False, False, True])
     finished, happened, _ = run(Rows(small.row(E[1])), steps=9, stop=lambda: next(asked), save_every=0)
     assert not finished and happened[-1] == "save 3"
+
+
+class Stopping(Rows):
+    """Asked to end while the rows of update `at` (from 1) are on their way."""
+
+    def __init__(self, *rows: PackedBatch, at: int):
+        super().__init__(*rows)
+        self.left = at
+
+    def next_step(self) -> list[PackedBatch]:
+        self.left -= 1
+        if not self.left:
+            raise Interrupted
+        return self.rows
+
+
+@pytest.mark.parametrize(
+    "at, happened",
+    [
+        (1, []),  # nothing is done: a start would begin where this one did
+        (2, ["log 1", "save 1"]),
+        (3, ["log 1", "log 2", "save 2"]),  # it was due, and is not done twice
+    ],
+)
+def test_fit_saves_what_is_done_when_what_comes_next_is_dropped(at, happened):
+    finished, seen, _ = run(Stopping(small.row(E[1]), at=at), steps=9, evaluate_every=0)
+    assert not finished and seen == happened
+
+
+def test_fit_leaves_an_evaluation_that_is_dropped_to_the_start_that_goes_on():
+    def evaluate(state):
+        raise Interrupted
+
+    state = TrainState()
+    finished, seen, _ = run(Rows(small.row(E[1])), steps=9, save_every=0, state=state, evaluate=evaluate)
+    assert not finished and seen[-1] == "save 3" and state.evaluations == []
+    _, seen, _ = run(Stopping(small.row(E[1]), at=1), steps=9, save_every=0, state=state)
+    assert seen == ["evaluate 3"]
 
 
 def test_fit_gives_up_when_too_many_updates_are_not_finite():

@@ -19,6 +19,7 @@ from train.evaluation.questions import Question
 from train.reinforcement.engines import RolloutEngine
 from train.reinforcement.groups import Group, Scored, Ticket
 from train.reinforcement.scoring import RewardPool
+from train.reinforcement.stopping import never, unless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ async def collect(
     params: SamplingParams,
     *,
     version: int,
+    stop: Callable[[], bool] = never,
     told: Callable[[int], None] = lambda done: None,
     scored: Callable[[float], None] = lambda seconds: None,
 ) -> list[Group]:
@@ -67,8 +69,12 @@ async def collect(
         agents: by the tools of a question.
         version: of the weights, for a group of which nothing was sampled.
         params: `max_new_tokens` and `seed` are each attempt's own.
+        stop: asked now and then; all is given up when it says so.
         told: how many attempts are done, as they end.
         scored: seconds from the end of the last attempt until all have their scores.
+
+    Raises:
+        Interrupted: `stop` said so before all was scored. Other ranks may not have been interrupted.
     """
     scoring: list[asyncio.Task[Scored]] = []
     done = 0
@@ -98,9 +104,9 @@ async def collect(
 
     prompts = [asyncio.ensure_future(opening(one.question)) for one in asked]
     attempts = [attempt(one, prompt, seed) for one, prompt in zip(asked, prompts, strict=True) for seed in one.seeds]
-    left = await engine.together(attempts)
+    left = await engine.together(attempts, stop)
     begin = time.perf_counter()
-    done_ones = iter(await asyncio.gather(*left))
+    done_ones = iter(await unless(stop, left))
     scored(time.perf_counter() - begin)
     groups = []
     for one in asked:

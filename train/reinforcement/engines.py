@@ -10,6 +10,7 @@ import copy
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,7 +22,9 @@ from ernie_model.inference.request import Completion, Delta, Generates, Prompt, 
 from ernie_model.inference.runner import Runner
 from ernie_model.model import ErnieModel
 from ernie_model.tokenizer import Tokenizer
+from train.loop import Interrupted
 from train.reinforcement.joint import JointRunner, Want
+from train.reinforcement.stopping import POLL_S, never
 
 T = TypeVar("T")
 
@@ -42,8 +45,12 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Run attempts, which may ask `generates`; what each returns, in order."""
+    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
+        """Run attempts, which may ask `generates`; what each returns, in order.
+
+        Raises:
+            Interrupted: `stop` said so, here or, where a forward pass takes all ranks, on any of them: then on all.
+        """
         ...
 
     def end(self) -> None:
@@ -63,12 +70,17 @@ class Turns:
     """An engine that moves when all who ask wait. It is a `Generates`, for one event loop.
 
     Args:
-        any_left: whether any rank has attempts left, told whether this one has. Where a forward pass takes all ranks,
-            one that has none left goes on taking part in it.
+        meet: told whether this rank has attempts left, and whether it is to stop; whether any rank has, and is. Where a
+            forward pass takes all ranks, one that has none left goes on taking part in it.
     """
 
-    def __init__(self, engine: Engine, *, any_left: Callable[[bool], bool] = lambda mine: mine):
-        self.engine, self.any_left = engine, any_left
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        meet: Callable[[bool, bool], tuple[bool, bool]] = lambda alive, stops: (alive, stops),
+    ):
+        self.engine, self.meet = engine, meet
         self._arrived: list[tuple[Request, asyncio.Future[Completion]]] = []
         self._waiting: dict[int, asyncio.Future[Completion]] = {}
         self._changed = asyncio.Event()
@@ -92,32 +104,40 @@ class Turns:
         completion = await self.generate(prompt, params, timeout_s=timeout_s)
         yield Delta(completion.text, completion.token_ids, completion.logprobs, (), completion)
 
-    async def run(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    async def run(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
         """See `RolloutEngine.together`."""
         tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
         for task in tasks:
             task.add_done_callback(lambda _: self._changed.set())
         try:
-            while self.any_left(any(not task.done() for task in tasks)):
-                await self._until_all_wait(tasks)
-                self._step()
+            while True:
+                left, stops = self.meet(any(not task.done() for task in tasks), stop())
+                if not left:
+                    return [task.result() for task in tasks]
+                if stops:
+                    raise Interrupted
+                if await self._until_all_wait(tasks, stop):
+                    self._step()
                 await asyncio.sleep(0)  # whoever was answered goes on
-            return [task.result() for task in tasks]
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _until_all_wait(self, tasks: Sequence[asyncio.Future[Any]]) -> None:
+    async def _until_all_wait(self, tasks: Sequence[asyncio.Future[Any]], stop: Callable[[], bool]) -> bool:
+        """False: they do not, and this rank is to stop."""
         while True:
             failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
             if failed is not None:
                 failed.result()
             asking = len(self._arrived) + len(self._waiting)
             if asking == sum(not task.done() for task in tasks):
-                return
+                return True
+            if stop():
+                return False
             self._changed.clear()
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), POLL_S)
 
     def _step(self) -> None:
         # In an order that does not depend on who asked first; every attempt has a seed of its own.
@@ -180,12 +200,12 @@ class LocalEngine:
         if self.joint:
             assert isinstance(engine.runner, JointRunner)
             meeting = engine.runner.meeting
-            self._turns = Turns(engine, any_left=lambda mine: meeting.join(Want.OVER, mine))
+            self._turns = Turns(engine, meet=lambda alive, stops: meeting.join(Want.OVER, alive, stops))
         else:
             self._turns = Turns(engine)
 
-    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        return await self.generates.run(attempts)
+    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
+        return await self.generates.run(attempts, stop)
 
     def end(self) -> None:
         stats = self.generates.engine.stats()

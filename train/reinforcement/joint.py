@@ -32,6 +32,10 @@ class Want(IntEnum):
     PIXELS = 2
 
 
+Said = tuple[Want, bool, bool]
+"""By one rank: what it wants, whether it has attempts left, whether it was asked to stop."""
+
+
 class Meeting:
     """What all ranks do next.
 
@@ -43,17 +47,17 @@ class Meeting:
     def __init__(
         self,
         nothing: Callable[[Want], None],
-        exchange: Callable[[tuple[Want, bool]], list[tuple[Want, bool]]] = everyones,
+        exchange: Callable[[Said], list[Said]] = everyones,
     ):
         self._nothing, self._exchange = nothing, exchange
 
-    def join(self, want: Want, alive: bool = True) -> bool:
-        """Returns when all are ready for what this rank wants. With OVER: whether any rank is `alive`."""
+    def join(self, want: Want, alive: bool = True, stops: bool = False) -> tuple[bool, bool]:
+        """Returns when all are ready for what this rank wants. With OVER: is one `alive`, was one told to stop?"""
         while True:
-            said = self._exchange((want, alive))
-            most = max(one for one, _ in said)
+            said = self._exchange((want, alive, stops))
+            most = max(one for one, _, _ in said)
             if most is want:
-                return any(alive for _, alive in said)
+                return any(alive for _, alive, _ in said), any(stops for _, _, stops in said)
             self._nothing(Want(most))
 
 

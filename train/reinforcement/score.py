@@ -3,7 +3,7 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,6 +18,7 @@ from train.reinforcement.engines import RolloutEngine
 from train.reinforcement.groups import AttemptSummary, Ticket
 from train.reinforcement.prompts import Prompts
 from train.reinforcement.scoring import RewardPool
+from train.reinforcement.stopping import agreed, never
 
 
 @dataclass(frozen=True)
@@ -111,15 +112,21 @@ def measure(
     params: SamplingParams,
     layout: Layout,
     runner: asyncio.Runner,
+    stop: Callable[[], bool] = never,
 ) -> RolloutScore:
-    """All ranks call it between `begin` and `end` of the engine; each asks its share and all get the same."""
+    """All ranks call it between `begin` and `end` of the engine; each asks its share and all get the same.
+
+    Raises:
+        Interrupted: on all ranks; `stop` said so on one of them.
+    """
     asked = [
         Asked(ticket=Ticket(group=number, prompt=number), question=question, seeds=[number])
         for number, question in enumerate(prompts.questions)
         if number % layout.data_world == layout.data_rank
     ]
     greedy = replace(params, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
-    groups = runner.run(collect(asked, engine, agents, pool, processor, greedy, version=0))
+    asking = collect(asked, engine, agents, pool, processor, greedy, version=0, stop=stop)
+    groups = agreed(lambda: runner.run(asking))
     own = [AttemptSummary.of(group.attempts[0]) for group in groups]
     return score_of([one for of_rank in everyones(own) for one in of_rank])
 

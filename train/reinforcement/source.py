@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ from data.pack import filler, pack
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.request import SamplingParams
 from ernie_model.processor import Processor
-from train.checkpoint import everyones
+from train.checkpoint import everyones, generator_state, set_generator_state
 from train.config import UserError
+from train.loop import Interrupted
 from train.parallel.layout import Layout
 from train.policy import Policy, on_device
 from train.reinforcement import keep
@@ -46,6 +48,7 @@ from train.reinforcement.examples import encode_group, with_advantages
 from train.reinforcement.groups import Group, Summary, Ticket
 from train.reinforcement.prompts import Prompts
 from train.reinforcement.scoring import RewardPool
+from train.reinforcement.stopping import agreed, never
 from train.rl_config import RLConfig
 
 MAX_BLIND = 3
@@ -124,6 +127,10 @@ class RolloutSource:
         """Of the last rollouts, all in a row that gave nothing to learn, the groups that were asked, by kind."""
         self.told: Callable[[Rollout], None] = lambda rollout: None
         """Hears of every rollout, on all ranks."""
+        self.stop: Callable[[], bool] = never
+        """Is the rollout under way to be dropped, because the process ends?"""
+        self._stale = 0
+        """Groups that the queue has lost since the last rollout."""
         self._pending: list[list[PackedBatch]] = []
         """Rows of this rank for the updates that are left of the last rollout."""
         self._ready: list[_Finished] = []
@@ -161,8 +168,15 @@ class RolloutSource:
     # -------------------------------------------------------------------------------------------------- as a source
 
     def next_step(self) -> list[PackedBatch]:
+        """Raises Interrupted: a rollout was due, and `stop` said so. It is asked again, with the same tickets and
+        seeds, by whoever goes on from what is saved now (`DifficultySampler.load_state_dict`)."""
         if not self._pending:
-            self._roll_out()
+            generators = generator_state()
+            try:
+                self._roll_out()
+            except Interrupted:
+                set_generator_state(generators)  # a reward or a tool in this process may have drawn from them
+                raise
         self.updates += 1
         return self._pending.pop(0)
 
@@ -216,7 +230,12 @@ class RolloutSource:
         rounds = 0
         while tickets:
             rounds += 1
-            groups = flight.land() if rounds == 1 else self.runner.run(self._collect(tickets, flight))
+            asking = flight.land if rounds == 1 else partial(self._ask, tickets, flight)
+            try:
+                groups = agreed(asking)
+            except Interrupted:
+                self.engine.end()
+                raise
             self._flight = None
             made += groups
             own = [group.summary(self._domain(group.ticket.prompt)) for group in groups]
@@ -261,7 +280,7 @@ class RolloutSource:
                 usable={one.outcome.group for one in summaries if self._usable(one)},
                 accepted=accepted,
                 waiting={group for group, _ in self._waiting},
-                stale=flight.stale,
+                stale=self._stale,
                 groups=made,
                 advantages=worth,
                 held=held,
@@ -270,22 +289,26 @@ class RolloutSource:
             )
         )
         self.rollouts += 1
+        self._stale = 0
         if config.ahead and self.updates + config.updates < self.steps:
             self._depart(ahead=True)
 
     def _depart(self, *, ahead: bool = False) -> "_Flight":
         """The first round of a rollout begins; `ahead`, in a thread, while the policy learns from the one before."""
-        stale = self._drop_stale()
+        self._drop_stale()
         need, begin = self.config.rollout.groups - len(self._waiting), time.perf_counter()
         tickets = self.sampler.pick(need) if need > 0 else []
         self.engine.begin(self.updates)
         agents = self.agents(self.engine)
-        flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=agents, stale=stale)
+        flight = _Flight(need=need, tickets=tickets, version=self.updates, agents=agents)
         flight.begin_s = time.perf_counter() - begin
         if ahead:
             self._flight = flight  # first: whoever breaks the run off gives it up
         flight.depart(lambda: self._collect(tickets, flight), self.runner, ahead=ahead)
         return flight
+
+    def _ask(self, tickets: Sequence[Ticket], flight: "_Flight") -> list[Group]:
+        return self.runner.run(self._collect(tickets, flight))
 
     def settle(self) -> None:
         """Wait until nothing samples: the engine is free to answer other questions."""
@@ -311,6 +334,7 @@ class RolloutSource:
             self.processor,
             self.params,
             version=flight.version,
+            stop=self.stop,
             scored=flight.scored,
         )
 
@@ -345,15 +369,15 @@ class RolloutSource:
         outcome = summary.outcome
         return outcome.valid if self.config.rollout.keep_equal else outcome.trainable
 
-    def _drop_stale(self) -> int:
-        """Groups that have waited for too long; how many."""
+    def _drop_stale(self) -> None:
+        """Groups that have waited for too long."""
         oldest = self.rollouts - self.config.rollout.max_lag
         stale = {group for group, rollout in self._waiting if rollout < oldest}
         self._waiting = [one for one in self._waiting if one[0] not in stale]
         self._ready = [one for one in self._ready if one.summary.outcome.group not in stale]
         for group in stale:
             del self._summaries[group]
-        return len(stale)
+        self._stale += len(stale)
 
     def _accept(self, made: Sequence[Group], summaries: Sequence[Summary]) -> list[int]:
         """The groups that this rollout's updates learn from, in the order of their numbers; others wait."""
@@ -449,6 +473,7 @@ class RolloutSource:
             "idle": self._idle,
             "sampler": self.sampler.state_dict(),
             "waiting": self._waiting,
+            "stale": self._stale,
             "metrics": self._metrics,
         }
 
@@ -464,6 +489,7 @@ class RolloutSource:
         self._blind, self._idle = state["blind"], state["idle"]
         self.sampler.load_state_dict(state["sampler"])
         self._waiting = [(group, rollout) for group, rollout in state["waiting"]]
+        self._stale = state["stale"]
         self._metrics = state["metrics"]
 
     def files(self) -> dict[str, Tensor]:
@@ -501,8 +527,6 @@ class _Flight:
     tickets: list[Ticket]
     version: int
     agents: Mapping[tuple[str, ...], Agent]
-    stale: int
-    """Groups that the queue lost before."""
     begin_s: float = 0.0
     scoring_s: float = 0.0
 

@@ -16,7 +16,7 @@ import asyncio
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +31,7 @@ from ernie_model.inference.sampling import Vocabulary
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
 from train.checkpoint import all_or_none, everyones, here, shared_folder
+from train.reinforcement.stopping import never, unless
 from train.reinforcement.vllm_parity import Probe, compare, probes
 from train.reinforcement.vllm_requests import (
     StaleWeights,
@@ -160,15 +161,9 @@ class VLLMEngine:
             self._metrics["vllm_parity_s"] = time.perf_counter() - pushed
             self._compared = True
 
-    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Run attempts, all at once; what each returns, in order."""
-        tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    async def together(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
+        """Run attempts, all at once; what each returns, in order. What is asked of servers is taken back at the end."""
+        return await unless(stop, attempts)
 
     def end(self) -> None:
         self._homes.clear()

@@ -66,3 +66,12 @@ def even(attempt, expected):
 
 def vowels(attempt, expected):
     return min(sum(attempt.answer.lower().count(letter) for letter in "aeiou") / 4, 1.0)
+
+
+def even_until(attempt, expected, *, attempts=20):
+    """As `even`; when so many attempts were judged, the next ones wait until the file EXPECTED.go is there."""
+    with open(expected, "a+") as judged:
+        judged.write(".")
+    while os.path.getsize(expected) > attempts and not os.path.exists(f"{expected}.go"):
+        time.sleep(0.05)
+    return even(attempt, expected)

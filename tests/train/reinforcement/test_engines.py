@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ernie_model.inference.engine import EngineSettings
 from ernie_model.inference.request import Prompt, RequestError, SamplingParams
 from ernie_model.model import ErnieModel
 from tests.tiny import SPARSE, tiny_processor
+from train.loop import Interrupted
 from train.reinforcement.engines import LocalEngine
 
 SETTINGS = EngineSettings(cache_gib=0.02, step_tokens=64, max_running=8)
@@ -73,6 +75,26 @@ def test_what_fails_ends_the_rollout_and_leaves_nothing_behind(model):
         asyncio.run(engine.together([fails(), waits()]))
     engine.end()
     assert len(rollout(engine)) == 12
+
+
+def test_attempts_are_given_up_when_the_process_is_to_end(model):
+    """While one of them is in a tool that takes long, and while all of them sample."""
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+    begin = time.monotonic()
+
+    async def samples(seed: int):
+        return await engine.generates.generate(Prompt((10, 11)), SamplingParams(max_new_tokens=100, seed=seed))
+
+    async def in_a_tool():
+        await asyncio.sleep(60)
+
+    for attempts in ([samples(0), in_a_tool()], [samples(0), samples(1)]):
+        calls = iter(range(1000))
+        engine.begin(0)
+        with pytest.raises(Interrupted):
+            asyncio.run(engine.together(attempts, lambda calls=calls: next(calls) >= 3))
+        engine.end()
+    assert time.monotonic() - begin < 30
 
 
 def test_modes_are_as_before_and_nothing_records_a_gradient(model):

@@ -16,7 +16,7 @@ LONG_S = 60.0
 
 def flight() -> _Flight:
     agents: dict[tuple[str, ...], Agent] = {}
-    return _Flight(need=1, tickets=[Ticket(group=0, prompt=0)], version=0, agents=agents, stale=0)
+    return _Flight(need=1, tickets=[Ticket(group=0, prompt=0)], version=0, agents=agents)
 
 
 async def long():

@@ -4,6 +4,7 @@ that was interrupted still knows."""
 import asyncio
 import json
 import math
+import random
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from ernie_model.config import ErnieConfig
 from tests.test_configs import load
 from tests.train.reinforcement.asked import PROCESSOR, attempt, question
 from train.config import UserError
+from train.loop import Interrupted
 from train.reinforcement import source
 from train.reinforcement.collect import Asked
 from train.reinforcement.difficulty import DifficultySampler
@@ -200,6 +202,42 @@ def test_a_rollout_on_its_way_is_sampled_again_and_counts_once(make):
         last = one.rollouts[-1]
         assert [group.ticket for group in last.groups] == [group.ticket for group in made.rollouts[1].groups]
         assert one.source.sampler.visits.sum() == 8 and one.source.report.asked == 8
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_rollout_that_is_dropped_is_asked_again_and_counts_once(make, place):
+    """In its first round and in its second. The queue has lost groups before it, and a reward draws from generators."""
+    settings, ends_at = ("rollout.max_lag=1", "rollout.max_rounds=2"), -1
+
+    def world(group: int, version: int) -> Sequence[float | None]:
+        random.random()
+        if group == ends_at:
+            raise Interrupted
+        return 1.0, float(group >= 10 and group % 3 > 0)
+
+    def begin() -> Made:
+        made = make(world, *settings)
+        made.source.sampler.z = [0.6] * len(made.source.sampler.lanes)
+        random.seed(7)
+        made.steps(4)
+        return made
+
+    whole, broken = begin(), begin()
+    whole.steps(4)
+    dropped = whole.rollouts[2]
+    assert dropped.metrics["rollout_rounds"] == 2 and dropped.stale == 2
+    ends_at, drawn = [one.outcome.group for one in dropped.summaries][place], random.getstate()
+    with pytest.raises(Interrupted):
+        broken.steps(1)
+    assert not broken.engine.busy and broken.source.updates == 4 and random.getstate() == drawn
+    ends_at = -1
+    on = broken.resumed(world, *settings)
+    on.steps(4)
+    assert on.source.report.asked == whole.source.report.asked
+    assert on.source.sampler.state_dict() == whole.source.sampler.state_dict()
+    for one, other in zip(whole.rollouts[2:], on.rollouts, strict=True):
+        for name in ("number", "accepted", "waiting", "usable", "stale", "advantages"):
+            assert getattr(one, name) == getattr(other, name), name
 
 
 def test_what_fails_ahead_is_told_when_it_is_needed(make):

@@ -25,8 +25,10 @@ from tests.tiny import DENSE, SPARSE, tiny_processor
 from tests.train.reinforcement.fake_vllm import Crash, FakeVLLM
 from train.certificate import picture
 from train.config import PeftConfig, PeftKind, UserError
+from train.loop import Interrupted
 from train.lora.adapt import adapt
 from train.reinforcement import vllm_engine
+from train.reinforcement.stopping import never
 from train.reinforcement.vllm_engine import VLLMEngine
 from train.reinforcement.vllm_requests import VLLMError, data_url
 from train.reinforcement.vllm_servers import NONE, ranges
@@ -649,8 +651,9 @@ def test_a_time_out_is_an_answer(model, fakes, tmp_path):
     assert found.finish is Finish.TIMEOUT and found.token_ids == () and time.monotonic() - started < 0.4
 
 
-def test_cancelling_a_task_closes_its_connection(model, fakes, tmp_path):
-    """That is how vLLM knows that nobody waits."""
+@pytest.mark.parametrize("ended", [asyncio.CancelledError, Interrupted])
+def test_what_is_given_up_closes_its_connection(model, fakes, tmp_path, ended):
+    """That is how vLLM knows that nobody waits. A task that is cancelled, a rollout that is to stop."""
     engine = engine_of(model, tmp_path, fakes())
     engine.begin(0)
 
@@ -668,10 +671,12 @@ def test_cancelling_a_task_closes_its_connection(model, fakes, tmp_path):
 
         listener = await asyncio.start_server(silent, "127.0.0.1", 0)
         engine.servers[0].url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        task = asyncio.ensure_future(engine.generate(TEXT, PARAMS))
+        stop = arrived.is_set if ended is Interrupted else never
+        task = asyncio.ensure_future(engine.together([engine.generate(TEXT, PARAMS)], stop))
         await arrived.wait()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        if ended is asyncio.CancelledError:
+            task.cancel()
+        with pytest.raises(ended):
             await task
         try:
             await asyncio.wait_for(gone.wait(), 5)
