@@ -4,6 +4,7 @@ They share where the weights are (`Weights`), how the engine runs (`EngineSettin
 (`SamplingConfig`) and what the loop of tools may do (`AgentConfig`).
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -30,6 +31,23 @@ class SamplingConfig:
     repetition_penalty: float = 1.0
     thinking: bool = False
     """The prompt opens a thought, as the Thinking releases expect."""
+
+
+@dataclass
+class RewardLimits:
+    """What judging an attempt may take. Where answers are only asked, that is for rewards of the user's own."""
+
+    workers: int = 1
+    """Processes that compute rewards, on each rank; 0 computes them in the asking process, without limits."""
+    time_s: float = 10.0
+    """One attempt may take so long; then it has no score, and its process is killed."""
+    memory_gib: float = 4.0
+    """Of one process, beyond what it takes to start; an attempt that takes more has no score."""
+
+    def __post_init__(self):
+        check(self.workers >= 0, f"rewards.workers is {self.workers}; it must be 0 or more.")
+        check(0 < self.time_s < math.inf, f"rewards.time_s is {self.time_s}; it must be positive and finite.")
+        check(self.memory_gib > 0, f"rewards.memory_gib is {self.memory_gib}; it must be positive.")
 
 
 @dataclass(kw_only=True)
@@ -181,6 +199,7 @@ class AskingConfig(ModelAtWork):
     """Of sampling and of the bootstrap."""
     reward: str | None = None
     """For records that name none: see train/rewards, or python:module.function."""
+    rewards: RewardLimits = field(default_factory=RewardLimits)
     per_task: dict[str, Any] = field(default_factory=dict)
     """Settings of single tasks, by name: `AskedConfig`."""
     concurrency: int = 128

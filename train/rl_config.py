@@ -20,7 +20,7 @@ from train.config import (
     suggestion,
 )
 from train.dpo_config import ReferenceConfig, ReferenceKind, reference_kind
-from train.inference_config import AgentConfig, SamplingConfig
+from train.inference_config import AgentConfig, RewardLimits, SamplingConfig
 from train.rewards.registry import OWN, check_part
 from train.rewards.shaping import ACCURACY, COMPARISONS, PARTS
 
@@ -550,19 +550,13 @@ class SamplerConfig:
 
 
 @dataclass
-class RewardsConfig:
+class RewardsConfig(RewardLimits):
     """What an attempt is worth: the sum of its parts times their weights."""
 
     weights: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})
     """`accuracy` is the reward that the question names; the others are in train/rewards/shaping.py."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of parts, by name: {overlong: {length: 4096, cache: 512}}."""
-    workers: int = 1
-    """Processes that compute rewards on each rank; 0 computes them in the training process, without limits."""
-    time_s: float = 10.0
-    """One attempt may take so long; then it has no score, and its process is killed."""
-    memory_gib: float = 4.0
-    """Of one process, beyond what it takes to start; an attempt that takes more has no score."""
     longest_answer: int = 1000
     """Characters; a longer answer is wrong, and of a bad form, unless it has less than four times as many as the right
     one. It would say everything at once."""
@@ -593,10 +587,8 @@ class RewardsConfig:
                 name in self.weights,
                 f"rewards.options.{name} is of a part without a weight. Give rewards.weights.{name}.",
             )
-        check(self.workers >= 0, f"rewards.workers is {self.workers}; it must be 0 or more.")
-        check(0 < self.time_s < math.inf, f"rewards.time_s is {self.time_s}; it must be positive and finite.")
+        super().__post_init__()
         check(self.longest_answer >= 1, f"rewards.longest_answer is {self.longest_answer}; it must be at least 1.")
-        check(self.memory_gib > 0, f"rewards.memory_gib is {self.memory_gib}; it must be positive.")
 
 
 @dataclass

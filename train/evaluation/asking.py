@@ -27,6 +27,7 @@ from ernie_model.inference.tools import ToolBox
 from train.compose import flatten
 from train.config import UserError
 from train.evaluation.questions import AskedTask, Question
+from train.evaluation.scoring import Scorer
 from train.rewards.base import Attempt
 from train.tracking import cut
 
@@ -68,6 +69,8 @@ class Answer:
     seed: int
     pictures: list[str]
     """What tools returned, as paths in the output folder."""
+    unscored: str | None = None
+    """Why an attempt that did not fail has no score."""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -150,6 +153,7 @@ async def ask_all(
     seed: int,
     concurrency: int,
     folder: Path,
+    scorer: Scorer,
     told: Callable[[Answer], None] = lambda answer: None,
 ) -> list[Answer]:
     """All answers, in the order of the questions; those that were `done` already are taken as they are.
@@ -168,7 +172,7 @@ async def ask_all(
     async def work() -> None:
         nonlocal kept
         for name, question, number in left:
-            answer, images = await _ask(agents[name], question, number, params, seed)
+            answer, images = await _ask(agents[name], question, number, params, seed, scorer)
             if images and kept < MAX_PICTURES:
                 answer = _with_pictures(answer, images, folder)
                 kept += len(images)
@@ -193,7 +197,7 @@ def _line(answer: Answer) -> str:
 
 
 async def _ask(
-    agent: Agent, question: Question, number: int, params: SamplingParams, seed: int
+    agent: Agent, question: Question, number: int, params: SamplingParams, seed: int, scorer: Scorer
 ) -> tuple[Answer, list[Any]]:
     """One attempt, and the pictures that its tools returned."""
     own_seed = attempt_seed(seed, question.task, question.id, number)
@@ -212,13 +216,14 @@ async def _ask(
         problem = str(error)
     attempt = to_attempt(episode)
     failed = problem is not None or episode.status is Status.FAILED
+    score, unscored = (None, None) if failed else await scorer.score(question, attempt)
     answer = Answer(
         task=question.task,
         id=question.id,
         attempt=number,
         domain=question.domain,
         reward=question.reward_name,
-        score=None if failed else question.score(attempt),
+        score=score,
         expected=question.expected,
         answer=attempt.answer,
         reasoning=attempt.reasoning,
@@ -232,6 +237,7 @@ async def _ask(
         logprob=round(sum(episode.logprobs), 4),  # further digits depend on who shared the batch
         seed=own_seed,
         pictures=[],
+        unscored=unscored,
     )
     return answer, [image for turn in episode.turns for result in turn.results for image in result.images]
 

@@ -13,6 +13,7 @@ OUTPUT/likelihoods.json  of the right answers
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -33,8 +34,9 @@ from train.contact_sheet import draw
 from train.evaluation.asking import ANSWERS, PICTURES, Answer, ask_all, opened, write_in_order
 from train.evaluation.likelihood import Likelihood, likelihoods
 from train.evaluation.page import write_page
-from train.evaluation.questions import AskedTask, Asking
+from train.evaluation.questions import NAMED, AskedTask, Asking
 from train.evaluation.results import RESULTS, VERSION, overall, task_results, weights_hash
+from train.evaluation.scoring import Scorer, open_scorer
 from train.evaluation.shown import Shown, sheet_items, shown
 from train.evaluation.terminal import endings_line, results_table
 from train.inference_config import EvaluationConfig, IndexConfig
@@ -57,6 +59,7 @@ SAME_NUMBERS = (
     "cpu",
     "pass_at",
     "revision",
+    "rewards",
 )
 """Settings that may differ when a broken off evaluation goes on: the weights' hash says what is evaluated."""
 
@@ -115,7 +118,8 @@ def evaluate(
         done, file = at_end.enter_context(opened(folder, started))
         trackers = [] if (folder / RESULTS).exists() else _start_trackers(config, settings, folder, at_end)
         forced = _likelihoods(config, tasks, served, folder, console)
-        answers = answers_to(config, tasks, agents, done, file, console)
+        with open_scorer(config.rewards, tasks) as scorer:
+            answers = answers_to(config, tasks, agents, done, file, scorer, console)
         by_task = {task.name: [one for one in answers if one.task == task.name] for task in tasks}
         results = {
             "version": VERSION,
@@ -154,6 +158,7 @@ def answers_to(
     agents: Mapping[str, Agent],
     done: dict[tuple[str, str, int], Answer],
     file: TextIO,
+    scorer: Scorer,
     console: Console,
 ) -> list[Answer]:
     """Every attempt at every question, in order; `done` and `file` are what `opened` gave."""
@@ -173,10 +178,14 @@ def answers_to(
                 seed=config.seed,
                 concurrency=config.concurrency,
                 folder=folder,
+                scorer=scorer,
                 told=lambda answer: advance(1),
             )
         )
     write_in_order(folder / ANSWERS, answers)
+    reasons = Counter(one.unscored for one in answers if one.unscored)
+    for reason, count in reasons.most_common(NAMED):
+        console.print(Text(f"unscored  {count:,} of {total:,} answers: {reason}", style="yellow"))
     return answers
 
 

@@ -34,6 +34,7 @@ from train.evaluation.asking import ANSWERS, Answer, opened
 from train.evaluation.evaluation import answers_to
 from train.evaluation.questions import AskedTask, Question
 from train.evaluation.results import is_right, weights_hash
+from train.evaluation.scoring import Scorer, open_scorer
 from train.evaluation.terminal import share
 from train.inference_config import Form, PairsConfig
 from train.rewards.base import Attempt
@@ -48,6 +49,7 @@ SAME_ANSWERS = (
     "concurrency",
     "cpu",
     "revision",
+    "rewards",
     "form",
     "per_question",
     "right_at",
@@ -126,24 +128,24 @@ def _message(text: str, reasoning: str) -> Message:
     return Message(role="assistant", parts=(Part.of_text(text),) if text else (), reasoning=reasoning or None)
 
 
-def own_answer(question: Question, right_at: float) -> Said | None:
+def own_answer(question: Question, right_at: float, scorer: Scorer) -> Said | None:
     """The question's right answer as the assistant would write it; None where there is none that its reward takes."""
     target = question.target
     if target is None:
         return None
     written = target.messages[len(question.asked.messages) :]
-    score = question.score(Attempt(answer=written[-1].text, text=written[-1].text))
+    score = scorer.score_now(question, Attempt(answer=written[-1].text, text=written[-1].text)).value
     return Said(written, score, 0, 0.0) if score is not None and is_right(score, right_at) else None
 
 
-def records_of(judged: Judged, config: PairsConfig) -> Iterator[Conversation | Pair]:
+def records_of(judged: Judged, config: PairsConfig, scorer: Scorer) -> Iterator[Conversation | Pair]:
     """The records of one question, media as the question has them; `extra` says how they came about.
 
     Pairs set the first right answer against one wrong answer after the other, then the second right one. An answer that
     begins with a thought is to another generation prompt than one without, so the two make no pair.
     """
     question, right, wrong = judged.question, judged.right, judged.wrong
-    if not right and wrong and config.use_answer and (own := own_answer(question, config.right_at)):
+    if not right and wrong and config.use_answer and (own := own_answer(question, config.right_at, scorer)):
         right = (own,)
     about = {
         **question.asked.extra,
@@ -201,8 +203,8 @@ def make_pairs(
         "questions": {task.name: task.fingerprint for task in tasks},
         "settings": {key: value for key, value in settings.items() if key not in SAME_ANSWERS},
     }
-    with opened(folder, started) as (done, file):
-        answers = answers_to(config, tasks, agents, done, file, console)
+    with opened(folder, started) as (done, file), open_scorer(config.rewards, tasks) as scorer:
+        answers = answers_to(config, tasks, agents, done, file, scorer, console)
         by_question: dict[tuple[str, str], list[Answer]] = defaultdict(list)
         for one in answers:
             by_question[one.task, one.id].append(one)
@@ -220,7 +222,7 @@ def make_pairs(
                 judge(one, by_question[task.name, one.id], right_at=config.right_at, wrong_at=config.wrong_at)
                 for one in task.questions
             ]
-            records = [list(records_of(one, config)) for one in judged]
+            records = [list(records_of(one, config, scorer)) for one in judged]
             media = MediaCopy(task.questions[0].media, folder / f"{task.name}_media")
             for record in (record for ones in records for record in ones):
                 line = messages.write(with_media(record, media.copied))

@@ -7,7 +7,7 @@
 math-verify (https://github.com/huggingface/Math-Verify) reads LaTeX and plain expressions and compares them
 symbolically, then as numbers with six decimals. Some answers, 9^{9^{9}} for example, keep it busy for ever, in loops
 that no signal interrupts. So it runs in a process of its own, which is killed after `TIME_S`; in a process that can be
-killed anyway (train/reinforcement/judge.py), it runs there.
+killed anyway (train/rewards/judge.py), it runs there.
 """
 
 import logging

@@ -20,7 +20,7 @@ from train.config import UserError
 from train.evaluation.evaluation import agents_of
 from train.evaluation.mistakes import judge, make_pairs, refuse_tools
 from train.evaluation.questions import open_tasks
-from train.inference_config import Form, PairsConfig, SamplingConfig
+from train.inference_config import Form, PairsConfig, RewardLimits, SamplingConfig
 
 
 @pytest.fixture
@@ -154,6 +154,16 @@ def test_the_questions_own_answer_may_be_the_right_one(make, one_sum, write):
     false = write([{"id": "q", "prompt": "2 + 3 = ?", "completion": "It is 6.", "answer": "5", "reward": "number"}])
     with pytest.raises(UserError, match="is right .*no question has an answer of its own that its reward takes"):
         make([false], in_turn("4"), use_answer=True, output=f"{path.parent}2")
+
+
+def test_a_reward_that_hangs_takes_no_answer_of_the_models_or_of_the_questions(make, write, tmp_path):
+    own = "python:tests.train.reinforcement.own_rewards.hangs_when_right"
+    asked = write([{"id": "q", "prompt": "2 + 3 = ?", "answer": "5", "reward": own}])
+    limits = RewardLimits(time_s=1.0)
+    with pytest.raises(UserError, match="none of 2 attempts .* no question has an answer of its own that its reward"):
+        make([asked], in_turn("5", "4"), use_answer=True, attempts=2, rewards=limits)
+    wrote = lines(tmp_path / "out/answers.jsonl")
+    assert [one["score"] for one in wrote] == [None, 0.0] and "took longer than 1 s" in wrote[0]["unscored"]
 
 
 def test_labelled_answers_read_back_as_they_were(make, one_sum):

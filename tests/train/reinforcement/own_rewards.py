@@ -75,3 +75,9 @@ def even_until(attempt, expected, *, attempts=20):
     while os.path.getsize(expected) > attempts and not os.path.exists(f"{expected}.go"):
         time.sleep(0.05)
     return even(attempt, expected)
+
+
+def hangs_when_right(attempt, expected):
+    while attempt.answer == expected:
+        time.sleep(1)
+    return 0.0

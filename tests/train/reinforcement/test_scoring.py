@@ -13,9 +13,9 @@ import pytest
 
 from ernie_model.inference.agent import Episode, Status
 from train.config import UserError
-from train.reinforcement import scoring
 from train.reinforcement.groups import Scored, Scores
 from train.reinforcement.scoring import RewardPool
+from train.rewards import judging
 from train.rewards.base import Attempt
 from train.rl_config import RewardsConfig
 
@@ -195,7 +195,7 @@ def test_nothing_outlives_the_pool_even_while_it_hangs(pool, tmp_path):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     begin = time.monotonic()
-    workers = [worker._popen for worker in pool._workers]
+    workers = [worker._popen for worker in pool.judges._workers]
     assert len(workers) == 2 and all(process.returncode is None for process in workers)
     assert all(isinstance(one, BaseException) for one in asyncio.run(hang_and_close()))
     assert time.monotonic() - begin < 30
@@ -213,7 +213,7 @@ def test_nothing_outlives_a_program_that_is_killed(tmp_path, how):
         from train.rewards.base import Attempt
         from train.rl_config import RewardsConfig
         pool = RewardPool(RewardsConfig(time_s=60.0))
-        print(pool._workers[0]._popen.pid, flush=True)
+        print(pool.judges._workers[0]._popen.pid, flush=True)
         asked = SimpleNamespace(reward_name="{MINE}hangs", options={{}}, expected="{pids}", thinking=False)
         asyncio.run(pool.score(asked, Attempt(answer="7")))
     """
@@ -278,6 +278,6 @@ def test_a_function_that_cannot_be_used_is_told_of_before_anything_is_asked(pool
 
 
 def test_a_process_that_does_not_start_is_told_of(pool, monkeypatch):
-    monkeypatch.setattr(scoring, "START_S", 0.0)
+    monkeypatch.setattr(judging, "START_S", 0.0)
     with pytest.raises(UserError, match="did not start within 0 s"):
         pool()

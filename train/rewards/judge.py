@@ -1,4 +1,4 @@
-"""What judges attempts: here, or in a process of its own (train/reinforcement/scoring.py). It imports no torch."""
+"""What judges attempts: here, or in a process of its own (train/rewards/judging.py). It imports no torch."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -27,6 +27,8 @@ class Job:
     attempt: Attempt
     parts: Mapping[str, Mapping[str, Any]]
     """Options of the parts that shape the reward, by name."""
+    lenient: bool = False
+    """The reward also looks at an attempt that a limit cut off, and at an answer that is too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Judgement:
 
 
 def judge(job: Job) -> Judgement:
-    """Nothing is raised. An attempt that a limit cut off, and an answer that is too long, are wrong."""
+    """Nothing is raised. An attempt that a limit cut off, and an answer that is too long, are wrong, unless the job is
+    lenient."""
     values: dict[str, float | None] = {}
     problems: dict[str, str] = {}
     spent = False
@@ -60,7 +63,7 @@ def judge(job: Job) -> Judgement:
         return values[name]
 
     attempt = job.attempt
-    if not attempt.finished or too_long(attempt):
+    if not job.lenient and (not attempt.finished or too_long(attempt)):
         accuracy = values[ACCURACY] = 0.0
     else:
         accuracy = compute(ACCURACY, _reward(job.reward), attempt, job.expected, **job.options)
