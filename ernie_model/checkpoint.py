@@ -335,6 +335,14 @@ def _brief(names: Iterable[str], limit: int = 20) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
+def check_name(source: str | Path) -> None:
+    """Raises CheckpointError: what is no folder cannot be a hub repository either."""
+    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        raise CheckpointError(
+            f"{str(source)!r} is neither an existing folder nor a hub id such as baidu/ERNIE-4.5-0.3B-PT."
+        )
+
+
 def local_folder(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
     """`source` itself when it is a folder; otherwise the downloaded snapshot of a hub repository.
 
@@ -350,10 +358,7 @@ def local_folder(source: str | Path, revision: str | None, patterns: list[str]) 
                 f"revision={revision!r} was given, but {path} is a folder; revisions belong to hub ids."
             )
         return path
-    if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
-        raise CheckpointError(
-            f"{str(source)!r} is neither an existing folder nor a hub id such as baidu/ERNIE-4.5-0.3B-PT."
-        )
+    check_name(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

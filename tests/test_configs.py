@@ -66,6 +66,14 @@ def test_an_objective_belongs_to_its_command():
     assert "`ernie sft` has an objective of its own" in message("objective.kind=dpo")
 
 
+def test_a_wrong_objective_is_answered_with_those_of_the_command():
+    for entry, one, other in (("rl", "gspo", "kto"), ("dpo", "kto", "gspo"), ("sft", "sft", "kto")):
+        text = message("objective=nothing_like_it", "data.path=a.jsonl", entry=entry)
+        listed = text.partition("It can be ")[2].rstrip(".").split(", ")
+        assert one in listed and other not in listed, text
+    assert "did you mean objective=gspo?" in message("objective=gsop", "data.path=a.jsonl", entry="rl")
+
+
 def test_there_is_something_to_compose():
     assert len(CHOICES) >= 15 and "experiment=digits" in CHOICES and "data=files" in CHOICES
 

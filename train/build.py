@@ -33,6 +33,7 @@ from train.config import (
     suggestion,
 )
 from train.footprint import Footprint, footprint
+from train.made_by import check_made
 from train.memory import give_back_freed_memory
 from train.parallel.layout import Layout
 
@@ -136,6 +137,7 @@ def read_config(config: ModelConfig) -> ErnieConfig:
     rule = None if config.position_after_video is None else PositionAfterVideo(config.position_after_video.value)
     if config.checkpoint is None:
         return read_architecture(config, rule)
+    check_made("model.checkpoint", config.checkpoint)
     try:
         loaded = load_config(config.checkpoint, config.revision)
     except FileNotFoundError as error:

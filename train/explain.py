@@ -2,16 +2,20 @@
 
 import difflib
 import re
+from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
 
 from train.compose import (
+    ALGORITHMS,
     DATA_SCHEMAS,
     ENTRIES,
     GROUPS,
     known_keys,
 )
 from train.config import suggestion
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def explain(error: BaseException, entry: str = "sft") -> str:
@@ -46,6 +50,8 @@ def explain(error: BaseException, entry: str = "sft") -> str:
             group, _, name = match[1].rpartition("/")
             options = _search(r"Available options in '[^']*':\n(.*?)\nConfig search path", text, re.S)
             names = [name for name in options.split() if not name.endswith("_schema")] if options else []
+            if group == "objective":
+                names = [name for name in names if _fits(name, entry)]
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {group}={near[0]}?" if near else ""
             listing = f" It can be {', '.join(names)}." if names else ""
@@ -61,6 +67,12 @@ def explain(error: BaseException, entry: str = "sft") -> str:
                 return f"{override}: {key} is a list. Write {key}=[{value}]."
             return f"{override or getattr(link, 'full_key', None) or 'config'}: {rule.rstrip('.')}."
     return str(error).strip()
+
+
+def _fits(objective: str, entry: str) -> bool:
+    """Whether the file of an objective is one for this command; any is, where a command is for no objective."""
+    text = (CONFIGS / "objective" / f"{objective}.yaml").read_text("utf-8")
+    return entry not in ALGORITHMS or _search(r"^kind: (\w+)", text, re.M) == entry
 
 
 def _search(pattern: str, text: str, flags: int = 0) -> str | None:

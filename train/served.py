@@ -18,6 +18,7 @@ from train.calibration import quantise
 from train.checks.machine import available_memory
 from train.config import Precision, UserError
 from train.inference_config import ModelAtWork, Weights
+from train.made_by import check_made
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +120,9 @@ def weights_folder(checkpoint: str) -> str:
     """`checkpoint`, or the folder of weights in it when it is the folder of a run.
 
     Raises:
-        UserError: a run folder without any, or another folder without config.json.
+        UserError: a run folder without any, or another folder without config.json; an experiment that was not run.
     """
+    check_made("checkpoint", checkpoint)
     folder = Path(checkpoint)
     if not (folder / "run.json").exists():
         if folder.is_dir() and not (folder / "config.json").exists():

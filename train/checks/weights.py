@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ernie_model.checkpoint import CheckpointError, inspect_headers
+from ernie_model.checkpoint import CheckpointError, check_name, inspect_headers
 from ernie_model.config import ErnieConfig
 from ernie_model.model import ErnieModel
 from ernie_model.processor import Processor
@@ -19,6 +19,7 @@ from train.config import (
     PeftConfig,
     UserError,
 )
+from train.made_by import check_made
 
 HUB_TIMEOUT_S = 5
 NEEDED = ("config.json", "tokenizer.json")
@@ -38,6 +39,8 @@ def check_weights(config: ModelConfig) -> Found:
     for key, source in (("model.checkpoint", config.checkpoint), ("model.processor", config.processor)):
         if source is None or source == TINY or Path(source).expanduser().exists():
             continue
+        check_made(key, source)
+        check_name(source)
         if cached(source, config.revision) is None:
             findings.append(_on_the_hub(key, source, config.revision))
     if findings:

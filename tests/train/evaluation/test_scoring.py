@@ -49,10 +49,10 @@ def test_no_score_is_not_0_and_the_others_have_theirs(run, asked, tmp_path, adds
 
 def test_what_a_limit_cut_off_is_shown_to_the_reward(run, write, tmp_path):
     """As to those of the suite: an answer without an end may be right as far as it goes."""
-    own = write([{"id": "a", "prompt": "?", "answer": "yes yes", "reward": MINE + "even"}])
+    own = write([{"id": "a", "prompt": "?", "answer": "yes yes", "reward": MINE + "prints"}])
     run([own], lambda prompt: "yes " * 100, pictures=0)
     (answer,) = read_answers(tmp_path / "out/answers.jsonl")
-    assert answer.status == "truncated" and answer.score == float(len(answer.answer) % 2 == 0)
+    assert answer.status == "truncated" and answer.score == 1.0
 
 
 def test_processes_are_started_for_rewards_of_the_users_own_alone(run, sums, adds: Reply, monkeypatch):
