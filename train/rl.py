@@ -154,7 +154,13 @@ class RL(Algorithm[RLConfig]):
         self.engine = self.open_engine(setup)
         self.examiner = self.engine
         if config.rollout.backend is RolloutBackend.local:  # of the weights as they are, whatever samples meanwhile
-            self.examiner = LocalEngine(setup.model, setup.processor.tokenizer, config.engine, joint=setup.layout.joint)
+            self.examiner = LocalEngine(
+                setup.model,
+                setup.processor.tokenizer,
+                config.engine,
+                joint=setup.layout.joint,
+                away=config.rollout.tool_steps,
+            )
         self.served = Served(setup.model, setup.processor)
         self.rollouts.attach(
             engine=self.engine,
@@ -231,6 +237,7 @@ class RL(Algorithm[RLConfig]):
             seed=self.config.run.seed,
             joint=setup.layout.joint,
             apart=rollout.ahead > 0,
+            away=rollout.tool_steps,
         )
 
     def agents(self, engine: RolloutEngine | None) -> Mapping[tuple[str, ...], Agent]:

@@ -393,6 +393,9 @@ class RolloutConfig:
     and ends; null never ends it."""
     keep_equal: bool = False
     """Learn from groups whose attempts are all worth the same, too: they teach nothing, but take a place."""
+    tool_steps: int = 4
+    """Of backend=local: steps that the engine takes for others while an attempt is in a tool; then it waits for it. The
+    attempt is not let in before, so that numbers do not depend on the clock. More where a tool takes many steps."""
     noise: float = 0.0
     """Of backend=local: disturb the engine's weights by normal noise of so many standard deviations of each matrix, to
     see what an engine that disagrees with the trainer does to training. An experiment, never a help."""
@@ -405,6 +408,7 @@ class RolloutConfig:
     def __post_init__(self):
         for name in ("groups", "updates", "max_rounds"):
             check(getattr(self, name) >= 1, f"rollout.{name} is {getattr(self, name)}; it must be at least 1.")
+        check(self.tool_steps >= 0, f"rollout.tool_steps is {self.tool_steps}; it must be 0 or more.")
         check(self.attempts >= 2, f"rollout.attempts is {self.attempts}; a group is compared within, so at least 2.")
         check(
             self.groups % self.updates == 0,
@@ -429,6 +433,11 @@ class RolloutConfig:
                 bool(self.vllm.urls),
                 "rollout.backend is vllm, and rollout.vllm.urls names no server. Start one (docs/rl_vllm.md) and name "
                 "it: rollout.vllm.urls=[http://localhost:8000].",
+            )
+            check(
+                self.tool_steps == RolloutConfig.tool_steps,
+                f"rollout.tool_steps is {self.tool_steps}, and servers of rollout.backend=vllm never wait for a tool. "
+                "Leave it out.",
             )
             for name in ("exact", "replay_experts"):
                 value = getattr(self, name)

@@ -1,17 +1,26 @@
 """Who samples attempts. Agents ask a `Generates`; this is what a rollout needs beside it.
 
-The suite's own engine runs on the very weights that train (`LocalEngine`). It takes a step only when every attempt
-waits for a token: none is in a tool, and none is about to ask. So which requests share a step does not depend on how
-fast anything was, and the same rollout gives the same numbers to the last bit, however often it is repeated.
+The suite's own engine runs on the very weights that train (`LocalEngine`). An attempt that leaves it, for a tool, is
+expected back a fixed number of steps later, and waited for then:
+
+    step         17   18   19   20   21   22   23
+    attempt 0    run  run  ── in a tool ────  run     four steps, however fast the tool was
+    attempt 1    run  run  run  run  run  run run     goes on; at step 23 it would wait for attempt 0
+
+So which requests share a step does not depend on how fast anything was, and the same rollout gives the same numbers to
+the last bit, however often it is repeated. When nobody is left to sample for, the steps up to the next one who is
+expected are left out.
 """
 
 import asyncio
 import copy
 import gc
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -66,10 +75,23 @@ class RolloutEngine(Protocol):
         ...
 
 
+class Ask(NamedTuple):
+    attempt: int
+    """Number of the attempt that asks."""
+    request: Request
+    future: asyncio.Future[Completion]
+
+
+ATTEMPT: ContextVar[int] = ContextVar("attempt")
+HOPS = 4
+"""Times that the event loop turns between two steps: an attempt whose tool is done asks after about so many."""
+
+
 class Turns:
-    """An engine that moves when all who ask wait. It is a `Generates`, for one event loop.
+    """An engine whose steps do not depend on the clock (above). It is a `Generates`, for one event loop.
 
     Args:
+        away: steps that the engine takes while an attempt is away. 0 waits for everybody before every step.
         meet: told whether this rank has attempts left, and whether it is to stop; whether any rank has, and is. Where a
             forward pass takes all ranks, one that has none left goes on taking part in it.
     """
@@ -78,11 +100,18 @@ class Turns:
         self,
         engine: Engine,
         *,
+        away: int = 0,
         meet: Callable[[bool, bool], tuple[bool, bool]] = lambda alive, stops: (alive, stops),
     ):
-        self.engine, self.meet = engine, meet
-        self._arrived: list[tuple[Request, asyncio.Future[Completion]]] = []
-        self._waiting: dict[int, asyncio.Future[Completion]] = {}
+        self.engine, self.away, self.meet = engine, away, meet
+        self._now = 0
+        """Steps so far, those that were left out included."""
+        self._due: dict[int, int] = {}
+        """Of each attempt that is away, or asks and is not let in yet: the step that it is expected at."""
+        self._asks: Counter[int] = Counter()
+        """Of each attempt, its requests that are not answered."""
+        self._arrived: list[Ask] = []
+        self._waiting: dict[int, Ask] = {}
         self._changed = asyncio.Event()
         self.busy_s = 0.0
         """Seconds that steps of the engine took."""
@@ -94,7 +123,8 @@ class Turns:
     async def generate(self, prompt: Prompt, params: SamplingParams, *, timeout_s: float | None = None) -> Completion:
         request = await asyncio.to_thread(self.engine.prepare, prompt, params, timeout_s=timeout_s)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._arrived.append((request, future))
+        self._arrived.append(Ask(ATTEMPT.get(), request, future))
+        self._asks[ATTEMPT.get()] += 1
         self._changed.set()
         return await future
 
@@ -106,7 +136,13 @@ class Turns:
 
     async def run(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
         """See `RolloutEngine.together`."""
-        tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
+
+        async def numbered(number: int, attempt: Coroutine[Any, Any, T]) -> T:
+            ATTEMPT.set(number)
+            return await attempt
+
+        tasks = [asyncio.ensure_future(numbered(*one)) for one in enumerate(attempts)]
+        self._due = dict.fromkeys(range(len(tasks)), self._now)
         for task in tasks:
             task.add_done_callback(lambda _: self._changed.set())
         try:
@@ -116,23 +152,27 @@ class Turns:
                     return [task.result() for task in tasks]
                 if stops:
                     raise Interrupted
-                if await self._until_all_wait(tasks, stop):
+                if await self._until_due(tasks, stop):
                     self._step()
-                await asyncio.sleep(0)  # whoever was answered goes on
+                for _ in range(HOPS):  # whoever was answered, or comes back from a tool, goes on
+                    await asyncio.sleep(0)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _until_all_wait(self, tasks: Sequence[asyncio.Future[Any]], stop: Callable[[], bool]) -> bool:
-        """False: they do not, and this rank is to stop."""
+    async def _until_due(self, tasks: Sequence[asyncio.Future[Any]], stop: Callable[[], bool]) -> bool:
+        """Waits until whoever is expected at this step asks, or is over. False: this rank is to stop before."""
         while True:
             failed = next((task for task in tasks if task.done() and task.exception() is not None), None)
             if failed is not None:
                 failed.result()
-            asking = len(self._arrived) + len(self._waiting)
-            if asking == sum(not task.done() for task in tasks):
-                return True
+            expected = {number: due for number, due in self._due.items() if not tasks[number].done()}
+            if all(due > self._now or self._asks[number] for number, due in expected.items()):
+                if self._waiting or not expected or min(expected.values()) <= self._now:
+                    return True
+                self._now = min(expected.values())
+                continue
             if stop():
                 return False
             self._changed.clear()
@@ -140,18 +180,26 @@ class Turns:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
 
     def _step(self) -> None:
+        early = [ask for ask in self._arrived if self._due.get(ask.attempt, 0) > self._now]
         # In an order that does not depend on who asked first; every attempt has a seed of its own.
-        for request, future in sorted(self._arrived, key=lambda one: one[0].params.seed or 0):
-            self._waiting[self.engine.enqueue(request)] = future
-        self._arrived.clear()
+        for ask in sorted(self._arrived, key=lambda one: one.request.params.seed or 0):
+            if ask not in early:
+                self._waiting[self.engine.enqueue(ask.request)] = ask
+                self._due.pop(ask.attempt, None)
+        self._arrived = early
         if not self._waiting:
             return
         begin = time.perf_counter()
         deltas = self.engine.step()
         self.busy_s += time.perf_counter() - begin
+        self._now += 1
         for request_id, delta in deltas:
             if delta.completion is not None:
-                self._waiting.pop(request_id).set_result(delta.completion)
+                ask = self._waiting.pop(request_id)
+                ask.future.set_result(delta.completion)
+                self._asks[ask.attempt] -= 1
+                if not self._asks[ask.attempt]:
+                    self._due[ask.attempt] = self._now + self.away
 
 
 class LocalEngine:
@@ -163,6 +211,7 @@ class LocalEngine:
             that disagrees with the trainer, to try out what corrects for it. 0 samples from the weights themselves.
         joint: a forward pass takes all ranks (`Layout.joint`).
         apart: sample from a copy of the weights, because the model goes on learning meanwhile.
+        away: see `Turns`.
     """
 
     def __init__(
@@ -175,9 +224,10 @@ class LocalEngine:
         seed: int = 0,
         joint: bool = False,
         apart: bool = False,
+        away: int = 0,
     ):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.noise, self.seed, self.joint, self.apart = noise, seed, joint, apart
+        self.noise, self.seed, self.joint, self.apart, self.away = noise, seed, joint, apart, away
         self._turns: Turns | None = None
         self._metrics: dict[str, float] = {}
 
@@ -200,9 +250,9 @@ class LocalEngine:
         if self.joint:
             assert isinstance(engine.runner, JointRunner)
             meeting = engine.runner.meeting
-            self._turns = Turns(engine, meet=lambda alive, stops: meeting.join(Want.OVER, alive, stops))
+            self._turns = Turns(engine, away=self.away, meet=lambda alive, stops: meeting.join(Want.OVER, alive, stops))
         else:
-            self._turns = Turns(engine)
+            self._turns = Turns(engine, away=self.away)
 
     async def together(self, attempts: Sequence[Coroutine[Any, Any, T]], stop: Callable[[], bool] = never) -> list[T]:
         return await self.generates.run(attempts, stop)

@@ -1,4 +1,4 @@
-"""The engine of a rollout takes a step when all attempts wait: what shares a step does not depend on the clock."""
+"""The engine of a rollout: what shares a step does not depend on the clock, and tools do not stop it."""
 
 import asyncio
 import random
@@ -43,21 +43,68 @@ def rollout(engine: LocalEngine, shake: random.Random | None = None, attempts: i
         return first, second
 
     engine.begin(5)
+    seen = shared_steps(engine)
     try:
-        return asyncio.run(engine.together([attempt(number) for number in range(attempts)]))
+        return asyncio.run(engine.together([attempt(number) for number in range(attempts)])), seen
     finally:
         engine.end()
 
 
-def told(found):
-    return [[(one.token_ids, one.logprobs, one.versions) for one in pair] for pair in found]
+def shared_steps(engine: LocalEngine) -> list[list[int]]:
+    """Filled in as it runs: of each step, the seeds of the requests that it is for."""
+    turns, seen = engine.generates, []
+    stock = turns.engine.step
+
+    def step():
+        seen.append(sorted(ask.request.params.seed or 0 for ask in turns._waiting.values()))
+        return stock()
+
+    turns.engine.step = step
+    return seen
 
 
-def test_the_same_to_the_last_bit_however_long_anything_takes(model):
-    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS)
+def told(rolled):
+    found, seen = rolled
+    return [[(one.token_ids, one.logprobs, one.versions) for one in pair] for pair in found], seen
+
+
+@pytest.mark.parametrize("away", [0, 1, 4])
+def test_the_same_to_the_last_bit_however_long_anything_takes(model, away):
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS, away=away)
     quick = told(rollout(engine))
     assert quick == told(rollout(engine, random.Random(1))) == told(rollout(engine, random.Random(2)))
-    assert all(version == 5 for pair in quick for one in pair for version in one[2])
+    assert all(version == 5 for pair in quick[0] for one in pair for version in one[2])
+
+
+@pytest.mark.parametrize("away", [0, 3])
+def test_others_go_on_while_an_attempt_is_in_a_tool(model, away):
+    """It comes back when they have stood still for a while, which they do after `away` steps and no sooner."""
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS, away=away)
+
+    async def calls_a_tool():
+        await engine.generates.generate(Prompt((10, 11)), SamplingParams(max_new_tokens=2, seed=0, ignore_end=True))
+        steps = -1
+        while steps != len(seen):
+            steps = len(seen)
+            await asyncio.sleep(0.2)
+        await engine.generates.generate(Prompt((10, 12)), SamplingParams(max_new_tokens=2, seed=2, ignore_end=True))
+        return steps
+
+    async def goes_on():
+        await engine.generates.generate(Prompt((11, 12)), SamplingParams(max_new_tokens=12, seed=1, ignore_end=True))
+
+    engine.begin(0)
+    seen = shared_steps(engine)
+    steps, _ = asyncio.run(engine.together([calls_a_tool(), goes_on()]))
+    assert steps == 2 + away
+    assert seen == [[0, 1]] * 2 + [[1]] * away + [[1, 2]] * 2 + [[1]] * (12 - 4 - away)
+
+
+def test_steps_without_anybody_are_left_out(model):
+    engine = LocalEngine(model, tiny_processor().tokenizer, SETTINGS, away=50)
+    found, seen = rollout(engine, attempts=2)
+    assert [len(one.token_ids) for pair in found for one in pair] == [3, 4, 4, 4]
+    assert seen == [[0, 1]] * 3 + [[1]] + [[100]] + [[100, 101]] * 3 + [[101]]
 
 
 def test_what_fails_ends_the_rollout_and_leaves_nothing_behind(model):
@@ -74,7 +121,7 @@ def test_what_fails_ends_the_rollout_and_leaves_nothing_behind(model):
     with pytest.raises(RequestError, match="broken"):
         asyncio.run(engine.together([fails(), waits()]))
     engine.end()
-    assert len(rollout(engine)) == 12
+    assert len(rollout(engine)[0]) == 12
 
 
 def test_attempts_are_given_up_when_the_process_is_to_end(model):

@@ -125,6 +125,8 @@ def test_replayed_experts_bring_the_trainer_far_closer_to_the_engine(change, ima
         ("sampling.repetition_penalty=1.1", r"sampling\.repetition_penalty is 1\.1; .*must be 1\.0"),
         ("mismatch.routing=true", r"mismatch\.routing is true, and vLLM"),
         ("rollout.replay_experts=true", r"rollout\.replay_experts is true, which vLLM cannot do"),
+        ("rollout.tool_steps=20", r"rollout\.tool_steps is 20, and servers .* Leave it out"),
+        ("rollout.tool_steps=-1", r"rollout\.tool_steps is -1; it must be 0 or more"),
     ],
 )
 def test_what_cannot_be_learned_from_is_refused_from_the_settings_alone(override, says):
