@@ -112,15 +112,16 @@ def draw(runs: Mapping[str, Sequence[Metrics]], path: Path, noise: float) -> Non
                     steps, values = zip(*points, strict=True)
                     panel.plot(steps, values, color=f"C{number}", alpha=1 - 0.25 * seed, marker=marker, markersize=4)
             panel.grid(alpha=0.25)
-            panel.set_ylim(0, 1.02 if "accuracy" in key else None)
             if not number:
                 panel.set_title(title, fontsize=10)
             if number == len(runs) - 1:
                 panel.set_xlabel("update")
         rows[number][0].set_ylabel(label, fontsize=9)
+    for panel, key in zip(rows[0], PANELS, strict=True):  # of the whole column, when all of it is drawn
+        panel.set_ylim(0, 1.02 if "accuracy" in key else None)
     figure.suptitle(f"engine's weights disturbed by {noise:g} of each matrix's standard deviation", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
