@@ -31,12 +31,10 @@ from ernie_model.inference.agent import Agent, AgentEvent, Episode, EventKind, S
 from ernie_model.inference.async_engine import AsyncEngine
 from ernie_model.inference.request import EngineFull, RequestError
 from train.agents import open_agent
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.inference_config import ChatConfig
 from train.run import program
 from train.served import open_engine, open_model
-
-register()
 
 HELP = """\
 /image PATH      show a picture with the next question

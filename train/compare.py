@@ -11,13 +11,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ernie_model.atomic import atomic_write
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.evaluation.comparing import compare
 from train.evaluation.terminal import comparison_table, make_console
 from train.inference_config import CompareConfig
 from train.run import program
-
-register()
 
 
 @program("compare")

@@ -102,16 +102,22 @@ ORDERED = ("optim.lr_scale", "peft.frozen")
 """Settings whose keys mean something else in another order: a later glob wins, adapters are added up one by one."""
 
 
-def register() -> None:
-    """Tell Hydra the schemas. YAML files name them in their `defaults:` list."""
+def register(*entries: str) -> None:
+    """Tell Hydra the schemas of these entries (none named: of all) and of data, which YAML files name in their
+    `defaults:` list. What it has been told is left as it is."""
     store = ConfigStore.instance()
-    for entry, schema in ENTRIES.items():
+    for entry in entries or ENTRIES:
+        if f"{entry}_schema.yaml" in store.repo:
+            continue
+        schema = ENTRIES[entry]
         node = OmegaConf.structured(schema)
         for key in open_keys(schema):
             if not OmegaConf.is_missing(node, key.partition(".")[0]):
                 OmegaConf.set_struct(OmegaConf.select(node, key), False)  # Hydra refuses unknown keys everywhere else
         store.store(name=f"{entry}_schema", node=node)
     for kind, variant in DATA_SCHEMAS.items():
+        if f"{kind}_schema.yaml" in store.repo.get("data", {}):
+            continue
         node = OmegaConf.structured(variant)
         for key in open_keys(variant):
             OmegaConf.set_struct(OmegaConf.select(node, key), False)

@@ -20,7 +20,7 @@ from data.convert import Converter, MediaCopy
 from data.errors import DataError
 from data.media import MediaFolder
 from data.records import open_stream
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.config import (
     ConvertConfig,
     ConvertMedia,
@@ -28,8 +28,6 @@ from train.config import (
     UserError,
 )
 from train.run import program
-
-register()
 
 # Messages of data/ name settings as `ernie sft` calls them.
 _SETTING = re.compile(r"\bdata\.(path|format|columns|media_root|split|subset|revision)\b")

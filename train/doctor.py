@@ -35,7 +35,7 @@ from train.checks.machine import available_cores, check_machine
 from train.checks.settings import check_settings
 from train.checks.trackers import check_trackers
 from train.checks.weights import check_adapters, check_weights
-from train.compose import ALGORITHMS, register, training_settings
+from train.compose import ALGORITHMS, training_settings
 from train.config import (
     PeftKind,
     TrainingConfig,
@@ -48,8 +48,6 @@ from train.rl_config import RLConfig
 from train.run import USER_ERRORS, forget_earlier_looks, program
 from train.sources import open_parts, rules_of
 from train.trained import trained_parts
-
-register()
 
 Add = Callable[[Sequence[Finding]], None]
 

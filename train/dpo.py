@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.batch import PackedBatch, Role
 from train.checkpoint import Resumable
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.dpo_config import DPOConfig
 from train.heldout_pairs import (
     LabelledScore,
@@ -38,8 +38,6 @@ from train.run import program
 from train.score import Score
 from train.tracking import Tracker
 from train.training import Algorithm, Setup, run, show_answers
-
-register()
 
 
 @program("dpo")

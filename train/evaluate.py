@@ -13,15 +13,13 @@ import asyncio
 from omegaconf import DictConfig
 
 from ernie_model.inference.async_engine import AsyncEngine
-from train.compose import plain, register, to_typed
+from train.compose import plain, to_typed
 from train.evaluation.evaluation import agents_of, evaluate
 from train.evaluation.questions import check_fits, open_tasks
 from train.evaluation.terminal import make_console
 from train.inference_config import EvaluationConfig
 from train.run import git_state, program, versions
 from train.served import open_engine, open_model
-
-register()
 
 
 @program("evaluate")

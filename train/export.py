@@ -48,7 +48,7 @@ from train.certificate import (
     transformers_installed,
     written,
 )
-from train.compose import from_plain, register, to_typed
+from train.compose import from_plain, to_typed
 from train.config import ModelConfig, OptimConfig, PeftConfig, PeftKind, Precision, UserError
 from train.inference_config import Certify, ExportConfig, Layout
 from train.model_card import Card
@@ -58,8 +58,6 @@ from train.served import FILES, merge_adapter
 from train.values import Values, in_memory, in_pieces
 from train.vllm_layout import to_vllm_layout
 from train.weights import trained_weights
-
-register()
 
 CERTIFICATE, README = "certificate.json", "README.md"
 

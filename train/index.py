@@ -14,13 +14,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ernie_model.inference.image_index import Embedder, ImageIndexError, make_index
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.config import UserError
 from train.inference_config import IndexConfig
 from train.run import program
 from train.served import open_model
-
-register()
 
 
 @program("index")

@@ -13,7 +13,7 @@ import asyncio
 from omegaconf import DictConfig
 
 from ernie_model.inference.async_engine import AsyncEngine
-from train.compose import plain, register, to_typed
+from train.compose import plain, to_typed
 from train.evaluation.evaluation import agents_of
 from train.evaluation.mistakes import make_pairs, refuse_tools
 from train.evaluation.questions import check_fits, open_tasks
@@ -21,8 +21,6 @@ from train.evaluation.terminal import make_console
 from train.inference_config import PairsConfig
 from train.run import program
 from train.served import open_engine, open_model
-
-register()
 
 
 @program("pairs")

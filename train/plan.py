@@ -23,7 +23,7 @@ from rich.console import Console
 from ernie_model.atomic import atomic_write
 from ernie_model.config import ErnieConfig
 from train.build import human
-from train.compose import ALGORITHMS, plain, register, training_settings
+from train.compose import ALGORITHMS, plain, training_settings
 from train.config import HeldIn, ParallelConfig, PeftKind, TrainingConfig
 from train.outline import architecture_of, outline
 from train.planning import tables
@@ -32,8 +32,6 @@ from train.planning.pace import peak_tflops
 from train.planning.search import fewest_gpus, search
 from train.rl_config import RLConfig
 from train.run import program
-
-register()
 
 WIDTH = 120
 """Of tables that go to a file."""

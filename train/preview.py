@@ -31,7 +31,6 @@ from train.build import build_processor, read_config
 from train.compose import (
     ALGORITHMS,
     plain,
-    register,
     training_settings,
 )
 from train.config import TaskData, TrainingConfig
@@ -43,8 +42,6 @@ from train.run import forget_earlier_looks, program
 from train.samples import Row, Sample, Section, Witness, kind_of, samples_of, stretches_of
 from train.sources import build_data, rules_of
 from train.tracking import make_trackers
-
-register()
 
 
 @program("sft", also=ALGORITHMS)

@@ -27,7 +27,7 @@ from ernie_model.inference.tools import ToolBox
 from ernie_model.processor import Processor
 from train.agents import open_toolbox, sampling_params
 from train.checkpoint import Resumable
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.config import UserError
 from train.evaluation.questions import Question
 from train.loop import Beside
@@ -52,8 +52,6 @@ from train.served import Served
 from train.sources import Data, TrainSource, open_parts
 from train.tracking import Tracker
 from train.training import Algorithm, Setup, run
-
-register()
 
 
 @program("rl")

@@ -52,7 +52,7 @@ from ernie_model.images import MediaError
 from ernie_model.processor import Processor
 from ernie_model.tokenizer import TokenizerError
 from train import checkpoint
-from train.compose import differences, plain
+from train.compose import differences, plain, register
 from train.config import (
     RunConfig,
     TrainingConfig,
@@ -102,6 +102,7 @@ def program(entry: str, *, also: Sequence[str] = ()) -> Callable[[Callable[[Dict
                 chosen = first[0]
                 sys.argv[1:2] = ["--config-name", chosen]
             logging.basicConfig(level=logging.WARNING, format="%(message)s")
+            register(chosen)
             try:
                 try:
                     hydra_main()

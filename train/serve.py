@@ -24,14 +24,12 @@ from ernie_model.inference.server.app import make_app
 from ernie_model.inference.server.lifetime import EngineFailed, address, bind, serve
 from ernie_model.inference.server.settings import ServerSettings
 from train.agents import open_filters, open_toolbox, sampling_params
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.config import UserError, check
 from train.inference_config import AgentConfig, ServeConfig
 from train.run import program
 from train.served import open_engine, open_model, weights_folder
 from train.serving.media import MediaDoor
-
-register()
 
 
 @program("serve")

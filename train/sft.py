@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from train import neftune
-from train.compose import register, to_typed
+from train.compose import to_typed
 from train.config import SFTConfig
 from train.heldout import Score, measure
 from train.loop import Beside
@@ -21,8 +21,6 @@ from train.run import program
 from train.telemetry import SegmentLosses
 from train.tracking import Tracker
 from train.training import Algorithm, Setup, run, show_answers
-
-register()
 
 
 @program("sft")

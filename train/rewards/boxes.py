@@ -17,7 +17,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from ernie_model.inference.grounding import Box, Grounding, Point, parse_grounding
 from train.rewards.base import Attempt
@@ -102,6 +101,8 @@ def _same_label(a: Box | Point, b: Box | Point) -> bool:
 
 def paired(value_AG: np.ndarray) -> np.ndarray:
     """The values of the pairs of rows and columns whose sum is largest."""
+    from scipy.optimize import linear_sum_assignment  # half a second, of every command that knows the rewards' names
+
     return value_AG[linear_sum_assignment(value_AG, maximize=True)]
 
 
