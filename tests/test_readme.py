@@ -2,6 +2,7 @@
 
 Commands come out of the ```bash blocks of every page for users. A training command runs in its `--cfg job` form, which
 composes and prints the settings; a `make` target is asked for its recipe; other programs must be listed here.
+The first line with a command of `ernie` starts Python, as a person would; the others are forks (tests/programs.py).
 """
 
 import importlib.util
@@ -10,10 +11,12 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from tests import programs
 from train.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,17 +48,21 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+def python(arguments: Sequence[str], fresh: bool) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *arguments) if fresh else programs.run(arguments, cwd=ROOT, timeout=120)
+
+
 def words_of(line: str) -> list[str]:
     """Without the variables before the program: VARIABLE=value."""
     return list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), shlex.split(line)))
 
 
 def as_python(line: str) -> list[str]:
-    """A training command as what Python runs, which is the same with the `ernie` command and under `accelerate launch`.
+    """A training command as what follows `python`: the same with the `ernie` command and under `accelerate launch`.
 
-    ernie sft a=b                             python -m train.sft a=b
-    accelerate launch ... -m train.sft a=b    python -m train.sft a=b      (and its --config_file must exist)
-    sbatch ... train.sbatch a=b               python -m train.sft a=b
+    ernie sft a=b                             -m train.sft a=b
+    accelerate launch ... -m train.sft a=b    -m train.sft a=b      (and its --config_file must exist)
+    sbatch ... train.sbatch a=b               -m train.sft a=b
     """
     words = words_of(line)
     if words[0] == "ernie":
@@ -71,7 +78,17 @@ def as_python(line: str) -> list[str]:
         module, rest = "train.sft", words[at + 1 :]
     else:
         raise AssertionError(f"the README runs {words[0]!r}, and this test does not know how to check that")
-    return [sys.executable, "-m", module, *rest]
+    return ["-m", module, *rest]
+
+
+def is_ours(line: str) -> bool:
+    program, *rest = words_of(line)
+    other = program in ("make", *NOT_OURS) or (Path(program).name == "python" and rest[0] == "-m")
+    return not other
+
+
+FIRST = {as_python(line)[1]: line for page in reversed(PAGES) for line in reversed(commands(page)) if is_ours(line)}
+"""The first line of each module that is run."""
 
 
 @pytest.mark.parametrize("line", ALL)
@@ -81,22 +98,21 @@ def test_a_command_on_a_page_works(line):
         assert out.returncode == 0, out.stderr
         return
     program, *rest = words_of(line)
-    if Path(program).name == "python" and rest[0] == "-m":  # here, or that of another environment
-        assert importlib.util.find_spec(rest[1]) is not None
-        return
-    if program in NOT_OURS:
+    if not is_ours(line):
+        assert program in NOT_OURS or importlib.util.find_spec(rest[1]) is not None  # here, or in another environment
         return
     arguments = as_python(line)
+    fresh = FIRST[arguments[1]] == line
     if "train.dashboard" in arguments:
-        assert run(*arguments, "--help").returncode == 0
+        assert python([*arguments, "--help"], fresh).returncode == 0
         return
-    out = run(*arguments, *([] if "--cfg" in arguments else ["--cfg", "job"]))
+    out = python([*arguments, *([] if "--cfg" in arguments else ["--cfg", "job"])], fresh)
     assert out.returncode == 0, out.stderr
-    assert all(key in out.stdout for key in KEYS.get(arguments[2], ("model:", "optim:")))
+    assert all(key in out.stdout for key in KEYS.get(arguments[1], ("model:", "optim:")))
 
 
 def test_this_notices_a_command_with_a_typo():
-    out = run(*as_python("ernie sft experiment=digits optim.lrr=1"), "--cfg", "job")
+    out = python([*as_python("ernie sft experiment=digits optim.lrr=1"), "--cfg", "job"], fresh=False)
     assert out.returncode != 0
     assert "optim.lr" in out.stdout + out.stderr
 

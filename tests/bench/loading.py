@@ -100,7 +100,7 @@ def main() -> None:
         print(f"a checkpoint of {size / MIB:.0f} MiB in shards of {SHARD / MIB:.0f} MiB; MiB per rank, the largest\n")
         print(f"{'ranks':>5}  {'layout':12}{'share':>8}{'module':>8}{'peak':>8}{'bound':>8}")
         for number, case in enumerate(CASES):
-            launch(case.world, "-m", "tests.bench.loading", str(folder), str(number))
+            launch(case.world, "-m", "tests.bench.loading", str(folder), str(number), fresh=True)
             found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(case.world)]
             share, module, peak = (max(values) / MIB for values in zip(*found, strict=True))
             bound = share + module + SHARD / MIB

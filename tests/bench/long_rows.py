@@ -78,7 +78,7 @@ def main() -> None:
         segment, cells = args.segment or tokens, ""
         for ranks in args.ranks:
             command = ["-m", "tests.bench.long_rows", "--as-rank", "--tokens", str(tokens), "--segment", str(segment)]
-            said = launch(ranks, *command, limit_s=3600)
+            said = launch(ranks, *command, limit_s=3600, fresh=True)
             process, allocated = max(json.loads(output.splitlines()[-1]) for output in said)
             per_token = f"{process * 2**20 / tokens:,.0f}"
             if allocated is not None:

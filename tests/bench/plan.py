@@ -145,7 +145,7 @@ def compare(cases: list[Case], *, limit_s: float = 600.0) -> dict[Case, tuple[fl
         if ranks == 1:  # without what tells a process that others exist
             printed = subprocess.run([sys.executable, *told], check=True, stdout=subprocess.PIPE, text=True).stdout
         else:
-            printed = launch(ranks, *told, limit_s=limit_s)[0]
+            printed = launch(ranks, *told, limit_s=limit_s, fresh=True)[0]
         for line in printed.splitlines():
             if line.startswith('{"case"'):
                 one = json.loads(line)

@@ -61,7 +61,7 @@ STRONG_ROWS = 4
 def measured(world: int, cases: list[Case]) -> list[dict]:
     """What rank 0 measured, the longest step of all ranks and the mean of what they computed."""
     words = [json.dumps(asdict(case)) for case in cases]
-    said = launch(world, "-m", "tests.bench.scaling_rank", *words, limit_s=1800)
+    said = launch(world, "-m", "tests.bench.scaling_rank", *words, limit_s=1800, fresh=True)
     by_rank = [[json.loads(line) for line in text.splitlines() if line.startswith('{"case"')] for text in said]
     return [
         {"step_s": max(r["step_s"] for r in ranks), "computed_s": sum(r["computed_s"] for r in ranks) / world}

@@ -7,7 +7,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+
+from tests.programs import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,11 +33,12 @@ def environments(world: int) -> list[dict[str, str]]:
     return [os.environ | everyone | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def launch(world: int, *arguments: str, limit_s: float = 240.0) -> list[str]:
+def launch(world: int, *arguments: str, limit_s: float = 240.0, fresh: bool = False) -> list[str]:
     """Run a Python program as `world` ranks, as `accelerate launch` would. What each rank printed.
 
     Args:
         limit_s: after as many seconds ranks that still run are taken to wait for each other for ever.
+        fresh: each rank is a start of Python: for those whose time or memory is measured. Else see tests/programs.py.
 
     Raises:
         AssertionError: a rank failed, or the time was over: with everything they printed and where they stood.
@@ -42,12 +46,11 @@ def launch(world: int, *arguments: str, limit_s: float = 240.0) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / f"rank-{rank}.txt" for rank in range(world)]
         ranks = []
-        for environment, path in zip(environments(world), said, strict=True):
+        for rank, (environment, path) in enumerate(zip(environments(world), said, strict=True)):
             with path.open("w") as output:
-                command = [sys.executable, *arguments]
-                ranks.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-                )
+                start = partial(subprocess.Popen, [sys.executable, *arguments])
+                start = start if fresh else partial(Program, arguments, nursery=rank)
+                ranks.append(start(cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT))
         deadline, hangs = time.monotonic() + limit_s, False
         try:
             # As a launcher does: when one rank fails, the others would wait for it for ever.

@@ -19,4 +19,4 @@ assert not dist.is_initialized()
 
 def test_the_last_exchange_may_still_be_under_way():
     """Without the pause of `leave` 7 of 8 runs ended in "terminate called without an active exception"."""
-    launch(2, "-c", PROGRAM)
+    launch(2, "-c", PROGRAM, fresh=True)

@@ -16,7 +16,7 @@ SLACK = 4 * MIB
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak counter is Linux only")
 def test_peak_is_one_block(tmp_path):
-    launch(2, "-m", "tests.distributed.saving_memory", str(tmp_path))
+    launch(2, "-m", "tests.distributed.saving_memory", str(tmp_path), fresh=True)
     ranks = json.loads((tmp_path / "found.json").read_text())
     for rank in ranks:
         for name in NAMES:

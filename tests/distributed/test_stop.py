@@ -3,12 +3,12 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.distributed.gloo import environments
+from tests.programs import Program
 from train import checkpoint
 
 SETTINGS = [
@@ -32,11 +32,12 @@ class TwoRanks:
         self.folder = folder
         self.said = [folder.parent / f"rank-{rank}.txt" for rank in (0, 1)]
         self.processes = []
-        for environment, said in zip(environments(2), self.said, strict=True):
+        for rank, (environment, said) in enumerate(zip(environments(2), self.said, strict=True)):
             with said.open("w") as output:
                 self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "train.sft", *SETTINGS, *settings, f"run.folder={folder}"],
+                    Program(
+                        ["-m", "train.sft", *SETTINGS, *settings, f"run.folder={folder}"],
+                        nursery=rank,
                         cwd=folder.parent,
                         env=environment,
                         stdout=output,

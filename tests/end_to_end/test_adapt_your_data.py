@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from data.records import write_jsonl
 from data.tasks import digits
 from ernie_model.tokenizer import MEDIA_TOKENS
+from tests import programs
 from tests.tiny import DENSE, SPARSE, save_tiny
 from train.cli import COMMANDS
 
@@ -87,14 +87,8 @@ def turn(role: str, text: str) -> list[dict]:
 
 
 def run(place: Path, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=place,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return programs.run(arguments, cwd=place, env=environment, timeout=240)
 
 
 def as_typed(line: str) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from data.records import write_jsonl
+from tests.programs import Program
 from train import checkpoint, sft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,8 +83,8 @@ class Started:
         self.folder = folder
         self.log = (folder.parent / "log.txt").open("a")
         self.said_before = self.log.tell()
-        self.process = subprocess.Popen(
-            [sys.executable, *program],
+        self.process = Program(
+            program,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | dict(environment or {}),
             stdout=self.log,
             stderr=subprocess.STDOUT,

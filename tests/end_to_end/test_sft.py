@@ -14,6 +14,7 @@ import pytest
 from data.tasks import digits
 from ernie_model.checkpoint import load_model
 from ernie_model.processor import Processor
+from tests.programs import Program
 from train import checkpoint, sft
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,14 +54,10 @@ def ernie_sft(monkeypatch, *settings: str) -> int:
     return 0
 
 
-def start(*settings: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "train.sft", *QUICK, *settings],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(*settings: str) -> Program:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return Program(["-m", "train.sft", *QUICK, *settings], env=environment, stdout=pipe, stderr=pipe)
 
 
 def records(folder: Path, key: str) -> dict[int, float]:
@@ -157,7 +154,7 @@ def test_bfloat16_and_activation_checkpointing_stay_near_float32(tmp_path, monke
     assert (tmp_path / "bf16" / "export" / "config.json").read_text().count('"float32"')  # master weights
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Program) -> None:
     deadline = time.monotonic() + 120
     while not path.exists():
         assert process.poll() is None, process.communicate()

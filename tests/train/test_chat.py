@@ -5,7 +5,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 
@@ -20,6 +19,7 @@ from ernie_model.inference.agent import Agent, Limits
 from ernie_model.inference.moderation import ListFilter, Moderation
 from ernie_model.inference.tools import ToolBox, tool_from_function, zoom_tool
 from ernie_model.processor import Processor
+from tests import programs
 from tests.ernie_model.inference.scripted import ScriptedEngine
 from tests.tiny import SPARSE, save_tiny, tiny_processor
 from train.chat import Chat, Lines, Page
@@ -272,10 +272,10 @@ def checkpoint(tmp_path_factory):
 
 def test_the_program_answers_what_comes_through_a_pipe(checkpoint, picture):
     """The real engine; weights are random, so what it says is nothing, and how it ends is told."""
-    command = [sys.executable, "-m", "train.cli", "chat", f"checkpoint={checkpoint}", "cpu=true", "precision=fp32"]
+    command = ["-m", "train.cli", "chat", f"checkpoint={checkpoint}", "cpu=true", "precision=fp32"]
     settings = ["sampling.max_new_tokens=5", "agent.tools=[image_zoom_in_tool]", "engine.cache_gib=0.1"]
     lines = f"/image {picture}\nWhat is it?\n/nothing\n"
-    result = subprocess.run([*command, *settings], input=lines, capture_output=True, text=True, timeout=200)
+    result = programs.run([*command, *settings], input=lines, timeout=200)
     assert result.returncode == 1 and result.stderr == "", result.stderr
     shown = result.stdout.splitlines()
     assert shown[0] == "picture 1: 224 x 112"

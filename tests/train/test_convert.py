@@ -1,8 +1,6 @@
 """`ernie convert`: there and back, what it says, and what it leaves alone."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from data import formats
 from data.errors import DataError
 from data.records import open_records, write_jsonl
+from tests import programs
 from train.config import (
     ConvertConfig,
     ConvertMedia,
@@ -149,8 +148,7 @@ def test_settings_are_named_as_this_program_calls_them(source, tmp_path):
 
 def test_the_command(source, tmp_path):
     def ernie(*arguments):
-        command = [sys.executable, "-m", "train.cli", "convert", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return programs.run(["-m", "train.cli", "convert", *arguments], cwd=ROOT, timeout=120)
 
     run = ernie(
         f"input={source}", f"output={tmp_path}/a.jsonl", "to=erniekit", "columns={conversations: conversations}"

@@ -2,14 +2,13 @@
 
 import dataclasses
 import subprocess
-import sys
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from ernie_model.inference.image_index import ImageIndex
+from tests import programs
 from tests.tiny import SPARSE, save_tiny
 from train.agents import open_agent, open_filters, open_toolbox, sampling_params
 from train.config import Precision, UserError
@@ -35,7 +34,7 @@ def pictures(tmp_path_factory):
 
 
 def ernie(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "train.cli", *arguments], capture_output=True, text=True, timeout=120)
+    return programs.run(["-m", "train.cli", *arguments], timeout=120)
 
 
 def test_an_index_is_made_by_its_settings_and_searched_by_a_chat(checkpoint, pictures):
@@ -54,9 +53,7 @@ def test_an_index_is_made_by_its_settings_and_searched_by_a_chat(checkpoint, pic
 
 
 def test_the_command(checkpoint, pictures, tmp_path):
-    command = [sys.executable, "-m", "train.cli", "index", f"checkpoint={checkpoint}", "cpu=true"]
-    run = partial(subprocess.run, capture_output=True, text=True, timeout=120)
-    result = run([*command, f"folder={pictures}", f"output={tmp_path}/index"])
+    result = ernie("index", f"checkpoint={checkpoint}", "cpu=true", f"folder={pictures}", f"output={tmp_path}/index")
     assert result.returncode == 0 and f"written   {tmp_path}/index\n" in result.stdout, result.stderr
 
 

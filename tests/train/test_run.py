@@ -1,13 +1,13 @@
 """The run folder: who may write into it, and where a run starts from."""
 
 import json
-import subprocess
 import sys
 from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
+from tests import programs
 from tests.train import small
 from train import checkpoint, rl
 from train.config import RunConfig, UserError
@@ -132,7 +132,7 @@ with ExitStack() as at_end:
     os.kill(os.getpid(), signal.SIGTERM)
     re.match("(a*)*b", "a" * 40)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    done = programs.run(["-c", program], timeout=200)
     assert done.returncode == 1
     assert "SIGTERM: saving after this step; run.grace_s=0.5 seconds from now the process ends anyway." in done.stderr
     assert "most recent call first" in done.stderr

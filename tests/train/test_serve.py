@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ernie_model.checkpoint import save_model
+from tests import programs
 from tests.load.serving import tiny_model
 from train import serve
 from train.config import UserError
@@ -116,12 +117,7 @@ def test_a_port_that_is_taken_is_told_before_the_weights_are_read():
     listener = serve.listen(config(port=0))
     listener.listen()
     port = listener.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "train.cli", "serve", "checkpoint=/no/such", f"port={port}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = programs.run(["-m", "train.cli", "serve", "checkpoint=/no/such", f"port={port}"], timeout=60)
     listener.close()
     assert done.returncode == 1
     assert done.stderr == (

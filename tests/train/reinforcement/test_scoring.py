@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from ernie_model.inference.agent import Episode, Status
+from tests.programs import Program
 from train.config import UserError
 from train.reinforcement.groups import Scored, Scores
 from train.reinforcement.scoring import RewardPool
@@ -217,7 +217,7 @@ def test_nothing_outlives_a_program_that_is_killed(tmp_path, how):
         asked = SimpleNamespace(reward_name="{MINE}hangs", options={{}}, expected="{pids}", thinking=False)
         asyncio.run(pool.score(asked, Attempt(answer="7")))
     """
-    running = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    running = Program(["-c", textwrap.dedent(program)], stdout=subprocess.PIPE)
     try:
         assert running.stdout is not None
         worker = int(running.stdout.readline())
