@@ -335,12 +335,13 @@ def _brief(names: Iterable[str], limit: int = 20) -> str:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def check_name(source: str | Path) -> None:
-    """Raises CheckpointError: what is no folder cannot be a hub repository either."""
+def check_name(source: str | Path) -> str:
+    """The name of a hub repository. Raises CheckpointError: what is no folder cannot be one either."""
     if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         raise CheckpointError(
             f"{str(source)!r} is neither an existing folder nor a hub id such as baidu/ERNIE-4.5-0.3B-PT."
         )
+    return source
 
 
 def local_folder(source: str | Path, revision: str | None, patterns: list[str]) -> Path:
@@ -358,12 +359,12 @@ def local_folder(source: str | Path, revision: str | None, patterns: list[str]) 
                 f"revision={revision!r} was given, but {path} is a folder; revisions belong to hub ids."
             )
         return path
-    check_name(source)
+    name = check_name(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise CheckpointError(

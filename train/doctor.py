@@ -151,7 +151,10 @@ def examine_data(config: TrainingConfig, processor: Processor, found: Report, ad
 
 def examine_prompts(config: RLConfig, architecture: ErnieConfig, processor: Processor, found: Report, add: Add) -> None:
     """What rollouts ask; how many rows the answers fill is not known before."""
-    looks = open_looks(config, processor, architecture)
+    forget_earlier_looks(Path(config.run.folder))
+    looks = open_looks(config, processor, architecture, max_bad=1.0)  # here every bad record shall be named
+    if refusals := looks.quarantine.refusals:
+        add(records.refused(refusals, looks.quarantine, config.data))
     for name, part in (("training data", looks.train), ("held-out data", looks.heldout)):
         if part is None:
             continue
@@ -163,7 +166,7 @@ def examine_prompts(config: RLConfig, architecture: ErnieConfig, processor: Proc
             rewards = Counter(one.reward_name for one in part.questions)
             add([ok("judged by " + ", ".join(f"{name} ({count:,})" for name, count in rewards.most_common()))])
             add([ok(prompts.describe_rollouts(len(part), config))])
-            found.numbers |= {"prompts": len(part), "refused": len(measured.refused)}
+            found.numbers |= {"prompts": len(part), "refused": len(looks.quarantine) + len(measured.refused)}
             found.numbers |= {"longest": max(measured.tokens, default=0)}
 
 

@@ -114,7 +114,7 @@ def collect(config: TrainingConfig, processor: Witness) -> tuple[list[Sample], l
 
 def prompts(config: RLConfig, processor: Witness, architecture: ErnieConfig) -> Iterator[Sample]:
     """Of reinforcement learning: as many as wanted, evenly over all, in the form that rollouts ask them."""
-    looks = open_looks(config, processor, architecture)
+    looks = open_looks(config, processor, architecture, max_bad=config.data.max_bad)
     for number, one in enumerate(evenly(looks.train.questions, config.preview.examples)):
         encoded = looks.open(one).encoded
         example = Example(

@@ -19,7 +19,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
-from data.quarantine import Quarantine
 from ernie_model.exact import check_exact, make_exact
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.sampling import Vocabulary, distribution_of
@@ -38,7 +37,7 @@ from train.reference import Reference, build_reference
 from train.reinforcement.difficulty import DifficultySampler
 from train.reinforcement.engines import LocalEngine, RolloutEngine
 from train.reinforcement.mismatch import Mismatch
-from train.reinforcement.prompts import Prompts, check_reward, open_prompts
+from train.reinforcement.prompts import Prompts, check_reward, open_prompts, quarantine_of
 from train.reinforcement.record import Record
 from train.reinforcement.routing import RoutingAgreement
 from train.reinforcement.score import RolloutScore, measure
@@ -80,9 +79,13 @@ class RL(Algorithm[RLConfig]):
     def open_data(self, processor: Processor, layout: Layout, folder: Path) -> Data:
         config = self.config
         parts = open_parts(config.data)
-        self.prompts = open_prompts(parts.train, config, processor)
-        limit = config.evaluate.max_examples or None
-        self.heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, limit=limit)
+        quarantine = quarantine_of(parts, folder, max_bad=config.data.max_bad)
+        self.prompts = open_prompts(parts.train, config, processor, quarantine)
+        if parts.heldout is None:
+            self.heldout = None
+        else:
+            limit = config.evaluate.max_examples or None
+            self.heldout = open_prompts(parts.heldout, config, processor, quarantine, limit=limit)
         check_reward(config, self.asked)
         sampler = DifficultySampler(
             self.prompts.infos,
@@ -92,8 +95,9 @@ class RL(Algorithm[RLConfig]):
             keep_equal=config.rollout.keep_equal,
         )
         self.rollouts = RolloutSource(self.prompts, sampler, config, layout)
+        self.rollouts.quarantine = quarantine
         names = tuple(one.name for one in parts.train.sets)
-        return Data(self.rollouts, self.heldout, Quarantine(folder, num_records=len(self.prompts)), names)
+        return Data(self.rollouts, self.heldout, quarantine, names)
 
     @property
     def asked(self) -> list[Question]:
@@ -145,6 +149,9 @@ class RL(Algorithm[RLConfig]):
             folder=setup.folder,
         )
         setup.notes.extend(self.reference.notes())
+        if bad := len(setup.data.quarantine):
+            what = "1 record is" if bad == 1 else f"{bad} records are"
+            setup.notes.append(f"{what} refused; {setup.data.quarantine.path} says which and why.")
         self.mismatch = Mismatch(config.mismatch, config.objective, setup.model.config, setup.accelerator)
         setup.policy.wants_entropy = True
         setup.policy.replays = replays

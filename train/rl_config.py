@@ -739,7 +739,6 @@ class RLConfig(TrainingConfig):
             ("lookahead", data.lookahead, DataConfig.lookahead, "from how many records a row is filled"),
             ("workers", data.workers, DataConfig.workers, "how many processes read records ahead"),
             ("prefetch", data.prefetch, DataConfig.prefetch, "how many rows are packed ahead"),
-            ("max_bad", data.max_bad, DataConfig.max_bad, "how many records may be put aside"),
             ("cache_gib", data.cache_gib, DataConfig.cache_gib, "how many encoded records are kept"),
             ("cache_folder", data.cache_folder, DataConfig.cache_folder, "where decoded pixels are kept"),
             ("slow_s", data.slow_s, DataConfig.slow_s, "when a record that is being read ahead is named"),

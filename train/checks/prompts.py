@@ -72,8 +72,9 @@ def judge(found: Measured, name: str) -> list[Finding]:
         findings.append(
             problem(
                 f"{len(found.refused):,} prompts of {name} cannot be asked{more}: each time one is drawn, its attempts "
-                "fail and teach nothing. Mend them or take them out of the data; longer ones fit with more "
-                "agent.max_tokens and data.max_tokens, or with smaller pictures."
+                "fail and teach nothing, and pictures that cannot be read count towards data.max_bad. Mend them or "
+                "take them out of the data; longer ones fit with more agent.max_tokens and data.max_tokens, or with "
+                "smaller pictures."
             )
         )
     if found.short_of_room:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from data.errors import Refusal, Stage
 from ernie_model.images import MediaError
 from ernie_model.inference.agent import Agent, Episode, Status
 from ernie_model.inference.request import Prompt, RequestError, SamplingParams
@@ -109,8 +110,18 @@ async def collect(
     done_ones = iter(await unless(stop, left))
     scored(time.perf_counter() - begin)
     groups = []
-    for one in asked:
+    for one, prompt in zip(asked, prompts, strict=True):
         attempts = pool.compared([next(done_ones) for _ in one.seeds])
         versions = [of_token for done in attempts for of_token in done.episode.versions if of_token >= 0]
-        groups.append(Group(ticket=one.ticket, version=min(versions, default=version), attempts=attempts))
+        error = prompt.exception()
+        refused = None if error is None else _refusal(one.question, error)
+        oldest = min(versions, default=version)
+        groups.append(Group(ticket=one.ticket, version=oldest, attempts=attempts, refused=refused))
     return groups
+
+
+def _refusal(question: Question, error: BaseException) -> Refusal:
+    source = question.conversation.source
+    file, line = (None, None) if source is None else (source.file, source.line)
+    stage = Stage.MEDIA if isinstance(error, MediaError) else Stage.ENCODE
+    return Refusal(question.id, question.task, file, line, stage, f"{question.conversation.name}: {error}")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from data.errors import Refusal
 from ernie_model.inference.agent import Episode, Status
 
 SAME = 1e-6
@@ -73,6 +74,8 @@ class Group:
     version: int
     """Of the oldest weights that a token was sampled with: updates done before."""
     attempts: tuple[Scored, ...]
+    refused: Refusal | None = None
+    """The record cannot be asked: a picture that cannot be read. Its attempts have failed."""
 
     @property
     def outcome(self) -> Outcome:
@@ -88,6 +91,7 @@ class Group:
             domain=domain,
             version=self.version,
             attempts=tuple(AttemptSummary.of(one) for one in self.attempts),
+            refused=self.refused,
         )
 
 
@@ -148,3 +152,4 @@ class Summary:
     domain: str
     version: int
     attempts: tuple[AttemptSummary, ...]
+    refused: Refusal | None = None

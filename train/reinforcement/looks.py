@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from data.quarantine import Quarantine
 from ernie_model.config import ErnieConfig
 from ernie_model.inference.tools import ToolBox
 from ernie_model.model import ErnieModel
@@ -13,7 +15,7 @@ from train.agents import open_toolbox
 from train.config import check_heldout
 from train.evaluation.questions import Question
 from train.reinforcement.collect import Opened, open_question
-from train.reinforcement.prompts import Prompts, check_reward, open_prompts
+from train.reinforcement.prompts import Prompts, check_reward, open_prompts, quarantine_of
 from train.rl_config import RLConfig
 from train.served import Served
 from train.sources import open_parts
@@ -27,18 +29,27 @@ class Looks:
     toolboxes: Mapping[tuple[str, ...], ToolBox]
     """By the tools of a question. They can be described, and not run: there are no weights."""
     processor: Processor
+    quarantine: Quarantine
+    """Records that cannot be read."""
 
     def open(self, question: Question) -> Opened:
         """Raises MediaError, ChatError: see `open_question`."""
         return open_question(question, self.toolboxes[question.tools], self.processor)
 
 
-def open_looks(config: RLConfig, processor: Processor, architecture: ErnieConfig) -> Looks:
-    """Raises UserError, DataError: whatever the run would refuse of data, rewards and tools."""
+def open_looks(config: RLConfig, processor: Processor, architecture: ErnieConfig, *, max_bad: float) -> Looks:
+    """
+    Args:
+        max_bad: the share of records that may be bad.
+
+    Raises:
+        UserError, DataError: whatever the run would refuse of data, rewards and tools.
+    """
     parts = open_parts(config.data)
-    train = open_prompts(parts.train, config, processor)
+    quarantine = quarantine_of(parts, Path(config.run.folder), max_bad=max_bad)
+    train = open_prompts(parts.train, config, processor, quarantine)
     limit = config.evaluate.max_examples or None
-    heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, limit=limit)
+    heldout = None if parts.heldout is None else open_prompts(parts.heldout, config, processor, quarantine, limit=limit)
     asked = [*train.questions, *(() if heldout is None else heldout.questions)]
     check_reward(config, asked)
     check_heldout(config, heldout is not None)
@@ -48,4 +59,4 @@ def open_looks(config: RLConfig, processor: Processor, architecture: ErnieConfig
         tools: open_toolbox(replace(config.agent, tools=list(tools)), served)
         for tools in dict.fromkeys(one.tools for one in asked)
     }
-    return Looks(train, heldout, toolboxes, processor)
+    return Looks(train, heldout, toolboxes, processor, quarantine)

@@ -2,23 +2,26 @@
 
 A record is a question as `ernie evaluate` asks it (train/evaluation/questions.py): a conversation that ends before the
 assistant's turn, or is cut there, with the right answer and the reward that compares. All are looked at before the
-first rollout, so that a record that no reward can score is refused then.
+first rollout: one that no reward can score is refused then, one that cannot be read goes into the quarantine. Pictures
+are opened when they are asked about; one that cannot be puts its record into the quarantine as well.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from data.conversation import Conversation
 from data.errors import DataError, RefusedError
 from data.formats import messages
-from data.mixture import Mixture
+from data.mixture import Mixture, Parts
+from data.quarantine import Quarantine
 from data.tasks import TASKS
 from data.tasks.base import Task
 from ernie_model.processor import Processor
 from train.config import DataConfig, FilesData, TaskData, UserError
-from train.evaluation.questions import NAMED, AskedTask, Question, check_fits, evenly, questions_of
+from train.evaluation.questions import AskedTask, Question, check_fits, evenly, questions_of
 from train.inference_config import AskedConfig
 from train.reinforcement.difficulty import PromptInfo
 from train.rl_config import RLConfig
@@ -70,6 +73,12 @@ def _tasks(config: DataConfig) -> Callable[[str], Task | None]:
     return lambda name: TASKS.get(names.get(name) or "")
 
 
+def quarantine_of(parts: Parts, folder: Path, *, max_bad: float) -> Quarantine:
+    """For the records of training and held-out data together."""
+    known = sum(part.num_records or 0 for part in parts if part is not None)
+    return Quarantine(folder, max_bad=max_bad, num_records=known)
+
+
 def check_reward(config: RLConfig, questions: Sequence[Question]) -> None:
     """Raises UserError: `reward` is for records that name none, and there are none."""
     named = dict.fromkeys(one.reward_name for one in questions)
@@ -81,14 +90,18 @@ def check_reward(config: RLConfig, questions: Sequence[Question]) -> None:
         )
 
 
-def open_prompts(mixture: Mixture, config: RLConfig, processor: Processor, *, limit: int | None = None) -> Prompts:
-    """Every record of the mixture, in the order of `Mixture.keys`.
+def open_prompts(
+    mixture: Mixture, config: RLConfig, processor: Processor, quarantine: Quarantine, *, limit: int | None = None
+) -> Prompts:
+    """Every record of the mixture that can be read, in the order of `Mixture.keys`.
 
     Args:
+        quarantine: gets the others. Every rank has the same ones.
         limit: so many of them, evenly over all; None: all.
 
     Raises:
-        DataError, UserError: a stream; records that cannot be read or scored; pictures for a text model.
+        DataError, UserError: a stream; more bad records than data.max_bad tolerates, or records that cannot be scored;
+            pictures for a text model.
     """
     if mixture.streaming:
         raise DataError(
@@ -98,20 +111,15 @@ def open_prompts(mixture: Mixture, config: RLConfig, processor: Processor, *, li
     tasks = []
     task_of = _tasks(config.data)
     for one in mixture.sets:
-        conversations, bad = [], []
+        conversations = []
         for number in range(len(one.dataset)):  # type: ignore[arg-type]
             try:
                 item = one.dataset[number]
             except RefusedError as error:
-                bad.append(str(error))
+                quarantine.add(error.refusal)
                 continue
             assert isinstance(item, Conversation)
             conversations.append(item)
-        if bad:
-            raise DataError(
-                f"{one.name}: {len(bad)} records cannot be read, and no prompt is left out in silence:\n  "
-                + "\n  ".join(bad[:NAMED])
-            )
         questions = questions_of(one.name, conversations, one.dataset.media, config, AskedConfig(), task_of(one.name))
         tasks.append(AskedTask(one.name, questions, ""))
     check_fits(tasks, text_model=processor.config.vision is None)

@@ -31,6 +31,7 @@ from torch import Tensor
 from data.batch import PackedBatch
 from data.encode import Example
 from data.pack import filler, pack
+from data.quarantine import Quarantine
 from ernie_model.inference.agent import Agent
 from ernie_model.inference.request import SamplingParams
 from ernie_model.processor import Processor
@@ -127,6 +128,8 @@ class RolloutSource:
         """Of the last rollouts, all in a row that gave nothing to learn, the groups that were asked, by kind."""
         self.told: Callable[[Rollout], None] = lambda rollout: None
         """Hears of every rollout, on all ranks."""
+        self.quarantine = Quarantine(num_records=len(prompts))
+        """Of the run. Every rank adds what any of them finds."""
         self.stop: Callable[[], bool] = never
         """Is the rollout under way to be dropped, because the process ends?"""
         self._stale = 0
@@ -251,6 +254,9 @@ class RolloutSource:
         clock.seconds["asking"] -= clock.seconds["scoring"]
         summaries.sort(key=lambda one: one.outcome.group)
         self._check_scored(summaries)
+        for one in summaries:
+            if one.refused is not None:
+                self.quarantine.add(one.refused)
         accepted = self._accept(made, summaries)
         self.sampler.update([one.outcome for one in summaries], trained=len(accepted))
         worth = self._advantages(accepted)
@@ -474,6 +480,7 @@ class RolloutSource:
             "sampler": self.sampler.state_dict(),
             "waiting": self._waiting,
             "stale": self._stale,
+            "quarantine": self.quarantine.state_dict(),
             "metrics": self._metrics,
         }
 
@@ -490,6 +497,7 @@ class RolloutSource:
         self.sampler.load_state_dict(state["sampler"])
         self._waiting = [(group, rollout) for group, rollout in state["waiting"]]
         self._stale = state["stale"]
+        self.quarantine.load_state_dict(state["quarantine"])
         self._metrics = state["metrics"]
 
     def files(self) -> dict[str, Tensor]:

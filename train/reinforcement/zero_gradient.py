@@ -19,7 +19,7 @@ from train.reinforcement.groups import Summary
 from train.reinforcement.source import kind_of
 
 FATES = {
-    "failed": "failed in the engine",
+    "failed": "could not be asked, or failed in the engine",
     "unscored": "could not be scored",
     "right": "in groups that are all right",
     "wrong": "in groups that are all wrong",
@@ -200,7 +200,7 @@ def off(asked: Asked | None, taught: Taught | None) -> dict[str, str]:
         fates, whole = asked.fates, asked.attempts
         why = "".join(f"; {problem}" for problem in list(asked.problems)[:1])
         if failed := fates.get("failed", 0):
-            found["failed"] = f"{failed} attempts failed in the engine{why}"
+            found["failed"] = f"{failed} attempts could not be asked, or failed in the engine{why}"
         if (unscored := fates.get("unscored", 0)) > MANY * whole:
             found["unscored"] = f"{unscored} of {whole} attempts could not be scored{why}"
         if lost := fates.get("left_out", 0):

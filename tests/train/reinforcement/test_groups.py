@@ -58,7 +58,7 @@ class Agent:
         return self.episodes[params.seed]
 
 
-async def together(attempts: Any) -> list[Any]:
+async def together(attempts: Any, stop: Any) -> list[Any]:
     return [await attempt for attempt in attempts]
 
 

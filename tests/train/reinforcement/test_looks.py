@@ -82,6 +82,50 @@ def test_a_run_that_can_score_nothing_ends(tmp_path, monkeypatch, capfd):
     assert "none of the 2 attempts could be scored in the first rollout" in told and "2 x missing.png" in told
 
 
+BAD = ({"messages": [{"role": "nobody", "content": "?"}]}, asks("?", {"type": "image", "image": "missing.png"}))
+"""A record that cannot be read, and one whose picture is not there: that shows when it is asked."""
+GOOD = tuple(asks(f"{number}?") for number in range(5))
+SMALL = ("rollout.groups=7", "rollout.updates=1", "rollout.attempts=2", "rewards.workers=0", "rollout.max_rounds=1")
+SMALL += ("sampler.kind=uniform", "sampling.max_new_tokens=3", "rollout.max_idle=null", "optim.warmup_steps=0")
+
+
+def quarantined(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_bad_records_are_left_out_and_told(tmp_path, monkeypatch, capfd):
+    data = records(tmp_path, GOOD[0], *BAD, *GOOD[1:])
+    assert run(monkeypatch, "rl", tmp_path / "run", data, *SMALL, "run.steps=2") == 0
+    read, media = quarantined(tmp_path / "run")
+    assert (read["stage"], read["line"]) == ("format", 2) and "nobody" in read["reason"]
+    assert (media["stage"], media["line"]) == ("media", 3) and "missing.png" in media["reason"]
+    said = capfd.readouterr().out
+    assert "1 record is refused" in said and "6 prompts of" in said  # before the first rollout
+    assert "left out  2 records were refused" in said
+    # The others were asked, the one without its picture in both rollouts: it may be there again.
+    asked = [json.loads(line) for line in (tmp_path / "run/zero_gradient.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in asked] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "bad, told", [(BAD[0], "1 of mine, at stage format"), (BAD[1], "1 of mine, at stage media")], ids=["read", "media"]
+)
+def test_more_bad_records_than_are_tolerated_end_the_run(tmp_path, monkeypatch, capfd, bad, told):
+    data = records(tmp_path, *GOOD, bad)
+    assert run(monkeypatch, "rl", tmp_path / "run", data, *SMALL, "run.steps=2", "data.max_bad=0") == 1
+    said = capfd.readouterr().err
+    assert "1 records cannot be trained on; data.max_bad=0 tolerates 0." in said and "Traceback" not in said
+    assert told.partition(",")[2] in said
+
+
+def test_doctor_names_records_that_cannot_be_read_and_looks_at_the_others(tmp_path, monkeypatch, capsys):
+    data = records(tmp_path, *GOOD, BAD[0])
+    assert run(monkeypatch, "doctor", tmp_path / "run", data, *SMALL, "run.steps=2") == 0
+    said = capsys.readouterr().out
+    assert "1 records are refused (1 at stage format)" in said and "5 prompts of training data can be asked" in said
+    assert run(monkeypatch, "doctor", tmp_path / "run", data, *SMALL, "run.steps=2", "data.max_bad=0") == 1
+
+
 def test_a_run_with_nothing_left_to_learn_saves_and_ends(tmp_path, monkeypatch, capfd):
     """No answer of random weights is the right one, so that all groups are all wrong."""
     data = records(tmp_path, asks("2 + 2?"), asks("1 + 3?"))
@@ -130,7 +174,7 @@ def test_what_does_not_change_the_numbers_may_change_when_a_run_goes_on():
         ("data.too_long=shrink_images", "neither cuts prompts"),
         ("data.shuffle=false", "always draws prompts at random"),
         ("evaluate.max_new_tokens=99", "sampling.max_new_tokens is for both"),
-        *((f"data.{key}", "and would do nothing") for key in ("lookahead=8", "workers=2", "prefetch=4", "max_bad=0.1")),
+        *((f"data.{key}", "and would do nothing") for key in ("lookahead=8", "workers=2", "prefetch=4")),
         ("data.min_image_pixels=784", "says how far pictures may shrink"),
         ("data.sets={a: {path: a.jsonl, weight: 2}, b: {path: b.jsonl}}", "data.sets.a.weight would do nothing"),
         ("data.sets={a: {path: a.jsonl, modality: text}}", "data.sets.a.modality would do nothing"),
