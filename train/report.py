@@ -151,7 +151,9 @@ def closing(
         console.print(table)
     if state.skipped:
         console.print(f"skipped   {state.skipped} updates whose loss or gradient was not finite")
-    if unreached:
+    if unreached and not state.reached:
+        console.print("note      no update had a gradient other than zero, so nothing was learned.")
+    elif unreached:
         names = ", ".join(part.value for part in unreached)
         console.print(f"note      no gradient ever reached {names}: nothing was learned there. Is it in the data?")
     kinds = {"adapter": "an adapter for peft and peft.init_from=..."}

@@ -63,7 +63,8 @@ class Limits:
     max_tokens: int = 16384
     """Prompt, answers and results together."""
     time_s: float = 600.0
-    """Seconds for the whole question; in a `ToolContext`, what is left of it."""
+    """Seconds for the whole question by the clock, waiting for the engine and for tools included; in a `ToolContext`,
+    what is left of it."""
     tool_time_s: float = 20.0
     """Seconds for one call of a tool."""
     max_result_chars: int = 8192

@@ -271,8 +271,9 @@ def to_attempt(episode: Episode) -> Attempt:
             )
         if not turn.calls and turn.problem is not None:
             calls.append({"name": "", "arguments": "", "failed": True, "images": 0})
-    # Whoever waited in line until the time was over has not been answered wrongly.
-    failed = episode.status is Status.FAILED or (episode.status is Status.TIMEOUT and not episode.num_sampled)
+    # Whoever waited in line until the time was over, in the first turn or a later one, has not answered wrongly.
+    waited = episode.status is Status.TIMEOUT and not any(episode.sampled[-1:])
+    failed = episode.status is Status.FAILED or waited
     return Attempt(
         answer=episode.answer,
         text="".join(turn.text for turn in episode.turns),

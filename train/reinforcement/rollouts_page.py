@@ -73,7 +73,8 @@ def write_page(
         "band": list(band),
         "fates": FATES,
     }
-    about = f"{recorded} rollouts recorded" + (f", {len(shown)} of them shown" if len(shown) < recorded else "")
+    about = f"{recorded} rollout{'s' * (recorded != 1)} recorded"
+    about += f", {len(shown)} of them shown" if len(shown) < recorded else ""
     return "\n".join(
         [
             head(title, ["preview.css", "rollouts.css"]),

@@ -99,7 +99,8 @@ class RolloutReport:
         return dict(self.last)
 
     def line(self) -> str:
-        return f"{self.rollouts} rollouts, {self.asked} groups asked, {self.learned} learned from"
+        rollouts, asked = f"{self.rollouts} rollout{'s' * (self.rollouts != 1)}", self.asked
+        return f"{rollouts}, {asked} group{'s' * (asked != 1)} asked, {self.learned} learned from"
 
 
 @dataclass(kw_only=True)

@@ -79,3 +79,12 @@ def test_time_that_was_over_before_the_first_token_is_no_wrong_answer_and_versio
     assert both.attempts[0].scores.problem == "the question took longer"
     assert (both.version, none.version) == (4, 9)
     pool.close()
+
+
+@pytest.mark.parametrize(
+    ("sampled", "waited"), [([0], True), ([0, 1, 1], False), ([0, 1, 1, 0, 0], True), ([0, 1, 0, 1], False)]
+)
+def test_a_turn_that_waited_in_line_until_the_time_was_over_is_no_wrong_answer(sampled, waited):
+    """The first turn, or one after a tool's result; where the turn had begun, or its tool took too long, it is."""
+    episode = Episode([1] * len(sampled), [], [], sampled=[*map(bool, sampled)], status=Status.TIMEOUT)
+    assert (to_attempt(episode).problem is not None) == waited

@@ -1,6 +1,7 @@
 """`ernie doctor rl`, `preview rl` and `plan rl`, and what `ernie rl` refuses or gives up on."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -102,6 +103,9 @@ def test_bad_records_are_left_out_and_told(tmp_path, monkeypatch, capfd):
     said = capfd.readouterr().out
     assert "1 record is refused" in said and "6 prompts of" in said  # before the first rollout
     assert "left out  2 records were refused" in said
+    assert re.search(r"rows      2 rollouts, \d+ groups asked, 0 learned from", said)
+    # No answer was right: nothing was learned anywhere, which is not for want of data for a part of the model.
+    assert "no update had a gradient other than zero" in said and "no gradient ever reached" not in said
     # The others were asked, the one without its picture in both rollouts: it may be there again.
     asked = [json.loads(line) for line in (tmp_path / "run/zero_gradient.jsonl").read_text().splitlines()]
     assert [one["step"] for one in asked] == [1, 2]

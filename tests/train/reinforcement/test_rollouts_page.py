@@ -102,6 +102,8 @@ def test_some_of_many_rollouts(tmp_path):
     page = page_of(tmp_path, lines, [])
     assert [one["number"] for one in data_of(page)["rollouts"]] == [3]
     assert "2 rollouts recorded, 1 of them shown" in page
+    alone = write_page("run", lines, [], [], {}, folder=tmp_path, attempts=2, recorded=1, band=(0.5, 5.0))
+    assert "1 rollout recorded" in alone
     assert evenly(range(101), 5) == [0, 25, 50, 75, 100]
     assert evenly([3, 9], 5) == [3, 9]
 
