@@ -30,13 +30,13 @@ def settings(folder: Path, *more: str) -> list[str]:
     return [*files(data), *[word for word in QUICK if word != "tracker=none"], *often, *own, *more]
 
 
-def write_data(folder: Path) -> Path:
-    """Prompts of which the second rollout waits; returns the file that counts what was judged."""
+def write_data(folder: Path, name: str = "prompts") -> Path:
+    """Prompts, or held-out questions, of which the 21st attempt waits; returns the file that counts what was judged."""
     write_prompts(data := folder / "data")
     judged = folder / "judged"
-    prompts = lines(data / "prompts.jsonl")
+    prompts = lines(data / f"{name}.jsonl")
     own = {"answer": str(judged), "reward": f"python:{OWN}.even_until"}
-    write_jsonl(data / "prompts.jsonl", [{**one, **own} for one in prompts])
+    write_jsonl(data / f"{name}.jsonl", [{**one, **own} for one in prompts])
     return judged
 
 
@@ -74,7 +74,7 @@ def test_the_rollout_is_dropped_and_asked_again(tmp_path, monkeypatch):
 
 @pytest.mark.timeout(300)
 def test_before_the_first_update_there_is_nothing_to_save(tmp_path):
-    """The first rollout, or held-out questions of the start weights: exit code 0, and the next start begins anew."""
+    """The next start begins anew."""
     judged = write_data(tmp_path)
     judged.write_text("." * 21)
     folder = tmp_path / "run"
@@ -83,6 +83,27 @@ def test_before_the_first_update_there_is_nothing_to_save(tmp_path):
     assert started.end(signal.SIGTERM) == 0
     assert "stopped before the first update; the same command begins anew" in (tmp_path / "log.txt").read_text()
     assert not checkpoint.complete(folder / "checkpoints")
+
+
+@pytest.mark.timeout(300)
+def test_held_out_questions_are_dropped_and_asked_by_the_next_start(tmp_path, monkeypatch):
+    """Of the start weights no answer ends, so that none is judged: the evaluation of step 4 or 6 waits."""
+    monkeypatch.chdir(tmp_path)
+    judged, folder = write_data(tmp_path, "heldout"), tmp_path / "run"
+    judged.write_text("." * 21)
+    started = Started(["-m", "train.rl", *settings(folder)], folder)
+    started.wait(lambda: judged.stat().st_size > 21)
+    begin = time.monotonic()
+    assert started.end(signal.SIGTERM) == 0, (tmp_path / "log.txt").read_text()
+    assert time.monotonic() - begin < AT_ONCE_S
+    state = checkpoint.read_state(checkpoint.complete(folder / "checkpoints")[-1])
+    step = state["loop"]["step"]
+    assert step in (4, 6) and step not in [one["step"] for one in state["loop"]["evaluations"]]
+    judged.with_name("judged.go").touch()
+    monkeypatch.setattr(sys, "argv", ["ernie rl", *settings(folder)])
+    rl.main()
+    evaluated = [one["step"] for one in lines(folder / "metrics.jsonl") if "eval_perfect" in one]
+    assert evaluated == [0, 4, 6]
 
 
 @pytest.mark.timeout(300)
