@@ -40,7 +40,7 @@ demo: $(VENV)/.test
 	$(VENV)/bin/python -m tests.end_to_end.demo_table zoom "cold start=runs/zoom_cold" "after RL=runs/zoom_rl"
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -n $(JOBS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.installed
 	VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(VENV)/bin/python -m pytest -m vllm tests/vllm

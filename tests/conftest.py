@@ -42,7 +42,14 @@ def same_seed():
         torch.manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
+STARTING = ("tests/distributed/", "tests/end_to_end/", "tests/train/reinforcement/", "tests/test_readme.py")
+"""Files that start programs: up to two minutes each. Workers take them first, or one would begin such a file when
+nothing else is left and all others wait for it."""
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):  # of pytest-xdist
+        items.sort(key=lambda item: not item.nodeid.startswith(STARTING))
     for item in items:
         if item.get_closest_marker("gpu"):
             import torch

@@ -164,9 +164,12 @@ def end(nursery: subprocess.Popen[bytes], link: socket.socket) -> None:
 
 
 def import_everything() -> None:
-    """All that the commands of `ernie` import, but none of the modules that are run."""
+    """All that the commands of `ernie` import, but none of the modules that are run; and DeepSpeed, with the compiler
+    that ZeRO loads and doesn't use, which takes as long again."""
     from train.cli import COMMANDS
 
+    for module in ("deepspeed", "torch._inductor.compile_fx"):
+        importlib.import_module(module)
     entries = ["train.cli", *(module for module, _ in COMMANDS.values())]
     for module in entries:
         importlib.import_module(module)
