@@ -5,7 +5,7 @@ python -m tests.distributed.rollouts DATA FOLDER      with RANK, WORLD_SIZE, ...
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch
 from tests.rollouts import QUICK, files
 from train import checkpoint, rl, training
 from train.parallel.layout import leave
+from train.parallel.settings import deepspeed_config
 
 STEPS, MIDDLE = 4, 3
 """Two rollouts of two updates; a checkpoint in the middle of the second."""
@@ -59,9 +60,18 @@ def middle(folder: Path) -> Path:
     return checkpoint.folder_of(folder / "checkpoints", MIDDLE)
 
 
+def as_of_a_large_model(*args: Any, **options: Any) -> dict[str, Any]:
+    """ZeRO-3 keeps weights that are needed again within 10^9 elements, which is a layer of a large model, and 2500
+    forward passes of this one: it would look through all of them whenever a module is done."""
+    settings = deepspeed_config(*args, **options)
+    return settings | {"zero_optimization": settings["zero_optimization"] | {"stage3_max_reuse_distance": 10**5}}
+
+
 def run(case: Case, data: Path, folder: Path, *also: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["ernie rl", *case.words(data, folder), *also])
+        if case.zero == 3:
+            patch.setattr(training, "deepspeed_config", as_of_a_large_model)
         patch.setattr(training, "leave", lambda: None)  # the ranks meet once, for all runs
         rl.main()
 
