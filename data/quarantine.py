@@ -74,7 +74,8 @@ class Quarantine:
     def summary(self) -> str:
         """Counts by dataset and stage, the first examples, and the way out."""
         counts = Counter((refusal.dataset, refusal.stage.value) for refusal in self._refusals.values())
-        lines = [f"{len(self)} records cannot be trained on; data.max_bad={self.max_bad:g} tolerates {self.tolerated}."]
+        bad = f"{len(self)} record{'s' * (len(self) != 1)}"
+        lines = [f"{bad} cannot be trained on; data.max_bad={self.max_bad:g} tolerates {self.tolerated}."]
         lines += [f"  {count} of {dataset}, at stage {stage}" for (dataset, stage), count in counts.most_common()]
         lines.append("The first of them:")
         lines += [f"  {refusal.reason}" for refusal in self.refusals[:EXAMPLES]]

@@ -434,7 +434,7 @@ def command() -> str:
         if machines > 1:  # on the machine of rank 0
             ip, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
             launcher += [f"--main_process_ip={ip}", f"--main_process_port={port}", "--machine_rank=0"]
-        words = [*launcher, "-m", "train.sft", *sys.argv[1:]]
+        words = [*launcher, "-m", f"train.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     return shlex.join(words)
 
 

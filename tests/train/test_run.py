@@ -197,3 +197,5 @@ def test_the_command_is_what_a_shell_reads(monkeypatch):
         monkeypatch.setenv(name, value)
     address = "--main_process_ip=node-0 --main_process_port=29500 --machine_rank=0"
     assert command() == f"{several} --num_machines=2 {address} {rest}"
+    monkeypatch.setattr("sys.argv", ["/somewhere/train/rl.py", "experiment=zoom_rl"])
+    assert command() == f"{several} --num_machines=2 {address} -m train.rl experiment=zoom_rl"
