@@ -7,8 +7,8 @@ seconds_old_logprobs  the forward pass for the updates after the first
 seconds_weights       what the engine takes to begin and to end: weights that are copied or sent
 seconds_update        forward, backward, optimizer: of all updates of the rollout
 seconds_rollout       all of that
-seconds_idle          of asking and scoring, what no step of this rank's engine was computed in: pictures of prompts that
-                      are read before the first, tools, rewards, other ranks
+seconds_idle          of asking and scoring, what no step of this rank's engine was computed in: pictures of prompts
+                      that are read before the first, tools, rewards, other ranks
 """
 
 from collections.abc import Mapping
