@@ -38,7 +38,7 @@ def test_one_that_is_given_up_ends_at_once_and_so_does_its_loop():
 def test_ctrl_c_while_it_is_waited_for_leaves_nothing_behind():
     runner, one, begin = asyncio.Runner(), flight(), time.monotonic()
     one.depart(long, runner, ahead=True)
-    interrupt = threading.Timer(0.3, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
+    interrupt = threading.Timer(1.0, signal.pthread_kill, [threading.get_ident(), signal.SIGINT])
     interrupt.start()
     with pytest.raises(KeyboardInterrupt):
         one.land()
