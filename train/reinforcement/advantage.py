@@ -28,6 +28,7 @@ Shape letters:  A attempts of a group
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from typing import assert_never
 
 from train.reinforcement.groups import SAME
 from train.rl_config import AdvantageKind, RLObjectiveConfig
@@ -69,6 +70,8 @@ def advantages(
         case AdvantageKind.gdpo:
             sums = _sums_of_parts(worth, parts, weights or {}, eps)
             values = _over_domains(sums, sums, config, domains)
+        case _:
+            assert_never(config.advantage)
     return [[0.0 if value is None else value for value in group] for group in values]
 
 

@@ -22,6 +22,10 @@ from train.rl_config import (
 )
 
 
+def test_every_loss_says_which_settings_it_reads():
+    assert set(READS) == set(PolicyLoss)
+
+
 @pytest.mark.parametrize(
     "keys, told",
     [
