@@ -114,7 +114,7 @@ def test_several_trackers_at_once(chosen, names):
 def message(*overrides: str, entry: str = "sft") -> str:
     with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Hydra's and ours; the message is what is tested
         load(*overrides, entry=entry)
-    return str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, entry)
+    return str(caught.value) if isinstance(caught.value, UserError) else explain(caught.value, entry, overrides)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,16 @@ def test_a_mistake_is_told_in_one_sentence(override, expected):
     told = message(*override.split())
     assert expected in told
     assert "\n" not in told and "full_key" not in told and "$" not in told
+
+
+def test_a_setting_that_a_recipe_makes_of_other_data_is_told_to_be_its_own():
+    said = message("experiment=zoom_rl", "data=files", "data.path=a.jsonl", entry="rl")
+    assert said.startswith(
+        "experiment=zoom_rl sets data.task, which is not a setting of the chosen data; it belongs to"
+    )
+    assert "Leave experiment=zoom_rl out" in said and said.endswith("configs/experiment/zoom_rl.yaml.")
+    typed = message("experiment=zoom_rl", "data=files", "data.path=a.jsonl", "data.task=zoom", entry="rl")
+    assert typed.startswith("data.task is not a setting of the chosen data")
 
 
 def test_rules_about_length_hold_for_epochs_too():

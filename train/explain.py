@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf.errors import OmegaConfBaseException
@@ -18,8 +19,12 @@ from train.config import suggestion
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
-def explain(error: BaseException, entry: str = "sft") -> str:
-    """One or two sentences for what Hydra and OmegaConf say in ten lines."""
+def explain(error: BaseException, entry: str = "sft", words: Sequence[str] = ()) -> str:
+    """One or two sentences for what Hydra and OmegaConf say in ten lines.
+
+    Args:
+        words: the command line's, as the user wrote them.
+    """
     chain: list[BaseException] = []
     cursor: BaseException | None = error
     while cursor is not None and cursor not in chain:
@@ -33,7 +38,14 @@ def explain(error: BaseException, entry: str = "sft") -> str:
             if key in known:  # the schema of another choice of the same group has it
                 owners = [kind for kind, variant in DATA_SCHEMAS.items() if key[5:] in variant.__dataclass_fields__]
                 belongs = " and ".join(f"data={kind}" for kind in owners)
-                return f"{key} is not a setting of the chosen data; it belongs to {belongs}."
+                rule = f"is not a setting of the chosen data; it belongs to {belongs}."
+                recipe = next((word for word in words if word.startswith("experiment=")), None)
+                if recipe is None or any(word.lstrip("+").startswith(f"{key}=") for word in words):
+                    return f"{key} {rule}"
+                return (
+                    f"{recipe} sets {key}, which {rule} Leave {recipe} out, and say what else is wanted of it, and "
+                    f"which model, on the command line: configs/experiment/{recipe.partition('=')[2]}.yaml."
+                )
             return f"{key} is not a setting of {entry}{suggestion(key, known)}"
         if match := re.match(r"Error parsing override '([^'=]+)'\s*missing EQUAL", text):
             return f"{match[1]} is not a setting: settings are written as key=value."

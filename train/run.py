@@ -115,7 +115,7 @@ def program(entry: str, *, also: Sequence[str] = ()) -> Callable[[Callable[[Dict
             except (*USER_ERRORS, *HYDRA_ERRORS) as error:
                 if debugging():
                     raise
-                message = explain(error, chosen) if isinstance(error, HYDRA_ERRORS) else str(error)
+                message = explain(error, chosen, sys.argv[1:]) if isinstance(error, HYDRA_ERRORS) else str(error)
                 print(f"error: {message}", file=sys.stderr, flush=True)
                 sys.exit(1)
             except KeyboardInterrupt as error:
