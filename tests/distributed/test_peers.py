@@ -98,7 +98,7 @@ def test_after_parallel_timeout_s_all_ranks_say_where_they_stand(outcomes):
     waiting, late = outcome.said
     first = waiting if waiting.startswith("rank 0 on") else late  # whoever of the machine is quicker says the reason
     assert first.startswith("rank 0 on") and "Timed out" in first
-    assert "in all_reduce" in waiting and "in does_not_notice" in late
+    assert "in all_reduce" in first and "in does_not_notice" in late and "Thread 0x" in waiting
 
 
 def test_a_good_end_says_nothing(outcomes):

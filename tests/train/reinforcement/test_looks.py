@@ -118,7 +118,7 @@ def test_more_bad_records_than_are_tolerated_end_the_run(tmp_path, monkeypatch, 
     data = records(tmp_path, *GOOD, bad)
     assert run(monkeypatch, "rl", tmp_path / "run", data, *SMALL, "run.steps=2", "data.max_bad=0") == 1
     said = capfd.readouterr().err
-    assert "1 records cannot be trained on; data.max_bad=0 tolerates 0." in said and "Traceback" not in said
+    assert "1 record cannot be trained on; data.max_bad=0 tolerates 0." in said and "Traceback" not in said
     assert told.partition(",")[2] in said
 
 
