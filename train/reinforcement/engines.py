@@ -180,13 +180,12 @@ class Turns:
                 await asyncio.wait_for(self._changed.wait(), POLL_S)
 
     def _step(self) -> None:
-        early = [ask for ask in self._arrived if self._due.get(ask.attempt, 0) > self._now]
+        due = [ask for ask in self._arrived if self._due.get(ask.attempt, 0) <= self._now]
+        self._arrived = [ask for ask in self._arrived if self._due.get(ask.attempt, 0) > self._now]
         # In an order that does not depend on who asked first; every attempt has a seed of its own.
-        for ask in sorted(self._arrived, key=lambda one: one.request.params.seed or 0):
-            if ask not in early:
-                self._waiting[self.engine.enqueue(ask.request)] = ask
-                self._due.pop(ask.attempt, None)
-        self._arrived = early
+        for ask in sorted(due, key=lambda one: one.request.params.seed or 0):
+            self._waiting[self.engine.enqueue(ask.request)] = ask
+            self._due.pop(ask.attempt, None)
         if not self._waiting:
             return
         begin = time.perf_counter()
